@@ -1,0 +1,267 @@
+"""The contract of a multi-exit network, and everything timm asks of a model, once for all architectures.
+
+Data flow: image -> stage 0 -> exit 0 -> stop, or go on -> stage 1 -> exit 1 -> ...
+
+A network is a list of stages and a list of exits of the same length. The *state* is a list of feature maps, batch
+first. Stage k maps the state to the next one; the first stage receives `[image]`. The last tensor of a state is the
+map that the exit reads, and a state holds nothing that neither its exit nor a later stage reads. So whoever runs the
+network may stop after any exit, and may drop finished images by indexing every tensor of the state.
+"""
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+from timm.layers import ClassifierHead
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices  # private, but every timm model with these methods uses it
+
+
+class Stage(nn.Module):
+    """A chain of layers, each of which maps a state to the next one."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.layers = nn.ModuleList(layers)
+
+    def run_layers(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        for layer in self.layers:
+            state = layer(state)
+        return state
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self.run_layers, state)
+        return self.run_layers(state)
+
+
+class ExitHead(ClassifierHead):
+    """One exit: convolutions of its own, global pooling, dropout, linear classifier.
+
+    Args:
+        convs: What runs before the pooling; maps (B, in_chs, H, W) to (B, in_features, H', W').
+        in_chs: Channels of the map that the exit reads.
+        in_features: Channels after `convs`.
+        num_classes: Classes of the classifier, 0 for none.
+        pool_type: timm's pooling type, '' for none.
+        drop_rate: Dropout before the classifier.
+    """
+
+    def __init__(
+            self,
+            convs: nn.Module,
+            in_chs: int,
+            in_features: int,
+            num_classes: int,
+            pool_type: str = 'avg',
+            drop_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
+        self.in_chs = in_chs
+        self.convs = convs
+
+    def prune_convs(self) -> None:
+        """Removes the exit's own convolutions and classifier: the exit then hands on the map that it reads."""
+        self.convs = nn.Identity()
+        self.reset(0, '', in_features=self.in_chs)
+        self.num_features = self.in_chs
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convs(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.global_pool(x)
+        x = self.drop(x)
+        if pre_logits:
+            return x
+        return self.fc(x)
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x), pre_logits=pre_logits)
+
+
+class MultiExitNet(nn.Module):
+    """Base class of the networks: `stages` and `exits`, of equal number, and what follows from them.
+
+    * `model(x)` in eval mode gives the last exit's logits (B, num_classes). In train mode it gives the mean of all
+      exits' logits, so that every parameter gets a gradient from any tool that expects one tensor; after
+      `set_exit_training(True)` a tuple of all exits' logits, shallow to deep.
+    * `forward_exits(x)` gives the logits of every exit, `iter_exits(x)` one at a time, on demand.
+
+    An architecture builds its stages and exits and hands them to this constructor.
+
+    Args:
+        stages: What maps a state to the next one.
+        exits: One head per stage; it reads the last tensor of the state.
+        feature_info: One dict(num_chs, reduction, module) per stage, of the map that its exit reads.
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the image.
+
+    Raises:
+        ValueError: stages, exits and feature_info differ in number.
+    """
+
+    def __init__(
+            self,
+            stages: Sequence[Stage],
+            exits: Sequence[ExitHead],
+            feature_info: Sequence[Dict[str, Any]],
+            num_classes: int,
+            in_chans: int = 3,
+    ):
+        super().__init__()
+        if not len(stages) == len(exits) == len(feature_info) > 0:
+            raise ValueError(
+                f'a multi-exit network needs one exit and one feature_info entry per stage, got {len(stages)} stages, '
+                f'{len(exits)} exits, {len(feature_info)} entries')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.exit_training = False
+        self.feature_info = list(feature_info)
+        self.stages = nn.ModuleList(stages)
+        self.exits = nn.ModuleList(exits)
+        self._read_head_sizes()
+
+    def _read_head_sizes(self) -> None:
+        last = self.exits[-1]
+        self.global_pool: str = last.global_pool.pool_type
+        self.num_features: int = last.in_features
+        self.head_hidden_size: int = last.num_features
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exits)
+
+    # What timm asks of a model
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        blocks = r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.layers\.(\d+)'
+        return dict(stem=r'^stages\.0\.layers\.0', blocks=[(blocks, None), (r'^exits', (99999,))])
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set:
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_exit_training(self, enable: bool = True) -> None:
+        """Whether the forward in train mode returns a tuple of all exits' logits (cf. timm's set_distilled_training)."""
+        self.exit_training = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> Tuple[nn.Module, ...]:
+        """The linear layers of all exits, shallow to deep."""
+        return tuple(head.fc for head in self.exits)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """New classifiers on every exit; `global_pool=None` keeps the pooling."""
+        self.num_classes = num_classes
+        for head in self.exits:
+            head.reset(num_classes, global_pool)
+        self._read_head_sizes()
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Drops the stages behind the deepest of `indices`, and the exits that are then not needed.
+
+        With `prune_head=False` the result is a working network that ends at that exit. With `prune_norm=True` the
+        features end at the map that the exit would read, without the exit's own convolutions.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[:max_index + 1]
+        self.exits = self.exits[:max_index + 1]
+        if prune_head or prune_norm:
+            self.num_classes = 0
+            for head in self.exits[:-1]:
+                head.prune_convs()
+            if prune_norm:
+                self.exits[-1].prune_convs()
+            else:
+                self.exits[-1].reset(0, '')
+        self._read_head_sizes()
+        return take_indices
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """The maps that the exits read, one per stage.
+
+        Args:
+            x: Images (B, C, H, W).
+            indices: Stages to take: the last n if an int, all if None.
+            norm: Apply the last exit's own convolutions to the last map.
+            stop_early: Do not run stages behind the last one taken.
+            output_fmt: 'NCHW' only.
+            intermediates_only: Return the maps without the final features.
+        """
+        assert output_fmt == 'NCHW', 'Output format must be NCHW.'
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last_index = len(self.stages) - 1
+        stages = self.stages[:max_index + 1] if stop_early else self.stages
+
+        intermediates = []
+        state = [x]
+        for i, stage in enumerate(stages):
+            state = stage(state)
+            if i in take_indices:
+                convs = norm and i == last_index
+                intermediates.append(self.exits[i].forward_features(state[-1]) if convs else state[-1])
+        if intermediates_only:
+            return intermediates
+        return self.exits[len(stages) - 1].forward_features(state[-1]), intermediates
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The last exit's map before its pooling, (B, num_features, H, W)."""
+        state = [x]
+        for stage in self.stages:
+            state = stage(state)
+        return self.exits[-1].forward_features(state[-1])
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The last exit's pooling and classifier."""
+        return self.exits[-1].forward_head(x, pre_logits=pre_logits)
+
+    def forward_exits(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """Logits of every exit, shallow to deep: a list of (B, num_classes)."""
+        state = [x]
+        logits: List[torch.Tensor] = []
+        for stage, head in zip(self.stages, self.exits):
+            state = stage(state)
+            logits.append(head(state[-1]))
+        return logits
+
+    @torch.jit.ignore
+    def iter_exits(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Anytime prediction: yields one exit's logits (B, num_classes) at a time, shallow to deep.
+
+        A stage runs when its exit's logits are asked for, and not before. Closing the generator ends the work.
+        """
+        state = [x]
+        for stage, head in zip(self.stages, self.exits):
+            state = stage(state)
+            yield head(state[-1])
+
+    def forward(self, x: torch.Tensor):
+        if self.training and self.num_classes > 0:
+            logits = self.forward_exits(x)
+            if self.exit_training and not torch.jit.is_scripting():
+                return tuple(logits)
+            return torch.stack(logits).mean(0)
+        return self.forward_head(self.forward_features(x))

@@ -1,0 +1,52 @@
+"""Blocks that several of the architectures share."""
+import math
+from typing import Optional, Type
+
+import torch
+from torch import nn
+from timm.layers import ConvNormAct
+
+
+class Bottleneck(nn.Module):
+    """1x1 convolution to a few channels, then a 3x3 convolution: B(in -> out, factor, stride) in the MSDNet paper.
+
+    The inner width is `min(in_chs, factor * out_chs)`. Both convolutions are followed by BN and the activation.
+    Maps (B, in_chs, H, W) to (B, out_chs, H / stride, W / stride).
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            factor: int,
+            stride: int = 1,
+            act_layer: Type[nn.Module] = nn.ReLU,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        mid_chs = min(in_chs, factor * out_chs)
+        self.conv1 = ConvNormAct(in_chs, mid_chs, 1, **kwargs)
+        self.conv2 = ConvNormAct(mid_chs, out_chs, 3, stride=stride, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.conv1(x))
+
+
+def init_weights(module: nn.Module, name: Optional[str] = None) -> None:
+    """Convolutions N(0, sqrt(2 / (k * k * out / groups))), BN weight 1 and bias 0, linear bias 0 (MSDNet's Lua original).
+
+    Linear weights keep PyTorch's own initialisation, as in the original. Use with `Module.apply`.
+    """
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, 0., math.sqrt(2. / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
