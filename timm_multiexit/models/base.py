@@ -10,10 +10,10 @@ network may stop after any exit, and may drop finished images by indexing every 
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import nn
 from timm.layers import ClassifierHead
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # private, but every timm model with these methods uses it
+from torch import nn
 
 
 class Stage(nn.Module):
@@ -152,7 +152,7 @@ class MultiExitNet(nn.Module):
 
     @torch.jit.ignore
     def set_exit_training(self, enable: bool = True) -> None:
-        """Whether the forward in train mode returns a tuple of all exits' logits (cf. timm's set_distilled_training)."""
+        """Whether train mode returns a tuple of all exits' logits (cf. timm's set_distilled_training)."""
         self.exit_training = enable
 
     @torch.jit.ignore

@@ -3,8 +3,8 @@ import math
 from typing import Optional, Type
 
 import torch
-from torch import nn
 from timm.layers import ConvNormAct
+from torch import nn
 
 
 class Bottleneck(nn.Module):
@@ -35,8 +35,19 @@ class Bottleneck(nn.Module):
         return self.conv2(self.conv1(x))
 
 
+def strided_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
+    """The exit of MSDNet and RANet: two strided 3x3 convolutions, (B, in_chs, H, W) to (B, width, H / 4, W / 4).
+
+    The papers then pool 2x2, which at 32x32 is all that is left; ours pool globally, so that any image size fits.
+    """
+    return nn.Sequential(
+        ConvNormAct(in_chs, width, 3, stride=2, **kwargs),
+        ConvNormAct(width, width, 3, stride=2, **kwargs),
+    )
+
+
 def init_weights(module: nn.Module, name: Optional[str] = None) -> None:
-    """Convolutions N(0, sqrt(2 / (k * k * out / groups))), BN weight 1 and bias 0, linear bias 0 (MSDNet's Lua original).
+    """Convolutions N(0, sqrt(2 / (k * k * out / groups))), BN 1 and 0, linear bias 0, as MSDNet's Lua original.
 
     Linear weights keep PyTorch's own initialisation, as in the original. Use with `Module.apply`.
     """

@@ -1,0 +1,39 @@
+"""The `timm-multiexit` command. Each module of this folder holds one subcommand: `add_parser` and `run`."""
+import argparse
+import logging
+import sys
+from typing import Optional, Sequence
+
+from ..errors import InputError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from . import classify, costs
+    parser = argparse.ArgumentParser(
+        prog='timm-multiexit', description='Multi-exit image classifiers: classify, costs, and when to stop.')
+    subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for module in (classify, costs):
+        module.add_parser(subparsers)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that name a network and its weights, the same for every subcommand; see `loading.load_model`."""
+    parser.add_argument('--checkpoint', default='', metavar='FILE',
+                        help='weights to use in place of the pretrained ones')
+    parser.add_argument('--num-classes', type=int, default=None, metavar='N')
+    parser.add_argument('--device', default='cpu')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs a subcommand; returns the exit code: 0, or 2 for bad input."""
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except InputError as error:
+        print(f'timm-multiexit: error: {error}', file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,39 @@
+"""`timm-multiexit costs MODEL`: what each exit costs."""
+import argparse
+import json
+
+import timm
+
+from ..costs import exit_costs
+from ..errors import InputError
+from ..loading import check_name
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        'costs', help='multiply-adds and parameters of each exit',
+        description='Multiply-adds and parameters of each exit, cumulative: all that must have run for its answer.')
+    parser.add_argument('model', help='name in the registry, with or without tag')
+    parser.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), default=None)
+    parser.add_argument('--num-classes', type=int, default=None, metavar='N')
+    parser.add_argument('--json', action='store_true')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_name(args.model)
+    kwargs = {} if args.num_classes is None else dict(num_classes=args.num_classes)
+    size = args.input_size
+    if size and min(size) < 1:
+        raise InputError(f'--input-size {size}: give three positive numbers, channels, height and width')
+    model = timm.create_model(args.model, in_chans=size[0] if size else 3, **kwargs)
+    costs = exit_costs(model, size)
+    if args.json:
+        print(json.dumps(dict(
+            model=args.model, num_classes=model.num_classes, input_size=costs.input_size, macs=costs.macs,
+            params=costs.params)))
+        return
+    print(f"{args.model}: {model.num_classes} classes, {' x '.join(map(str, costs.input_size))} input")
+    print(f"{'exit':>4} {'MACs':>10} {'of full':>8} {'params':>11}")
+    for k, (macs, params) in enumerate(zip(costs.macs, costs.params), 1):
+        print(f'{k:>4} {macs / 1e6:>8.2f} M {macs / costs.macs[-1]:>8.1%} {params:>11,}')

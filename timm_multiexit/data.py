@@ -1,0 +1,238 @@
+"""Images in memory: splits with a fixed generator, and a loader that augments whole batches where the data lies.
+
+On two cores and on one fast GPU alike, decoding and augmenting image by image would be the bottleneck for 32x32 images.
+Here the data set is one uint8 tensor on the training device and a batch is one gather.
+"""
+from pathlib import Path
+from typing import Iterator, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset
+from timm.data.random_erasing import RandomErasing
+from timm.layers import to_2tuple
+
+from .errors import InputError
+
+VALIDATION_IMAGES = 5000
+SPLIT_SEED = 0
+SPLITS = ('train', 'validation', 'train+validation', 'test')
+
+
+def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the training and of the validation images, the same on every machine.
+
+    Args:
+        num_images: Images in the training set.
+        validation_images: How many of them to hold out.
+
+    Returns:
+        Two sorted int64 tensors, disjoint, together all images.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    if not 0 <= validation_images < num_images:
+        raise InputError(f'cannot hold out {validation_images} of {num_images} training images: hold out fewer')
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return order[validation_images:].sort().values, order[:validation_images].sort().values
+
+
+def open_dataset(name: str, root: str, train: bool, download: bool = False):
+    """A data set by timm's name ('torch/cifar10', 'torch/cifar100', 'folder', ...).
+
+    Raises:
+        InputError: it is not there.
+    """
+    try:
+        return create_dataset(name, root=root, split='train' if train else 'validation', download=download)
+    except (RuntimeError, OSError, AssertionError, ValueError) as error:
+        hint = 'pass --dataset-download to fetch it' if name.startswith('torch/') else 'check --data-dir and --dataset'
+        raise InputError(f"data set '{name}' cannot be read from '{root}' ({error}): {hint}") from error
+
+
+def load_images(
+        name: str,
+        root: str,
+        split: str,
+        download: bool = False,
+        validation_images: int = VALIDATION_IMAGES,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """One split of a data set, whole.
+
+    Args:
+        name: timm's name of the data set.
+        root: Its folder.
+        split: 'train', 'validation' (held out of the training images), 'train+validation', or 'test'.
+        download: Let torchvision fetch it.
+        validation_images: How many training images to hold out.
+
+    Returns:
+        Images uint8 (N, C, H, W) and targets int64 (N,).
+
+    Raises:
+        InputError: unknown split, data set not there, or images of different sizes.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split '{split}': choose one of {', '.join(SPLITS)}")
+    dataset = open_dataset(name, root, train=split != 'test', download=download)
+    images, targets = _stack(dataset)
+    if split in ('train', 'validation'):
+        index = split_indices(len(images), validation_images)[split == 'validation']
+        images, targets = images[index], targets[index]
+    return images, targets
+
+
+def _stack(dataset) -> Tuple[torch.Tensor, torch.Tensor]:
+    pixels = getattr(dataset, 'data', None)
+    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # torchvision's CIFAR, already decoded
+        images, targets = torch.from_numpy(pixels), torch.as_tensor(dataset.targets)
+    else:
+        arrays, targets = [], []
+        for image, target in dataset:
+            arrays.append(np.asarray(image.convert('RGB')))
+            targets.append(target)
+        sizes = {a.shape for a in arrays}
+        if len(sizes) != 1:
+            raise InputError(
+                f'the in-memory loader needs images of one size, this data set has {len(sizes)}: use --loader timm')
+        images, targets = torch.from_numpy(np.stack(arrays)), torch.as_tensor(targets)
+    return images.permute(0, 3, 1, 2).contiguous(), targets.long()
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 (B, C, H, W) in 0-255 to float32, channels last, each channel less its mean and by its deviation."""
+    mean = torch.tensor(mean, device=images.device).mul_(255.).view(1, -1, 1, 1)
+    scale = torch.tensor(std, device=images.device).mul_(255.).reciprocal_().view(1, -1, 1, 1)
+    return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).mul_(scale)
+
+
+class InMemoryLoader:
+    """Batches of augmented images, made by tensor operations on the device where the images lie.
+
+    An epoch's order and augmentation follow from (seed, epoch) alone, so a resumed run sees what the uninterrupted one
+    would have seen. Several processes share the batches of one order: process r of w takes the r-th of w slices
+    of each global batch, and all get equally many.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        targets: int64 (N,).
+        batch_size: Images a batch and process.
+        mean, std: Per channel, in 0-1.
+        train: Shuffle, augment, and leave out the last incomplete batch.
+        crop_padding: Pixels of reflected border around the random crop.
+        hflip: 'random', 'alternate' (each image flips every other epoch, half of them in even epochs), or 'none'.
+        reprob: Probability of random erasing (timm's RandomErasing, mode 'const').
+        recount: Regions to erase.
+        seed: Seed of everything random here.
+        device: Where images are kept and batches are made.
+        rank, world_size: This process and their number.
+    """
+
+    def __init__(
+            self,
+            images: torch.Tensor,
+            targets: torch.Tensor,
+            batch_size: int,
+            mean: Sequence[float],
+            std: Sequence[float],
+            train: bool = False,
+            crop_padding: int = 4,
+            hflip: str = 'alternate',
+            reprob: float = 0.,
+            recount: int = 1,
+            seed: int = 0,
+            device: torch.device = torch.device('cpu'),
+            rank: int = 0,
+            world_size: int = 1,
+    ):
+        if hflip not in ('random', 'alternate', 'none'):
+            raise InputError(f"unknown flip '{hflip}': choose random, alternate or none")
+        self.num_images = len(images)
+        self.batch_size = batch_size
+        self.mean, self.std = mean, std
+        self.train = train
+        self.hflip = hflip
+        self.seed = seed
+        self.device = device
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+        if train and len(self) == 0:
+            raise InputError(
+                f'{self.num_images} training images do not fill one batch of {batch_size} x {world_size} processes: '
+                'use a smaller --batch-size')
+        self.targets = targets.to(device)
+        self.erasing = None
+        if train:
+            if reprob > 0.:
+                self.erasing = RandomErasing(probability=reprob, max_count=recount, mode='const', device=device)
+            self.image_size = to_2tuple(tuple(images.shape[-2:]))
+            self.offsets = 2 * crop_padding + 1
+            if crop_padding:
+                images = torch.cat([
+                    F.pad(chunk, 4 * (crop_padding,), mode='reflect') for chunk in images.split(10_000)])
+            # A view (N, C, offsets, offsets, H, W): a random crop is then one index, without copies of whole images.
+            height, width = self.image_size
+            self.images = images.to(device).unfold(2, height, 1).unfold(3, width, 1)
+        else:
+            self.images = images.to(device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same for every process."""
+        share = self.batch_size * self.world_size
+        return self.num_images // share if self.train else -(-self.num_images // share)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch (from 0) whose order and augmentation the next iteration yields."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        """Yields images float32 (B, C, H, W), channels last, and targets int64 (B,)."""
+        yield from self._train_batches() if self.train else self._plain_batches()
+
+    def _slice(self, batch: int) -> slice:
+        start = (batch * self.world_size + self.rank) * self.batch_size
+        return slice(start, start + self.batch_size)
+
+    def _plain_batches(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        for batch in range(len(self)):
+            part = self._slice(batch)
+            yield normalize(self.images[part], self.mean, self.std), self.targets[part]
+
+    def _train_batches(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.num_images, generator=generator)
+        top, left = torch.randint(self.offsets, (2, self.num_images), generator=generator)
+        flip = self._flips(order, generator)
+        if self.device.type != 'cpu':
+            order, top, left = (t.to(self.device) for t in (order, top, left))
+            flip = None if flip is None else flip.to(self.device)
+        for batch in range(len(self)):
+            part = self._slice(batch)
+            index = order[part]
+            # Crop and flip as bytes, a quarter of the memory traffic of floats.
+            x = self.images[index, :, top[part], left[part]]
+            if flip is not None:
+                x = torch.where(flip[part].view(-1, 1, 1, 1), x.flip(-1), x)
+            x = normalize(x, self.mean, self.std)
+            if self.erasing is not None:
+                x = self.erasing(x)
+            yield x, self.targets[index]
+
+    def _flips(self, order: torch.Tensor, generator: torch.Generator) -> Optional[torch.Tensor]:
+        if self.hflip == 'none':
+            return None
+        if self.hflip == 'random':
+            return torch.rand(self.num_images, generator=generator) < 0.5
+        # Alternate: a fixed half of the images, then the other half, so no image is seen the same way twice running.
+        fixed = torch.rand(self.num_images, generator=torch.Generator().manual_seed(self.seed)) < 0.5
+        return fixed[order] ^ bool(self.epoch % 2)
+
+
+def class_names(name: str, root: str) -> Optional[Tuple[str, ...]]:
+    """Names of a data set's classes, if it has them and lies in `root`."""
+    if not Path(root).is_dir():
+        return None
+    classes = getattr(open_dataset(name, root, train=False), 'classes', None)
+    return tuple(classes) if classes else None

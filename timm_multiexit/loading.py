@@ -1,0 +1,120 @@
+"""Networks with weights by name, with an error that says what to do for whatever can be wrong with name or weights."""
+import difflib
+import pickle
+from pathlib import Path
+from typing import List, Optional, Union
+
+import timm
+import torch
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from timm.models import load_checkpoint, load_model_config_from_hf, load_model_config_from_path
+
+from .errors import InputError
+from .models import MultiExitNet
+
+_LOAD_ERRORS = (
+    OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError, SafetensorError,
+    HfHubHTTPError, HFValidationError)
+
+
+def list_networks(pretrained: bool = False) -> List[str]:
+    """Names of this package's networks in timm's registry; with `pretrained` those with weights, as 'arch.tag'."""
+    names = []
+    for arch in timm.list_models():
+        if timm.model_entrypoint(arch).__module__.startswith(f'{__package__}.'):
+            names += timm.list_pretrained(f'{arch}.*') if pretrained else [arch]
+    return names
+
+
+def load_model(
+        name: str,
+        checkpoint: Union[str, Path] = '',
+        num_classes: Optional[int] = None,
+        device: Union[str, torch.device] = 'cpu',
+) -> MultiExitNet:
+    """A network in eval mode with trained weights.
+
+    Args:
+        name: A name from the registry with or without tag, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        checkpoint: File with weights to use in place of the pretrained ones (safetensors, or a checkpoint of
+            train_timm.py, whose EMA weights are preferred).
+        num_classes: Number of classes; None for the checkpoint's or the cfg's.
+        device: Where to put it.
+
+    Raises:
+        InputError: unknown name or tag, no exits, no weights, or weights that cannot be read or do not fit.
+    """
+    check_name(name)
+    kwargs = {} if num_classes is None else dict(num_classes=num_classes)
+    try:
+        model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
+    except _LOAD_ERRORS as error:
+        raise InputError(f"network '{name}' cannot be loaded: {_first_line(error)}") from error
+    if not isinstance(model, MultiExitNet):
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+    if checkpoint:
+        _load_checkpoint(model, Path(checkpoint), name)
+    return model.to(device).eval()
+
+
+def check_name(name: str) -> None:
+    if ':' in name:
+        source, _, place = name.partition(':')
+        try:
+            if source == 'hf-hub':
+                arch = load_model_config_from_hf(place)[1]
+            elif source == 'local-dir':
+                arch = load_model_config_from_path(place)[1]
+            else:
+                raise InputError(f"unknown source '{source}:' in '{name}': use hf-hub: or local-dir:")
+        except _LOAD_ERRORS as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"'{name}' cannot be read: {_first_line(error)}") from error
+        if not timm.is_model(arch):
+            raise InputError(f"'{name}' holds a '{arch}', which this version does not know")
+        return
+    arch, _, tag = name.partition('.')
+    networks = list_networks()
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, networks, n=1, cutoff=0.5)
+        hint = f'did you mean {near[0]}?' if near else f"choose one of {', '.join(networks)}"
+        raise InputError(f"unknown network '{arch}': {hint}")
+    tags = [t.partition('.')[2] for t in timm.list_models(f'{arch}.*', include_tags=True)]
+    if tag and tag not in tags:
+        raise InputError(f"unknown tag '{tag}' of {arch}: choose one of {', '.join(tags)}")
+
+
+def require_weights(name: str) -> None:
+    """Checks that a registered name has pretrained weights.
+
+    Raises:
+        InputError: it has none.
+    """
+    if ':' in name:
+        return
+    check_name(name)
+    trained = list_networks(pretrained=True)
+    arch = name.partition('.')[0]
+    if not (name in trained or ('.' not in name and any(t.partition('.')[0] == arch for t in trained))):
+        raise InputError(
+            f"there are no trained weights for '{name}' yet: pass --checkpoint FILE, or choose one of "
+            f"{', '.join(trained) or 'none so far'}")
+
+
+def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
+    if not path.is_file():
+        raise InputError(f"checkpoint '{path}' is not a file")
+    try:
+        load_checkpoint(model, str(path), use_ema=True, strict=True, weights_only=True)
+    except _LOAD_ERRORS as error:
+        if 'size mismatch' in str(error) or 'Missing key' in str(error) or 'Unexpected key' in str(error):
+            raise InputError(
+                f"checkpoint '{path}' does not fit {name} with {model.num_classes} classes: pass the --model and "
+                '--num-classes that it was trained with') from error
+        raise InputError(f"checkpoint '{path}' cannot be read, it may be cut off: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

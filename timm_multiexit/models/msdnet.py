@@ -1,0 +1,181 @@
+"""MSDNet: dense connections along the layers and from each scale to the next coarser one.
+
+Paper: `Multi-Scale Dense Networks for Resource Efficient Image Classification`, Huang et al., ICLR 2018 -
+https://arxiv.org/abs/1703.09844
+"""
+from typing import Any, Dict, List, Sequence, Tuple
+
+import torch
+from timm.layers import ConvNormAct
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from ._cfgs import cifar_cfg
+from .layers import Bottleneck, strided_convs
+from .multiscale import MultiScaleNet
+
+__all__ = ['MSDNet']
+
+
+class Stem(nn.Module):
+    """The first maps of all scales (section 4, "First layer").
+
+    Scale 1 is a 3x3 convolution of the image, each coarser scale a strided 3x3 convolution of the one before. Maps
+    [(B, in_chans, H, W)] to [(B, width * f_s, H / 2^(s-1), W / 2^(s-1)) for the last out_scales scales s].
+    """
+
+    def __init__(self, in_chans: int, width: int, scale_factors: Sequence[int], out_scales: int, **kwargs):
+        super().__init__()
+        self.first_out = len(scale_factors) - out_scales
+        chs = [in_chans, *(width * f for f in scale_factors)]
+        self.convs = nn.ModuleList([
+            ConvNormAct(i, o, 3, stride=1 if s == 0 else 2, **kwargs)
+            for s, (i, o) in enumerate(zip(chs[:-1], chs[1:]))
+        ])
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        x = state[-1]
+        maps: List[torch.Tensor] = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return maps[self.first_out:]
+
+
+class FinestGrowth(nn.Module):
+    """The finest scale of a layer that drops none: concat(x_1, B(x_1)). Reads only its own scale."""
+
+    def __init__(self, in_chs: Sequence[int], growth_chs: int, factors: Sequence[int], **kwargs):
+        super().__init__()
+        self.own = Bottleneck(in_chs[-1], growth_chs, factors[-1], **kwargs)
+
+    def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
+        x = maps[-1]
+        return torch.cat([x, self.own(x)], 1)
+
+
+class CoarserGrowth(nn.Module):
+    """Every other scale: concat(x_s, B(x_{s-1}, stride 2), B(x_s)), where both maps are of the *previous* layer.
+
+    Args:
+        in_chs: Channels of the finer scale and of this one.
+        growth_chs: Channels that the two branches add together.
+        factors: Bottleneck factors of the two; a bottleneck takes the factor of the scale that it reads.
+    """
+
+    def __init__(self, in_chs: Sequence[int], growth_chs: int, factors: Sequence[int], **kwargs):
+        super().__init__()
+        half = growth_chs // 2
+        self.down = Bottleneck(in_chs[0], half, factors[0], stride=2, **kwargs)
+        self.own = Bottleneck(in_chs[1], growth_chs - half, factors[1], **kwargs)
+
+    def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
+        finer, x = maps
+        return torch.cat([x, self.down(finer), self.own(x)], 1)
+
+
+class ScaleLayer(nn.Module):
+    """One layer of the lattice (section 4, "Subsequent layers").
+
+    It computes the coarsest `out_scales` scales. If it reads a finer one than it computes, which is so where that one
+    is dropped, its finest scale has both branches as any other.
+
+    Args:
+        in_chs: Channels of each scale that is read, finest first.
+        growth_chs: Channels that the layer adds to each of these scales.
+        factors: Bottleneck factor of each of these scales.
+        out_scales: How many scales, coarsest last, are computed and handed on.
+    """
+
+    def __init__(
+            self,
+            in_chs: Sequence[int],
+            growth_chs: Sequence[int],
+            factors: Sequence[int],
+            out_scales: int,
+            **kwargs,
+    ):
+        super().__init__()
+        self.first_out = len(in_chs) - out_scales
+        self.scales = nn.ModuleList()
+        for s in range(self.first_out, len(in_chs)):
+            growth_type = FinestGrowth if s == 0 else CoarserGrowth
+            read = slice(max(0, s - 1), s + 1)
+            self.scales.append(growth_type(in_chs[read], growth_chs[s], factors[read], **kwargs))
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        maps: List[torch.Tensor] = []
+        for i, scale in enumerate(self.scales):
+            s = self.first_out + i
+            maps.append(scale(state[max(0, s - 1):s + 1]))
+        return maps
+
+
+class MSDNet(MultiScaleNet):
+    """MSDNet.
+
+    Args:
+        base_width: Width n of the first maps, in units of the scale factors.
+        growth: Growth g per layer, in units of the scale factors.
+        **kwargs: Arguments of `MultiScaleNet`.
+
+    Raises:
+        ValueError: a schedule or widths that no network can be built from.
+    """
+
+    stem_type = Stem
+    layer_type = ScaleLayer
+    finest_reduction = 1
+
+    def __init__(self, *, base_width: int = 16, growth: int = 6, **kwargs: Any):
+        super().__init__(base_width=base_width, growth=growth, **kwargs)
+
+    @staticmethod
+    def held_scales(active: Sequence[int]) -> Tuple[int, ...]:
+        """A layer reads what the one before computed.
+
+        The exits read the coarsest scale of layer L, that reads the two coarsest of layer L - 1, and so on: what is
+        finer than that is active by the schedule but reaches no exit, so it is not computed. Schedules that end with
+        one scale, as the published ones, have nothing of the kind.
+        """
+        held = (active[0], *active)
+        return tuple(min(scales, len(active) - layer + 1) for layer, scales in enumerate(held))
+
+    @staticmethod
+    def exit_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
+        return strided_convs(in_chs, width, **kwargs)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return cifar_cfg(
+        pool_size=(2, 2),
+        first_conv='stages.0.layers.0.convs.0.conv',
+        paper_ids='arXiv:1703.09844',
+        paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
+        **kwargs)
+
+
+default_cfgs = generate_default_cfgs({
+    'msdnet_cifar.cifar10': _cfg(name='msdnet_cifar.cifar10', num_exits=7),
+    'msdnet_cifar.cifar100': _cfg(name='msdnet_cifar.cifar100', num_exits=7),
+    'msdnet_cifar_budgeted.cifar10': _cfg(name='msdnet_cifar_budgeted.cifar10', num_exits=5),
+    'msdnet_cifar_budgeted.cifar100': _cfg(name='msdnet_cifar_budgeted.cifar100', num_exits=5),
+})
+
+
+def _create_msdnet(variant: str, pretrained: bool = False, **kwargs: Any) -> MSDNet:
+    out_indices = tuple(range(len(kwargs['steps'])))
+    return build_model_with_cfg(
+        MSDNet, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
+
+
+@register_model
+def msdnet_cifar(pretrained: bool = False, **kwargs: Any) -> MSDNet:
+    """The network for anytime prediction: 16 layers, 7 exits, 15 to 75 M MACs at 32x32."""
+    return _create_msdnet('msdnet_cifar', pretrained, **dict(dict(steps=(4, 2, 2, 2, 2, 2, 2)), **kwargs))
+
+
+@register_model
+def msdnet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> MSDNet:
+    """The network for budgeted batch classification: 15 layers, 5 exits, 7 to 58 M MACs at 32x32."""
+    return _create_msdnet('msdnet_cifar_budgeted', pretrained, **dict(dict(steps=(1, 2, 3, 4, 5)), **kwargs))

@@ -1,0 +1,416 @@
+#!/usr/bin/env python3
+"""Train a multi-exit network with timm's data, mixup, loss, optimizer, scheduler, EMA and checkpoint utilities.
+
+    python train_timm.py --config timm_multiexit/recipes/msfuse_cifar.cifar10.yaml --data-dir DATA --output RUNS
+    torchrun --nproc_per_node 2 train_timm.py ...
+
+Options carry timm's names; a YAML file given by --config sets their defaults and the command line overrides it. A run
+lives in OUTPUT/EXPERIMENT: the same command again with --resume auto goes on behind the last finished epoch and ends
+with the weights that the uninterrupted run would have had. When the schedule is done, `final/` there holds the weights
+(EMA if kept) as safetensors, with the recipe and the summary.
+"""
+import argparse
+import logging
+import os
+import random
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from timm.data import Mixup, create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import resume_task_checkpoint
+from timm.utils import (AverageMeter, CheckpointSaver, ParseKwargs, distribute_bn, init_distributed_device,
+                        setup_default_logging, unwrap_model, update_summary)
+from timm.utils.summary import trim_summary
+
+from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
+from timm_multiexit.errors import InputError
+from timm_multiexit.models import MultiExitNet
+from timm_multiexit.task import MultiExitTask, exit_accuracies
+
+_logger = logging.getLogger('train')
+AMP_DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with defaults for the options')
+    known, rest = config.parse_known_args(argv)
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[config])
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-dir', default='data', metavar='DIR', help='folder of the data set')
+    group.add_argument('--dataset', default='torch/cifar10', help="timm's name of the data set")
+    group.add_argument('--dataset-download', action='store_true', help='let torchvision fetch the data set')
+    group.add_argument('--validation-images', type=int, default=5000, metavar='N',
+                       help='training images held out by a fixed generator')
+    group.add_argument('--loader', choices=['memory', 'timm'], default='memory',
+                       help="whole data set on the device with batched augmentation, or timm's PIL pipeline")
+    group.add_argument('-j', '--workers', type=int, default=2, help='worker processes of the timm loader')
+    group.add_argument('-b', '--batch-size', type=int, default=256, help='images a batch and process')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='msfuse_cifar')
+    group.add_argument('--num-classes', type=int, default=None, help="default: the data set's")
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from these weights')
+    group.add_argument('--exit-weights', type=float, nargs='+', default=None, help='loss weight of each exit')
+    group.add_argument('--distill-weight', type=float, default=0., help='distillation from the last exit to the others')
+    group.add_argument('--distill-temperature', type=float, default=2.)
+
+    group = parser.add_argument_group('optimizer and schedule')
+    group.add_argument('--opt', default='nmuon', help="timm's name of the optimizer")
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, dest='opt_args')
+    group.add_argument('--lr', type=float, default=0.03)
+    group.add_argument('--momentum', type=float, default=0.95)
+    group.add_argument('--weight-decay', type=float, default=0.05, help='on tensors of two or more dimensions')
+    group.add_argument('--clip-grad', type=float, default=None, metavar='NORM')
+    group.add_argument('--sched', default='cosine', help="timm's name of the schedule; it steps on every update")
+    group.add_argument('--epochs', type=int, default=20)
+    group.add_argument('--warmup-epochs', type=int, default=1)
+    group.add_argument('--warmup-lr', type=float, default=1e-4)
+    group.add_argument('--min-lr', type=float, default=0.)
+    group.add_argument('--decay-rate', type=float, default=1., help='exponent, for the poly schedule')
+    group.add_argument('--decay-epochs', type=float, default=None)
+
+    group = parser.add_argument_group('augmentation and regularisation')
+    group.add_argument('--crop-padding', type=int, default=4, help='reflected border of the random crop, in pixels')
+    group.add_argument('--hflip', choices=['alternate', 'random', 'none'], default='alternate')
+    group.add_argument('--reprob', type=float, default=0., help='random erasing probability')
+    group.add_argument('--recount', type=int, default=1)
+    group.add_argument('--mixup', type=float, default=0.)
+    group.add_argument('--cutmix', type=float, default=0.)
+    group.add_argument('--mixup-prob', type=float, default=1.)
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5)
+    group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixup or cutmix from epoch N on')
+    group.add_argument('--smoothing', type=float, default=0.1)
+    group.add_argument('--drop', type=float, default=0., help='dropout before the classifiers')
+    group.add_argument('--model-ema', action='store_true')
+    group.add_argument('--model-ema-decay', type=float, default=0.998)
+    group.add_argument('--model-ema-warmup', action='store_true')
+
+    group = parser.add_argument_group('machine')
+    group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    group.add_argument('--threads', type=int, default=0, help='CPU threads, 0 for all')
+    group.add_argument('--amp', action='store_true', help='autocast')
+    group.add_argument('--amp-dtype', choices=sorted(AMP_DTYPES), default='bfloat16')
+    group.add_argument('--channels-last', action='store_true')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND')
+    group.add_argument('--torchcompile-mode', default=None)
+    group.add_argument('--seed', type=int, default=42)
+    group.add_argument('--benchmark', type=int, default=0, metavar='STEPS',
+                       help='time this many bare steps beside as many of the real loop, and stop')
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--output', default='output', metavar='DIR')
+    group.add_argument('--experiment', default='', help='sub-folder of the run; default: the model and data set')
+    group.add_argument('--resume', default='', metavar='FILE',
+                       help="checkpoint to go on from; 'auto': the run's last one if there is one")
+    group.add_argument('--log-interval', type=int, default=50, metavar='STEPS')
+    group.add_argument('--eval-interval', type=int, default=1, metavar='EPOCHS')
+    group.add_argument('--checkpoint-hist', type=int, default=1, help='best checkpoints to keep beside the last')
+
+    if known.config:
+        try:
+            settings = yaml.safe_load(Path(known.config).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"config '{known.config}' cannot be read: {error}")
+        names = {action.dest for action in parser._actions}
+        settings = {key.replace('-', '_'): value for key, value in settings.items()}
+        if unknown := sorted(set(settings) - names):
+            parser.error(f"config '{known.config}' sets unknown options: {', '.join(unknown)}")
+        parser.set_defaults(**settings)
+    args = parser.parse_args(rest)
+    args.config = known.config
+    args.sched_on_updates = True
+    args.experiment = args.experiment or f"{args.model}.{args.dataset.split('/')[-1]}".replace('/', '_')
+    return args
+
+
+def seed_epoch(seed: int, epoch: int, rank: int) -> None:
+    """All global generators from (seed, epoch, rank): nothing random needs to be stored to resume exactly."""
+    value = (seed * 1_000_003 + epoch) * 1009 + rank
+    random.seed(value)
+    np.random.seed(value % 2 ** 32)
+    torch.manual_seed(value)
+
+
+def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
+    model = timm.create_model(
+        args.model, num_classes=num_classes, drop_rate=args.drop, checkpoint_path=args.initial_checkpoint,
+        **args.model_kwargs)
+    if not isinstance(model, MultiExitNet):
+        raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
+    return model
+
+
+def create_loaders(args: argparse.Namespace, data_config: dict, device: torch.device):
+    """Training loader and validation loader; the validation images come under the test transform."""
+    mean, std = data_config['mean'], data_config['std']
+    common = dict(mean=mean, std=std, device=device)
+    source = (args.dataset, args.data_dir)
+    shards = dict(rank=args.rank, world_size=args.world_size)
+    # Without held-out images the test set stands in for the log, and chooses nothing: the last checkpoint is exported.
+    held_out = 'validation' if args.validation_images else 'test'
+    validation = load_images(*source, held_out, args.dataset_download, args.validation_images)
+    loader_eval = InMemoryLoader(*validation, 500, **common, **shards)
+    if args.loader == 'memory':
+        train = load_images(*source, 'train', args.dataset_download, args.validation_images)
+        return InMemoryLoader(
+            *train, args.batch_size, train=True, crop_padding=args.crop_padding, hflip=args.hflip, reprob=args.reprob,
+            recount=args.recount, seed=args.seed, **common, **shards), loader_eval
+    dataset = open_dataset(*source, train=True, download=args.dataset_download)
+    index = split_indices(len(dataset), args.validation_images)[0].tolist()
+    dataset.transform = None
+    subset = torch.utils.data.Subset(dataset, index)
+    subset.transform = None  # create_loader sets it; the subset passes images through to the data set
+    loader = create_loader(
+        subset, data_config['input_size'], args.batch_size, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25),
+        hflip=0. if args.hflip == 'none' else 0.5, re_prob=args.reprob, re_count=args.recount, mean=mean, std=std,
+        interpolation=data_config['interpolation'], num_workers=args.workers, distributed=args.distributed,
+        device=device, use_prefetcher=False, persistent_workers=args.workers > 0)
+    dataset.transform = subset.transform
+    return loader, loader_eval
+
+
+class Trainer:
+    """Everything a step needs, built once from the options."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = init_distributed_device(args)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if self.device.type == 'cuda':
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cuda.matmul.allow_tf32 = True
+        self.amp_dtype = AMP_DTYPES[args.amp_dtype] if args.amp else None
+        seed_epoch(args.seed, -1 % 2 ** 20, 0)  # the same initial weights on every process
+
+        num_classes = args.num_classes or count_classes(args)
+        model = create_network(args, num_classes)
+        self.data_config = resolve_data_config(model=model)
+        model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+        self.num_exits = model.num_exits
+
+        self.loader, self.loader_eval = create_loaders(args, self.data_config, self.device)
+        self.mixup = None
+        if args.mixup > 0. or args.cutmix > 0.:
+            self.mixup = Mixup(
+                mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
+                switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+                num_classes=num_classes)
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+        # While mixup is off its targets still come soft and smoothed, so one criterion serves the whole run.
+        loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
+        self.task = MultiExitTask(
+            model, args.exit_weights, args.distill_weight, args.distill_temperature, criterion_kwargs=loss,
+            device=self.device)
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        self.updates_per_epoch = len(self.loader)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+
+    def distribute(self) -> None:
+        """Wraps the network for several processes; after a checkpoint was loaded, so that all start from it."""
+        if self.args.distributed:
+            ids = [self.device] if self.device.type != 'cpu' else None
+            self.task.prepare_distributed(device_ids=ids)
+
+    def prepare(self, images: torch.Tensor, targets: torch.Tensor):
+        images, targets = images.to(self.device), targets.to(self.device)
+        if self.mixup is not None:
+            if len(images) % 2:  # mixup pairs images
+                images, targets = images[:-1], targets[:-1]
+            images, targets = self.mixup(images, targets)
+        return images, targets
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Forward, backward, update; returns the loss, left on the device."""
+        with torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16, enabled=bool(self.amp_dtype)):
+            loss = self.task(images, targets)['loss']
+        loss.backward()
+        if self.args.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.args.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def train_epoch(self, epoch: int) -> dict:
+        """One epoch; returns the mean loss, the rate in images/s over all processes and the learning rate."""
+        args = self.args
+        seed_epoch(args.seed, epoch, args.rank)
+        if hasattr(self.loader, 'set_epoch'):
+            self.loader.set_epoch(epoch)
+        elif args.distributed:
+            self.loader.sampler.set_epoch(epoch)
+        if self.mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+            self.mixup.mixup_enabled = False
+        self.task.train()
+        losses, seen, start = AverageMeter(), 0, time.perf_counter()
+        total = None
+        for index, (images, targets) in enumerate(self.loader):
+            images, targets = self.prepare(images, targets)
+            loss = self.step(images, targets)
+            update = epoch * self.updates_per_epoch + index + 1
+            self.task.update_ema(step=update)
+            self.scheduler.step_update(update)
+            seen += len(images) * args.world_size
+            total = loss if total is None else total + loss
+            if (index + 1) % args.log_interval == 0 or index + 1 == self.updates_per_epoch:
+                since = (index % args.log_interval) + 1
+                losses.update(total.item() / since, since)
+                total = None
+                if not np.isfinite(losses.val):
+                    raise InputError(f'the loss is {losses.val} in epoch {epoch}: use a smaller --lr')
+                rate = seen / (time.perf_counter() - start)
+                _logger.info(
+                    f'Train: {epoch} [{index + 1:>4d}/{self.updates_per_epoch}]  Loss: {losses.val:.4f} '
+                    f'({losses.avg:.4f})  {rate:.1f} images/s  LR: {self.optimizer.param_groups[0]["lr"]:.3e}')
+        if args.distributed:
+            distribute_bn(self.task.get_trainable_module(), args.world_size, reduce=True)
+        rate = seen / (time.perf_counter() - start)
+        return {'loss': losses.avg, 'images_per_s': round(rate, 1)}
+
+    def evaluate(self) -> dict:
+        """Top-1 accuracy in percent of every exit, and their mean, of the EMA if one is kept."""
+        network = self.task.get_trainable_module(ema=self.task.has_ema())
+        accuracies = exit_accuracies(network, self.loader_eval, self.amp_dtype).tolist()
+        metrics = {f'top1_exit{k + 1}': round(a, 3) for k, a in enumerate(accuracies)}
+        return {**metrics, 'top1_mean': round(sum(accuracies) / len(accuracies), 3)}
+
+
+def count_classes(args: argparse.Namespace) -> int:
+    _, targets = load_images(args.dataset, args.data_dir, 'test', args.dataset_download)
+    return int(targets.max()) + 1
+
+
+def benchmark(trainer: Trainer, steps: int) -> None:
+    """Images/s of the bare step on one fixed batch beside those of the real loop, in turns within one run."""
+    def endless():
+        while True:
+            yield from trainer.loader
+
+    batches = endless()
+    fixed = trainer.prepare(*next(batches))
+    trainer.task.train()
+    count = [0]
+
+    def synchronize():
+        if trainer.device.type == 'cuda':
+            torch.cuda.synchronize()
+
+    def bare():
+        trainer.step(*fixed)
+
+    def real():
+        count[0] += 1
+        trainer.step(*trainer.prepare(*next(batches)))
+        trainer.task.update_ema(step=count[0])
+        trainer.scheduler.step_update(1)
+
+    times = {bare: [], real: []}
+    for _ in range(3):
+        bare(), real()
+    for _ in range(steps):
+        for run in (bare, real):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            times[run].append(time.perf_counter() - start)
+    images = len(fixed[0]) * trainer.args.world_size
+    rates = [images / statistics.median(times[run]) for run in (bare, real)]
+    print(f'bare step on one fixed batch: {rates[0]:.1f} images/s')
+    print(f'real loop (loader, augmentation{", Mixup" if trainer.mixup else ""}'
+          f'{", EMA" if trainer.task.has_ema() else ""}): {rates[1]:.1f} images/s, {rates[1] / rates[0]:.3f} of it')
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """The final weights (EMA if kept) in half precision, the recipe and the summary; written beside and renamed."""
+    target, partial = folder / 'final', folder / 'final.partial'
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    network = unwrap_model(trainer.task.get_trainable_module(ema=trainer.task.has_ema()))
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / 'model.safetensors', {'format': 'pt'})
+    for name in ('recipe.yaml', 'summary.csv'):
+        shutil.copy(folder / name, partial / name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    _logger.info(f'Final weights: {target / "model.safetensors"}')
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    setup_default_logging()
+    trainer = Trainer(args)
+    if args.benchmark:
+        benchmark(trainer, args.benchmark)
+        return
+    folder = Path(args.output) / args.experiment
+    saver, start_epoch = None, 0
+    resume = args.resume
+    if resume == 'auto':
+        last = folder / 'last.pth.tar'
+        resume = str(last) if last.is_file() else ''
+    if resume:
+        try:
+            start_epoch = resume_task_checkpoint(trainer.task, resume, trainer.optimizer, log_info=args.rank == 0)
+            if trainer.task.has_ema():
+                ema = torch.load(resume, map_location='cpu', weights_only=False)['state_dict_ema']
+                trainer.task.load_checkpoint_state(ema, ema=True)
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            raise InputError(f"cannot resume from '{resume}' ({error}): is it this run's checkpoint?") from error
+    trainer.distribute()
+    trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
+    if args.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        skip = ('config', 'data_dir', 'output', 'resume', 'rank', 'world_size', 'local_rank', 'distributed', 'device',
+                'experiment', 'sched_on_updates', 'dataset_download', 'threads', 'benchmark')
+        recipe = {k: v for k, v in vars(args).items() if k not in skip}
+        (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe, sort_keys=False))
+        saver = CheckpointSaver(
+            unwrap_model(trainer.task.get_trainable_module()), trainer.optimizer, args=args, task=trainer.task,
+            checkpoint_dir=str(folder), max_history=args.checkpoint_hist)
+        if resume:
+            saver.load_state_dict_from_checkpoint(resume)
+        trim_summary(folder / 'summary.csv', start_epoch)
+        _logger.info(f'{args.model}: {len(trainer.loader)} batches of {args.batch_size} x {args.world_size}, epochs '
+                     f'{start_epoch} to {args.epochs - 1}, in {folder}')
+    for epoch in range(start_epoch, args.epochs):
+        train_metrics = trainer.train_epoch(epoch)
+        if (epoch + 1) % args.eval_interval and epoch + 1 < args.epochs:
+            eval_metrics = {}
+        else:
+            eval_metrics = trainer.evaluate()
+        if saver is None:
+            continue
+        if eval_metrics:
+            line = ' '.join(f'{v:.2f}' for k, v in eval_metrics.items() if k.startswith('top1_exit'))
+            _logger.info(f'Epoch {epoch}: top-1 per exit {line}  mean {eval_metrics["top1_mean"]:.2f}')
+        # The row first: a row of an epoch that is run again is dropped at resume, a missing one could not be made up.
+        update_summary(epoch, train_metrics, eval_metrics, folder / 'summary.csv',
+                       lr=trainer.optimizer.param_groups[0]['lr'])
+        saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))
+    if saver is not None:
+        export(trainer, folder)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(f'train_timm.py: error: {error}') from None
