@@ -12,6 +12,7 @@ with the weights that the uninterrupted run would have had. When the schedule is
 import argparse
 import logging
 import os
+import pickle
 import random
 import shutil
 import statistics
@@ -26,9 +27,17 @@ from safetensors.torch import save_file
 from timm.data import Mixup, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.task import resume_task_checkpoint
-from timm.utils import (AverageMeter, CheckpointSaver, ParseKwargs, distribute_bn, init_distributed_device,
-                        setup_default_logging, unwrap_model, update_summary)
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
+from timm.utils import (
+    AverageMeter,
+    CheckpointSaver,
+    ParseKwargs,
+    distribute_bn,
+    init_distributed_device,
+    setup_default_logging,
+    unwrap_model,
+    update_summary,
+)
 from timm.utils.summary import trim_summary
 
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
@@ -370,10 +379,10 @@ def main(argv=None) -> None:
         try:
             start_epoch = resume_task_checkpoint(trainer.task, resume, trainer.optimizer, log_info=args.rank == 0)
             if trainer.task.has_ema():
-                ema = torch.load(resume, map_location='cpu', weights_only=False)['state_dict_ema']
-                trainer.task.load_checkpoint_state(ema, ema=True)
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-            raise InputError(f"cannot resume from '{resume}' ({error}): is it this run's checkpoint?") from error
+                load_task_ema_checkpoint(trainer.task, resume)
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"cannot resume from '{resume}' ({reason}): is it this run's checkpoint?") from error
     trainer.distribute()
     trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
     if args.rank == 0:

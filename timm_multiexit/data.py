@@ -4,7 +4,7 @@ On two cores and on one fast GPU alike, decoding and augmenting image by image w
 Here the data set is one uint8 tensor on the training device and a batch is one gather.
 """
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class InMemoryLoader:
             reprob: float = 0.,
             recount: int = 1,
             seed: int = 0,
-            device: torch.device = torch.device('cpu'),
+            device: Union[str, torch.device] = 'cpu',
             rank: int = 0,
             world_size: int = 1,
     ):
@@ -155,7 +155,7 @@ class InMemoryLoader:
         self.train = train
         self.hflip = hflip
         self.seed = seed
-        self.device = device
+        self.device = device = torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         if train and len(self) == 0:

@@ -8,7 +8,8 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from timm.models import load_checkpoint, load_model_config_from_hf, load_model_config_from_path
+from timm.models import load_checkpoint, load_model_config_from_hf
+from timm.models._hub import load_model_config_from_path  # private: timm exports only the Hub's twin of it
 
 from .errors import InputError
 from .models import MultiExitNet
@@ -95,6 +96,8 @@ def require_weights(name: str) -> None:
     if ':' in name:
         return
     check_name(name)
+    if name.partition('.')[0] not in list_networks():
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
     trained = list_networks(pretrained=True)
     arch = name.partition('.')[0]
     if not (name in trained or ('.' not in name and any(t.partition('.')[0] == arch for t in trained))):

@@ -1,0 +1,155 @@
+"""train_timm.py as a user runs it: it learns, resumes bit for bit after a kill, and runs in several processes."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import PROJECT
+from safetensors.torch import load_file
+
+SCRIPT = PROJECT / 'train_timm.py'
+RECIPES = sorted((PROJECT / 'timm_multiexit' / 'recipes').glob('*.yaml'))
+
+
+@pytest.fixture(scope='module')
+def folder_dataset(tmp_path_factory, cifar_root) -> Path:
+    """Real CIFAR images as a folder data set: 440 for training, of two classes that differ, and 100 for testing."""
+    from torchvision.datasets import CIFAR10
+    root = tmp_path_factory.mktemp('images')
+    for split, train, per_class in (('train', True, 220), ('validation', False, 50)):
+        dataset = CIFAR10(cifar_root, train=train)
+        for target in (1, 6):
+            folder = root / split / dataset.classes[target]
+            folder.mkdir(parents=True)
+            chosen = [i for i, t in enumerate(dataset.targets) if t == target][:per_class]
+            for i in chosen:
+                dataset[i][0].save(folder / f'{i:05d}.png')
+    return root
+
+
+def command(data: Path, output: Path, *extra: str, epochs: int = 3):
+    return [
+        sys.executable, str(SCRIPT), '--data-dir', str(data), '--dataset', 'folder', '--output', str(output),
+        '--experiment', 'run', '--model-kwargs', 'steps=(1,1,1)', 'base_width=8', 'growth=4', 'head_width=16',
+        '--num-classes', '2', '--batch-size', '40', '--validation-images', '40', '--epochs', str(epochs),
+        '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '0.5', '--reprob', '0.25', '--drop',
+        '0.1', '--threads', '1', '--log-interval', '1', '--device', 'cpu', *extra]
+
+
+def train(*args, **kwargs) -> str:
+    done = subprocess.run(command(*args, **kwargs), capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def weights(output: Path):
+    checkpoint = torch.load(output / 'run' / 'last.pth.tar', map_location='cpu', weights_only=False)
+    return {**{k: v for k, v in checkpoint['state_dict'].items()},
+            **{f'ema.{k}': v for k, v in checkpoint['state_dict_ema'].items()}}
+
+
+def rows(output: Path):
+    with open(output / 'run' / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(folder_dataset, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp('whole')
+    train(folder_dataset, output)
+    return output
+
+
+def test_run_leaves_log_summary_and_final_weights(uninterrupted):
+    table = rows(uninterrupted)
+    assert [r['epoch'] for r in table] == ['0', '1', '2']
+    assert {f'eval_top1_exit{k}' for k in (1, 2, 3)} <= set(table[0])
+    assert all(0 <= float(r['eval_top1_exit3']) <= 100 for r in table)
+    assert float(table[-1]['train_loss']) < float(table[0]['train_loss'])
+    final = uninterrupted / 'run' / 'final'
+    state = load_file(final / 'model.safetensors')
+    model = timm.create_model('msfuse_cifar', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4, head_width=16)
+    model.load_state_dict(state)
+    assert state['stages.0.layers.0.conv1.conv.weight'].dtype == torch.float16
+    recipe = yaml.safe_load((final / 'recipe.yaml').read_text())
+    assert recipe['epochs'] == 3 and recipe['model'] == 'msfuse_cifar' and 'data_dir' not in recipe
+
+
+def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path):
+    process = subprocess.Popen(
+        command(folder_dataset, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=PROJECT)
+    for line in process.stderr:
+        if 'Train: 1 [   4/' in line:  # in the middle of the second epoch
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stderr.read()
+    assert process.wait() == -signal.SIGKILL
+    assert len(rows(tmp_path)) == 1
+    train(folder_dataset, tmp_path, '--resume', 'auto')
+    expected, resumed = weights(uninterrupted), weights(tmp_path)
+    assert expected.keys() == resumed.keys()
+    assert [k for k in expected if not torch.equal(expected[k], resumed[k])] == []
+    strip = [{k: v for k, v in r.items() if k != 'train_images_per_s'} for r in rows(tmp_path)]
+    assert strip == [{k: v for k, v in r.items() if k != 'train_images_per_s'} for r in rows(uninterrupted)]
+
+
+def test_two_processes(folder_dataset, tmp_path):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    done = subprocess.run(
+        launch + command(folder_dataset, tmp_path, '--batch-size', '20', epochs=2)[1:],
+        capture_output=True, text=True, cwd=PROJECT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    table = rows(tmp_path)
+    assert len(table) == 2
+    # Accuracies are over all 40 held-out images, each counted once.
+    assert all(float(r['eval_top1_exit1']) * 40 / 100 == pytest.approx(round(float(r['eval_top1_exit1']) * .4), abs=.01)
+               for r in table)
+
+
+def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
+    out = train(folder_dataset, tmp_path, '--loader', 'timm', '--workers', '0', '--distill-weight', '0.5',
+                '--exit-weights', '1', '2', '3', '--amp', '--channels-last', epochs=1)
+    assert 'Final weights' in out
+
+
+def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
+    out = train(folder_dataset, tmp_path, '--benchmark', '3')
+    assert 'bare step on one fixed batch' in out and 'real loop' in out
+
+
+@pytest.mark.parametrize('extra, message', [
+    (['--exit-weights', '1', '2'], 'exit weights'),
+    (['--model', 'resnet18'], 'has no exits'),
+    (['--resume', 'README.md'], 'cannot resume'),
+    (['--batch-size', '5000'], 'smaller --batch-size'),
+    (['--validation-images', '440'], 'hold out fewer'),
+])
+def test_bad_options_say_what_to_do(folder_dataset, tmp_path, extra, message):
+    args = command(folder_dataset, tmp_path, *extra)
+    if 'resnet18' in extra:
+        i = args.index('--model-kwargs')
+        del args[i:i + 5]
+    done = subprocess.run(args, capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1]
+
+
+def test_unknown_option_in_a_config(tmp_path):
+    (tmp_path / 'bad.yaml').write_text('learning-rate: 1\n')
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), '--config', str(tmp_path / 'bad.yaml')], capture_output=True, text=True)
+    assert done.returncode == 2 and 'learning_rate' in done.stderr
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
+def test_recipes_name_a_network_and_known_options(recipe):
+    sys.path.insert(0, str(PROJECT))
+    import train_timm
+    args = train_timm.parse_args(['--config', str(recipe)])
+    assert f"{args.model}.{args.dataset.split('/')[1]}" == recipe.stem
+    assert timm.is_model(args.model)
