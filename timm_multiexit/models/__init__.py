@@ -1,6 +1,9 @@
 """The architectures. Importing this package registers every one of them in timm's model registry."""
 from .base import ExitHead, MultiExitNet, Stage
+from .densenet_mc import DenseNetMC
 from .msdnet import MSDNet
 from .msfuse import MSFuse
+from .ranet import RANet
+from .resnet_mc import ResNetMC
 
-__all__ = ['ExitHead', 'MSDNet', 'MSFuse', 'MultiExitNet', 'Stage']
+__all__ = ['DenseNetMC', 'ExitHead', 'MSDNet', 'MSFuse', 'MultiExitNet', 'RANet', 'ResNetMC', 'Stage']

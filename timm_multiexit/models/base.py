@@ -10,7 +10,7 @@ network may stop after any exit, and may drop finished images by indexing every 
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, get_device_dtype
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # private, but every timm model with these methods uses it
 from torch import nn
@@ -33,6 +33,22 @@ class Stage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint(self.run_layers, state)
         return self.run_layers(state)
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        """Removes whatever only served other maps of the state that the stage gives.
+
+        A layer that hands on several maps has this method too; one without it maps the last map to the last one.
+
+        Args:
+            kept: Maps of the stage's output that are still needed, counted from the end: -1 is the last.
+
+        Returns:
+            Maps of the stage's input that are then needed, counted from the end.
+        """
+        for layer in reversed(self.layers):
+            kept = layer.keep_maps(kept) if hasattr(layer, 'keep_maps') else [-1]
+        return kept
 
 
 class ExitHead(ClassifierHead):
@@ -163,8 +179,10 @@ class MultiExitNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """New classifiers on every exit; `global_pool=None` keeps the pooling."""
         self.num_classes = num_classes
+        # A head may be left with no parameter of its own that would tell.
+        dd = get_device_dtype(self)
         for head in self.exits:
-            head.reset(num_classes, global_pool)
+            head.reset(num_classes, global_pool, **dd)
         self._read_head_sizes()
 
     def prune_intermediate_layers(
@@ -173,7 +191,7 @@ class MultiExitNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Drops the stages behind the deepest of `indices`, and the exits that are then not needed.
+        """Drops the stages behind the deepest of `indices`, what served only them, and the exits that are not needed.
 
         With `prune_head=False` the result is a working network that ends at that exit. With `prune_norm=True` the
         features end at the map that the exit would read, without the exit's own convolutions.
@@ -181,6 +199,9 @@ class MultiExitNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[:max_index + 1]
         self.exits = self.exits[:max_index + 1]
+        kept = [-1]
+        for stage in reversed(self.stages):
+            kept = sorted({*stage.keep_maps(kept), -1})  # its exit reads the last
         if prune_head or prune_norm:
             self.num_classes = 0
             for head in self.exits[:-1]:

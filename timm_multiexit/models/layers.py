@@ -1,6 +1,6 @@
 """Blocks that several of the architectures share."""
 import math
-from typing import Optional, Type
+from typing import Optional, Sequence, Set, Type
 
 import torch
 from timm.layers import ConvNormAct
@@ -44,6 +44,27 @@ def strided_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
         ConvNormAct(in_chs, width, 3, stride=2, **kwargs),
         ConvNormAct(width, width, 3, stride=2, **kwargs),
     )
+
+
+def chain_exits(num_resolutions: int, depth: int, exit_after: Sequence[int]) -> Set[int]:
+    """Which layers of a plain chain an exit follows, as in the MC (multi-classifier) baselines of the MSDNet paper.
+
+    Args:
+        num_resolutions: Resolutions of the chain.
+        depth: Layers at each resolution.
+        exit_after: Layers of each resolution that an exit follows, counted from 1.
+
+    Returns:
+        Numbers of the layers in the whole chain, counted from 1; the last layer is always one of them.
+
+    Raises:
+        ValueError: no layers, or an exit after a layer that a resolution does not have.
+    """
+    if num_resolutions < 1 or depth < 1:
+        raise ValueError(f'{num_resolutions} resolutions of {depth} layers: give at least one of each')
+    if any(not 1 <= layer <= depth for layer in exit_after):
+        raise ValueError(f'exits after layers {tuple(exit_after)} of each resolution: layers are numbered 1 to {depth}')
+    return {r * depth + layer for r in range(num_resolutions) for layer in exit_after} | {num_resolutions * depth}
 
 
 def init_weights(module: nn.Module, name: Optional[str] = None) -> None:

@@ -41,6 +41,11 @@ class Stem(nn.Module):
             maps.append(x)
         return maps[self.first_out:]
 
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.first_out = len(self.convs) + min(kept)
+        return [-1]
+
 
 class FinestGrowth(nn.Module):
     """The finest scale of a layer that drops none: concat(x_1, B(x_1)). Reads only its own scale."""
@@ -109,6 +114,14 @@ class ScaleLayer(nn.Module):
             s = self.first_out + i
             maps.append(scale(state[max(0, s - 1):s + 1]))
         return maps
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        dropped = len(self.scales) + min(kept)
+        self.scales = self.scales[dropped:]
+        # Its finest scale now may read a finer one that it does not compute; no more than that one is read.
+        self.first_out = min(1, self.first_out + dropped)
+        return list(range(min(kept) - self.first_out, 0))
 
 
 class MSDNet(MultiScaleNet):

@@ -49,6 +49,11 @@ class Stem(nn.Module):
             maps.append(x)
         return maps[self.first_out:]
 
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.first_out = len(self.down) + 1 + min(kept)
+        return [-1]
+
 
 class FusionLayer(nn.Module):
     """The paper's layer (section 2, "An improved fusion layer"): each scale reads what this layer gave the finer one.
@@ -90,6 +95,11 @@ class FusionLayer(nn.Module):
             y = torch.cat([x, down(y), own(x)], 1)
             maps.append(y)
         return maps[self.first_out:]
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.first_out = len(self.out_chs) + min(kept)
+        return list(range(-len(self.out_chs), 0))
 
 
 class MSFuse(MultiScaleNet):

@@ -6,7 +6,7 @@ https://arxiv.org/abs/1703.09844
 Each layer adds channels to the map of every scale. Towards the end fewer scales are active, since only the coarsest one
 is classified; where a scale is dropped, a transition thins the others.
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from timm.layers import ConvNormAct
@@ -28,6 +28,11 @@ class Transition(nn.Module):
         for i, conv in enumerate(self.convs):
             maps.append(conv(state[i]))
         return maps
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.convs = self.convs[min(kept):]
+        return list(range(min(kept), 0))
 
 
 def scale_schedule(num_layers: int, num_scales: int) -> Tuple[int, ...]:

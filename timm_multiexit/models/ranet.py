@@ -1,0 +1,406 @@
+"""RANet: sub-networks from coarse to fine images, each of which reads the maps of the one before.
+
+Paper: `Resolution Adaptive Networks for Efficient Inference`, Yang et al., CVPR 2020 -
+https://arxiv.org/abs/2003.07326
+
+Sub-network 0 works at the lowest resolution and answers first; the next ones start from finer maps and are run only
+for images that go on. All of them end at the resolution of the first one, where the exits are.
+"""
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ConvNormAct
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from ._cfgs import cifar_cfg
+from .base import ExitHead, MultiExitNet, Stage
+from .layers import Bottleneck, init_weights, strided_convs
+
+__all__ = ['RANet']
+
+
+def resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`x` resized bilinearly to the height and width of `like`, corners aligned."""
+    return F.interpolate(x, size=like.shape[-2:], mode='bilinear', align_corners=True)
+
+
+class Stem(nn.Module):
+    """The inputs of all sub-networks: one chain of 3x3 convolutions, from the last one's input to the first one's.
+
+    Maps [(B, in_chans, H, W)] to [(B, chs[i], H', W')], last sub-network first, as the chain gives them.
+
+    Args:
+        in_chans: Channels of the image.
+        chs: Channels of each sub-network's input, first sub-network first.
+        scales: Scale of each sub-network; a convolution strides where the scale falls.
+    """
+
+    def __init__(self, in_chans: int, chs: Sequence[int], scales: Sequence[int], **kwargs):
+        super().__init__()
+        self.first_out = 0
+        self.convs = nn.ModuleList()
+        prev_chs, prev_scale = in_chans, scales[-1]
+        for out_chs, scale in zip(chs[::-1], scales[::-1]):
+            self.convs.append(ConvNormAct(prev_chs, out_chs, 3, stride=2 ** (prev_scale - scale), **kwargs))
+            prev_chs, prev_scale = out_chs, scale
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        x = state[-1]
+        maps: List[torch.Tensor] = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return maps[self.first_out:]
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.first_out = len(self.convs) + min(kept)
+        return [-1]
+
+
+class FusionLayer(nn.Module):
+    """concat(x, B(low), B(x)), all at the size of the last term, which is half of x's if stride is 2.
+
+    Args:
+        in_chs: Channels of x.
+        low_chs: Channels of the lower sub-network's map.
+        growth: Channels of the two branches together.
+        compress: Share of the growth, rounded down, that the lower sub-network's branch gives.
+        factor: Bottleneck factor of this sub-network.
+        low_factor: Bottleneck factor of the lower sub-network.
+        stride: Stride of B(x).
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            low_chs: int,
+            growth: int,
+            compress: float,
+            factor: int,
+            low_factor: int,
+            stride: int,
+            **kwargs,
+    ):
+        super().__init__()
+        low_growth = int(growth * compress)
+        self.stride = stride
+        self.low = Bottleneck(low_chs, low_growth, low_factor, **kwargs)
+        self.own = Bottleneck(in_chs, growth - low_growth, factor, stride=stride, **kwargs)
+
+    def forward(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+        own = self.own(x)
+        if self.stride > 1:
+            x = resize_like(x, own)
+        return torch.cat([x, resize_like(self.low(low), own), own], 1)
+
+
+class BlockPlan(NamedTuple):
+    """What one block is, and where its maps stand in the state; see `plan_blocks`."""
+    net: int  # sub-network
+    index: int  # block of the sub-network
+    in_chs: int
+    layers_chs: int  # after the last layer
+    end_chs: int  # with what a fusion block's end adds
+    out_chs: int  # after the transition, if there is one
+    num_layers: int
+    growth: int
+    low: Optional['BlockPlan']  # the block of the lower sub-network that it reads; None for a plain block
+    down: bool
+    transition: bool
+    num_maps: int = 0  # maps of the state that the block gets
+    read: Tuple[int, ...] = ()  # maps of the state that the block reads
+    hand_on: Tuple[int, ...] = ()  # maps of the state and then of the block that make the next state
+
+
+class Block(nn.Module):
+    """A block of dense layers: reads some maps of the state and replaces those that nobody reads any more."""
+
+    def __init__(self, plan: BlockPlan):
+        super().__init__()
+        self.num_maps = plan.num_maps
+        self.read: List[int] = list(plan.read)
+        self.hand_on: List[int] = list(plan.hand_on)
+
+    def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        raise NotImplementedError
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        maps = state + self.forward_block([state[i] for i in self.read])
+        return [maps[i] for i in self.hand_on]
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        hand_on = [self.hand_on[i] for i in kept]
+        needed = sorted({*self.read, *(i for i in hand_on if i < self.num_maps)})
+        place = {i: place for place, i in enumerate(needed)}
+        # The block's own maps stand behind those of the state.
+        self.hand_on = [place[i] if i in place else i - self.num_maps + len(needed) for i in hand_on]
+        self.read = [place[i] for i in self.read]
+        from_end = [i - self.num_maps for i in needed]
+        self.num_maps = len(needed)
+        return from_end
+
+
+class PlainBlock(Block):
+    """Layers concat(x, B(x)). An exit follows each of these blocks."""
+
+    def __init__(self, plan: BlockPlan, factors: Sequence[int], **kwargs):
+        super().__init__(plan)
+        self.layers = nn.ModuleList([
+            Bottleneck(plan.in_chs + i * plan.growth, plan.growth, factors[plan.net], **kwargs)
+            for i in range(plan.num_layers)
+        ])
+
+    def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        x = maps[0]
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return [x]  # what the next block, the upper sub-network and the exit read
+
+
+class FusionBlock(Block):
+    """Fusion layers that read the layers of the lower sub-network's block of the same index, and an end.
+
+    Layer i reads what layer i of the lower block reads. Since the layers are dense, that is a prefix of the channels of
+    the lower block's map, so that one map stands for the inputs of all layers; of a down block two maps do: the last
+    one before the halving, and the one after.
+
+    At the end, a 1x1 convolution of what the lower block's last layer gives is concatenated; then follows the
+    transition, if any. In a down block the last layer has stride 2.
+    """
+
+    def __init__(self, plan: BlockPlan, compress: float, factors: Sequence[int], **kwargs):
+        super().__init__(plan)
+        low, self.down = plan.low, plan.down
+        self.low_chs: List[int] = [low.in_chs + i * low.growth for i in range(plan.num_layers)]
+        self.layers = nn.ModuleList()
+        for i in range(plan.num_layers):
+            stride = 2 if plan.down and i == plan.num_layers - 1 else 1
+            self.layers.append(FusionLayer(
+                plan.in_chs + i * plan.growth, self.low_chs[i], plan.growth, compress, factors[plan.net],
+                factors[low.net], stride, **kwargs))
+        self.end = ConvNormAct(low.layers_chs, plan.end_chs - plan.layers_chs, 1, **kwargs)
+        self.transition = ConvNormAct(plan.end_chs, plan.out_chs, 1, **kwargs) if plan.transition else None
+
+    def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        x, low, low_last = maps[0], maps[1], maps[-1]
+        before = x
+        for i, layer in enumerate(self.layers):
+            before = x
+            x = layer(x, low[:, :self.low_chs[i]])
+        # The next block reads the end, the upper sub-network what comes before it.
+        out = torch.cat([x, resize_like(self.end(low_last), x)], 1)
+        if self.transition is not None:
+            out = self.transition(out)
+        if self.down:
+            return [before, x, out]
+        return [x, out]
+
+
+def plan_blocks(
+        scales: Sequence[int],
+        block_layers: Sequence[int],
+        exits_per_net: int,
+        base_width: int,
+        growth: int,
+        width_factors: Sequence[int],
+        compress: float,
+        reduction: float,
+) -> List[BlockPlan]:
+    """The blocks of all sub-networks in the order in which they run.
+
+    Sub-network i of `scales` s_i has (i + 1) * exits_per_net blocks. All but the last exits_per_net are fusion blocks.
+    The s_i - 1 down blocks are every exits_per_net-th fusion block, counted from the last. The s_i - 1 transitions
+    split the blocks into s_i equal parts, rounded down.
+    """
+    plans: List[BlockPlan] = []
+    for net, scale in enumerate(scales):
+        num_blocks = (net + 1) * exits_per_net
+        num_fusion = net * exits_per_net
+        downs = [num_fusion - j * exits_per_net - 1 for j in range(scale - 1)]
+        transitions = [j * num_blocks // scale - 1 for j in range(1, scale)]
+        lower = [plan for plan in plans if plan.net == net - 1]
+        chs, g = base_width * width_factors[net], growth * width_factors[net]
+        for index in range(num_blocks):
+            low = lower[index] if index < num_fusion else None
+            layers_chs = chs + block_layers[index] * g
+            end_chs = layers_chs if low is None else layers_chs + int(layers_chs * compress)
+            out_chs = max(1, int(end_chs * reduction)) if index in transitions else end_chs
+            plans.append(BlockPlan(
+                net, index, chs, layers_chs, end_chs, out_chs, block_layers[index], g, low, index in downs,
+                index in transitions))
+            chs = out_chs
+    return _plan_state(plans, len(scales))
+
+
+def _plan_state(plans: Sequence[BlockPlan], num_nets: int) -> List[BlockPlan]:
+    """Fills in the last three fields: a map is handed on as long as a later block or this block's exit reads it."""
+    def maps_of(plan: BlockPlan) -> List[Tuple]:
+        """Names of the maps that the upper sub-network reads."""
+        return [(plan.net, plan.index, name) for name in (('before', 'last') if plan.down else ('last',))]
+
+    def out_of(plan: BlockPlan) -> Tuple:
+        return (plan.net, plan.index, 'last' if plan.low is None else 'out')
+
+    reads, writes = [], []
+    for i, plan in enumerate(plans):
+        x = (plan.net, 'input') if plan.index == 0 else out_of(plans[i - 1])
+        reads.append([x] + (maps_of(plan.low) if plan.low is not None else []))
+        writes.append(maps_of(plan) + ([] if plan.low is None else [out_of(plan)]))
+
+    state: List[Tuple] = [(net, 'input') for net in reversed(range(num_nets))]
+    planned = []
+    for i, plan in enumerate(plans):
+        needed = {name for later in reads[i + 1:] for name in later}
+        if plan.low is None:
+            needed.add(out_of(plan))
+        names = state + writes[i]
+        hand_on = tuple(j for j, name in enumerate(names) if name in needed)
+        read = tuple(state.index(name) for name in reads[i])
+        planned.append(plan._replace(num_maps=len(state), read=read, hand_on=hand_on))
+        state = [names[j] for j in hand_on]
+    return planned
+
+
+class RANet(MultiExitNet):
+    """RANet.
+
+    Args:
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the image.
+        global_pool: timm's pooling type, '' for none.
+        scales: Scale of each sub-network's input, 1 for the coarsest. Starts with 1 and grows by at most 1.
+        block_layers: Layers in block 1, 2, ... of any sub-network; as many as the last sub-network has blocks.
+        exits_per_net: Exits of each sub-network, and by how many blocks each has more than the one before.
+        base_width: Channels of a sub-network's input, times its width factor.
+        growth: Growth per layer, times the width factor.
+        width_factors: Width factor of each sub-network.
+        bottleneck_factors: Bottleneck factor of each sub-network; None for the width factors.
+        compress: Share of a fusion block's growth and end that comes from the lower sub-network.
+        reduction: Share of the width that a transition keeps.
+        head_width: Channels of an exit's convolutions.
+        drop_rate: Dropout before the classifiers.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+
+    Raises:
+        ValueError: scales, blocks or widths that no network can be built from.
+    """
+
+    def __init__(
+            self,
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            scales: Sequence[int] = (1, 2, 3, 3),
+            block_layers: Sequence[int] = (4, 4, 4, 4, 4, 4, 4, 4),
+            exits_per_net: int = 2,
+            base_width: int = 16,
+            growth: int = 6,
+            width_factors: Sequence[int] = (4, 2, 1, 1),
+            bottleneck_factors: Optional[Sequence[int]] = None,
+            compress: float = 0.25,
+            reduction: float = 0.5,
+            head_width: int = 128,
+            drop_rate: float = 0.,
+            act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
+            norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        factors = width_factors if bottleneck_factors is None else bottleneck_factors
+        check_networks(
+            scales, block_layers, exits_per_net, base_width, growth, width_factors, factors, compress, reduction)
+        plans = plan_blocks(
+            scales, block_layers, exits_per_net, base_width, growth, width_factors, compress, reduction)
+
+        layers: List[nn.Module] = [Stem(in_chans, [base_width * f for f in width_factors], scales, **kwargs)]
+        stages, exits, feature_info = [], [], []
+        for plan in plans:
+            if plan.low is not None:
+                layers.append(FusionBlock(plan, compress, factors, **kwargs))
+                continue
+            layers.append(PlainBlock(plan, factors, **kwargs))
+            feature_info.append(dict(
+                num_chs=plan.out_chs, reduction=2 ** (scales[-1] - 1), module=f'stages.{len(stages)}'))
+            stages.append(Stage(layers))
+            layers = []
+            exits.append(ExitHead(
+                strided_convs(plan.out_chs, head_width, **kwargs), plan.out_chs, head_width, num_classes, global_pool,
+                drop_rate, device=device, dtype=dtype))
+        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+        self.apply(init_weights)
+
+
+def check_networks(
+        scales: Sequence[int],
+        block_layers: Sequence[int],
+        exits_per_net: int,
+        base_width: int,
+        growth: int,
+        width_factors: Sequence[int],
+        bottleneck_factors: Sequence[int],
+        compress: float,
+        reduction: float,
+) -> None:
+    """Raises ValueError, with one line that says what to do, for numbers that no RANet can be built from."""
+    if not scales or scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales[:-1], scales[1:])):
+        raise ValueError(
+            f'scales={tuple(scales)}: begin with 1, and let each sub-network have the scale of the one before or one '
+            'more')
+    if exits_per_net < 1 or len(block_layers) != exits_per_net * len(scales) or min(block_layers) < 1:
+        raise ValueError(
+            f'block_layers={tuple(block_layers)} for {len(scales)} sub-networks and exits_per_net={exits_per_net}: the '
+            'last sub-network has their product of blocks; give each one layer or more')
+    for name, factors in (('width_factors', width_factors), ('bottleneck_factors', bottleneck_factors)):
+        if len(factors) != len(scales) or min(factors) < 1:
+            raise ValueError(
+                f'{name}={tuple(factors)} for {len(scales)} sub-networks: give a factor of 1 or more for each')
+    if base_width < 1 or growth < 1:
+        raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
+    if not 0 < compress < 1 or growth * min(width_factors[1:], default=growth) * compress < 1:
+        raise ValueError(
+            f'compress={compress} with growth={growth}: it must be a share in (0, 1) that leaves every fusion layer at '
+            'least one channel of the lower sub-network')
+    if not 0 < reduction <= 1:
+        raise ValueError(f'reduction={reduction}: a transition keeps a share of the width in (0, 1]')
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return cifar_cfg(
+        pool_size=(2, 2),
+        first_conv='stages.0.layers.0.convs.0.conv',
+        paper_ids='arXiv:2003.07326',
+        paper_name='Resolution Adaptive Networks for Efficient Inference',
+        **kwargs)
+
+
+default_cfgs = generate_default_cfgs({
+    'ranet_cifar.cifar10': _cfg(name='ranet_cifar.cifar10', num_exits=8),
+    'ranet_cifar.cifar100': _cfg(name='ranet_cifar.cifar100', num_exits=8),
+    'ranet_cifar_budgeted.cifar10': _cfg(name='ranet_cifar_budgeted.cifar10', num_exits=6),
+    'ranet_cifar_budgeted.cifar100': _cfg(name='ranet_cifar_budgeted.cifar100', num_exits=6),
+})
+
+
+def _create_ranet(variant: str, pretrained: bool = False, **kwargs: Any) -> RANet:
+    out_indices = tuple(range(len(kwargs['scales']) * kwargs.get('exits_per_net', 2)))
+    return build_model_with_cfg(
+        RANet, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
+
+
+@register_model
+def ranet_cifar(pretrained: bool = False, **kwargs: Any) -> RANet:
+    """Scales 1-2-3-3, 4 layers in every block: 8 exits, 16 to 94 M MACs at 32x32."""
+    return _create_ranet('ranet_cifar', pretrained, **dict(dict(scales=(1, 2, 3, 3)), **kwargs))
+
+
+@register_model
+def ranet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> RANet:
+    """Scales 1-2-3, 2k layers in block k: 6 exits, 8 to 59 M MACs at 32x32."""
+    args = dict(scales=(1, 2, 3), block_layers=(2, 4, 6, 8, 10, 12), width_factors=(4, 2, 1))
+    return _create_ranet('ranet_cifar_budgeted', pretrained, **dict(args, **kwargs))

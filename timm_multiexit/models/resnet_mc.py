@@ -1,0 +1,147 @@
+"""ResNet^MC: the CIFAR ResNet with several classifiers, a baseline of the MSDNet paper.
+
+Papers: `Multi-Scale Dense Networks for Resource Efficient Image Classification`, Huang et al., ICLR 2018 -
+https://arxiv.org/abs/1703.09844 (the exits); `Deep Residual Learning for Image Recognition`, He et al., CVPR 2016 -
+https://arxiv.org/abs/1512.03385 (the network, section 4.2)
+
+Left open by the papers, and chosen here:
+
+* The head. Global average pooling and a linear classifier, as the network's own. The two strided convolutions of
+  MSDNet's exits would cost 14 M MACs at 32x32, three quarters of the four blocks between two exits.
+* How a resolution begins. If the strided convolution also doubles the width, as He et al. have it, the network costs
+  139.7 M MACs; the papers' figures end at about 135 M. If it keeps the width and the block's second convolution doubles
+  it, the cost is 136.1 M. The latter is the default, `narrow_stride=False` is the former.
+* The shortcut where the shape changes: subsampled and filled up with zeros, He et al.'s option A for CIFAR.
+"""
+from typing import Any, Dict, List, Sequence, Type, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ConvNormAct, create_act_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from ._cfgs import cifar_cfg
+from .base import ExitHead, MultiExitNet, Stage
+from .layers import chain_exits, init_weights
+
+__all__ = ['ResNetMC']
+
+
+class Stem(nn.Module):
+    """3x3 convolution: [(B, in_chans, H, W)] to [(B, width, H, W)]."""
+
+    def __init__(self, in_chans: int, width: int, **kwargs):
+        super().__init__()
+        self.conv = ConvNormAct(in_chans, width, 3, **kwargs)
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        return [self.conv(state[-1])]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: [(B, in_chs, H, W)] to [(B, out_chs, H / stride, W / stride)]."""
+
+    def __init__(self, in_chs: int, mid_chs: int, out_chs: int, stride: int, act_layer, **kwargs):
+        super().__init__()
+        self.stride = stride
+        self.pad_chs = out_chs - in_chs
+        self.conv1 = ConvNormAct(in_chs, mid_chs, 3, stride=stride, act_layer=act_layer, **kwargs)
+        self.conv2 = ConvNormAct(mid_chs, out_chs, 3, apply_act=False, act_layer=act_layer, **kwargs)
+        self.act = create_act_layer(act_layer)
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        x = state[-1]
+        shortcut = x
+        if self.stride > 1:
+            shortcut = shortcut[:, :, ::self.stride, ::self.stride]
+        if self.pad_chs > 0:
+            shortcut = F.pad(shortcut, [0, 0, 0, 0, 0, self.pad_chs])
+        return [self.act(shortcut + self.conv2(self.conv1(x)))]
+
+
+class ResNetMC(MultiExitNet):
+    """ResNet^MC of 2 * len(widths) * depth + 2 layers.
+
+    Args:
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the image.
+        global_pool: timm's pooling type, '' for none.
+        widths: Channels at each resolution; each resolution has half the size of the one before.
+        depth: Basic blocks at each resolution.
+        exit_after: Blocks of each resolution that an exit follows, counted from 1; the last block always has one.
+        narrow_stride: Whether the strided convolution that begins a resolution keeps the width of the one before.
+        drop_rate: Dropout before the classifiers.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+
+    Raises:
+        ValueError: falling widths, no blocks, or an exit after a block that a resolution does not have.
+    """
+
+    def __init__(
+            self,
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            widths: Sequence[int] = (16, 32, 64),
+            depth: int = 10,
+            exit_after: Sequence[int] = (4, 8),
+            narrow_stride: bool = True,
+            drop_rate: float = 0.,
+            act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
+            norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        with_exit = chain_exits(len(widths), depth, exit_after)
+        if min(widths) < 1 or list(widths) != sorted(widths):
+            raise ValueError(f'widths={tuple(widths)}: the shortcuts need widths of 1 or more that do not fall')
+
+        chs = widths[0]
+        layers: List[nn.Module] = [Stem(in_chans, chs, **kwargs)]
+        stages, exits, feature_info = [], [], []
+        for number in range(1, len(widths) * depth + 1):
+            resolution, index = divmod(number - 1, depth)
+            width = widths[resolution]
+            stride = 2 if resolution > 0 and index == 0 else 1
+            mid_chs = chs if narrow_stride and stride > 1 else width
+            layers.append(BasicBlock(chs, mid_chs, width, stride, **kwargs))
+            chs = width
+            if number in with_exit:
+                feature_info.append(dict(num_chs=chs, reduction=2 ** resolution, module=f'stages.{len(stages)}'))
+                stages.append(Stage(layers))
+                layers = []
+                exits.append(ExitHead(
+                    nn.Identity(), chs, chs, num_classes, global_pool, drop_rate, device=device, dtype=dtype))
+        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+        self.apply(init_weights)
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return cifar_cfg(
+        pool_size=(8, 8),
+        first_conv='stages.0.layers.0.conv.conv',
+        paper_ids='arXiv:1703.09844',
+        paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
+        **kwargs)
+
+
+default_cfgs = generate_default_cfgs({
+    'resnet62_mc_cifar.cifar10': _cfg(name='resnet62_mc_cifar.cifar10', num_exits=7),
+    'resnet62_mc_cifar.cifar100': _cfg(name='resnet62_mc_cifar.cifar100', num_exits=7),
+})
+
+
+def _create_resnet_mc(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetMC:
+    out_indices = tuple(range(len(chain_exits(len(kwargs['widths']), kwargs['depth'], kwargs['exit_after']))))
+    return build_model_with_cfg(
+        ResNetMC, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
+
+
+@register_model
+def resnet62_mc_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetMC:
+    """62 layers, exits after block 4 and 8 of each resolution and at the end: 7 exits, 19 to 136 M MACs at 32x32."""
+    args = dict(widths=(16, 32, 64), depth=10, exit_after=(4, 8))
+    return _create_resnet_mc('resnet62_mc_cifar', pretrained, **dict(args, **kwargs))
