@@ -8,10 +8,11 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from timm.models import load_checkpoint, load_model_config_from_hf
+from timm.models import load_checkpoint
 from timm.models._hub import load_model_config_from_path  # private: timm exports only the Hub's twin of it
 
 from .errors import InputError
+from .hub_files import CONFIG_FILE, WEIGHTS_FILE, hub_file
 from .models import MultiExitNet
 
 _LOAD_ERRORS = (
@@ -47,10 +48,14 @@ def load_model(
         InputError: unknown name or tag, no exits, no weights, or weights that cannot be read or do not fit.
     """
     check_name(name)
+    if not checkpoint:
+        _require_safetensors(name)
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
     try:
         model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
     except _LOAD_ERRORS as error:
+        if ':' in name and ('size mismatch' in str(error) or 'Missing key' in str(error)):
+            raise InputError(f"the weights of '{name}' do not fit the network that its {CONFIG_FILE} names") from error
         raise InputError(f"network '{name}' cannot be loaded: {_first_line(error)}") from error
     if not isinstance(model, MultiExitNet):
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
@@ -64,7 +69,7 @@ def check_name(name: str) -> None:
         source, _, place = name.partition(':')
         try:
             if source == 'hf-hub':
-                arch = load_model_config_from_hf(place)[1]
+                arch = load_model_config_from_path(hub_file(place, CONFIG_FILE).parent)[1]
             elif source == 'local-dir':
                 arch = load_model_config_from_path(place)[1]
             else:
@@ -72,7 +77,7 @@ def check_name(name: str) -> None:
         except _LOAD_ERRORS as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"'{name}' cannot be read: {_first_line(error)}") from error
+            raise InputError(f"'{name}' cannot be read, {CONFIG_FILE}: {_first_line(error)}") from error
         if not timm.is_model(arch):
             raise InputError(f"'{name}' holds a '{arch}', which this version does not know")
         return
@@ -104,6 +109,30 @@ def require_weights(name: str) -> None:
         raise InputError(
             f"there are no trained weights for '{name}' yet: pass --checkpoint FILE, or choose one of "
             f"{', '.join(trained) or 'none so far'}")
+
+
+def _require_safetensors(name: str) -> None:
+    """Checks that 'hf-hub:' and 'local-dir:' weights come as safetensors: timm would fall back to a pickle.
+
+    Raises:
+        InputError: they do not, or arrived damaged.
+    """
+    source, colon, place = name.partition(':')
+    if not colon:
+        return
+    if source == 'hf-hub':
+        cfg = load_model_config_from_path(hub_file(place, CONFIG_FILE).parent)[0]
+        filename = cfg.get('hf_hub_filename') or WEIGHTS_FILE
+        if filename.endswith('.safetensors'):
+            hub_file(place, filename)
+            return
+    else:
+        filename = WEIGHTS_FILE
+        if (Path(place) / WEIGHTS_FILE).is_file():
+            return
+    raise InputError(
+        f"'{name}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; ask its owner for "
+        'safetensors')
 
 
 def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:

@@ -8,11 +8,11 @@ from ..errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import classify, costs
+    from . import benchmark, calibrate, classify, costs, evaluate
     parser = argparse.ArgumentParser(
         prog='timm-multiexit', description='Multi-exit image classifiers: classify, costs, and when to stop.')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for module in (classify, costs):
+    for module in (classify, costs, evaluate, calibrate, benchmark):
         module.add_parser(subparsers)
     return parser
 
@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Runs a subcommand; returns the exit code: 0, or 2 for bad input."""
+    """Runs a subcommand; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
     args = build_parser().parse_args(argv)
     try:
@@ -34,6 +34,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except InputError as error:
         print(f'timm-multiexit: error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # files are written beside and renamed: nothing is left half done
+        print('interrupted', file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader (head, less) has seen enough
         sys.stderr.close()
         return 0

@@ -1,0 +1,269 @@
+"""`timm-multiexit benchmark MODEL`: time on this machine, of each exit and of policies against the full network."""
+import argparse
+import json
+import platform
+import statistics
+import time
+from dataclasses import replace
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from timm.data import resolve_data_config
+from tqdm import tqdm
+
+from ..costs import ExitCosts, exit_costs, format_macs, parse_macs
+from ..data import load_images, normalize
+from ..errors import InputError
+from ..files import write_json
+from ..loading import load_model, require_weights
+from ..optimize import ENGINES, make_engine
+from ..policy import NEVER, ExitPolicy
+from ..runner import EarlyExitRunner
+from . import add_model_options
+from .evaluate import default_dataset
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        'benchmark', help='time of each exit, and of policies against the full network',
+        description='Measures time at batch 1 and at a large batch: of each exit alone, and, with --data-dir, of real '
+                    'test images under policies against the full network (all stages, only the last head; BN folded '
+                    'on both sides). Everything takes turns in one run, so that ratios hold.')
+    parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
+    add_model_options(parser)
+    parser.add_argument('--data-dir', default='', metavar='DIR', help='folder of the data set, for policies')
+    parser.add_argument('--dataset', default='', metavar='NAME',
+                        help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
+    parser.add_argument('--average-budget', nargs='+', default=[], metavar='MACS',
+                        help='average multiply-adds an image, one or more: measures the policies stored with the '
+                             'weights (default: half of the full cost)')
+    parser.add_argument('--policy', nargs='+', default=[], metavar='FILE', help='policies saved as JSON')
+    parser.add_argument('--engine', choices=ENGINES, default='auto',
+                        help='onnx: onnxruntime, CPU only; auto: that if it is installed, else torch '
+                             '(default: %(default)s)')
+    parser.add_argument('--images', type=int, default=2000, metavar='N', help='test images (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=256, metavar='N', help='the large batch')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='how often each is measured')
+    parser.add_argument('--threads', type=int, default=None, metavar='N', help='CPU threads (default: all cores)')
+    parser.add_argument('--json', action='store_true', help='for programs: one object')
+    parser.add_argument('--output', default='', metavar='FILE', help='also write that object to a file')
+    parser.set_defaults(run=run)
+
+
+def spread(values: Sequence[float], digits: int = 4) -> Dict[str, float]:
+    """Median, least and greatest."""
+    return dict(
+        median=round(statistics.median(values), digits), min=round(min(values), digits),
+        max=round(max(values), digits))
+
+
+def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.device, label: str) -> Dict[Any, list]:
+    """Seconds of each task in each round. In every round all tasks run once, each time beginning with another.
+
+    Args:
+        tasks: Run once before, so that nothing is set up in the measured time.
+        rounds: How often.
+        device: Waited for if it is a GPU.
+        label: Of the progress bar.
+    """
+    names = list(tasks)
+    times = {name: [] for name in names}
+    with tqdm(total=(rounds + 1) * len(names), desc=label, leave=False, disable=None) as progress:
+        for number in range(-1, rounds):
+            shift = max(number, 0) % len(names)
+            for name in names[shift:] + names[:shift]:
+                start = time.perf_counter()
+                tasks[name]()
+                if device.type == 'cuda':
+                    torch.cuda.synchronize(device)
+                if number >= 0:
+                    times[name].append(time.perf_counter() - start)
+                progress.update()
+    return times
+
+
+def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes: int = 20) -> List[Dict[str, Any]]:
+    """Time of the answer of each exit when no earlier exit is asked, on random images.
+
+    Args:
+        engine: See `optimize.make_engine`.
+        costs: Of the exits.
+        batch_size: The large batch.
+        rounds: How often.
+        passes: Forward passes a round at batch 1.
+    """
+    runners = []
+    for k in range(engine.num_exits):
+        thresholds = [NEVER] * engine.num_exits
+        thresholds[k] = 0.
+        runners.append(EarlyExitRunner(engine, ExitPolicy(thresholds, (1.,) * engine.num_exits), costs=costs))
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(batch_size, *costs.input_size, generator=generator).to(engine.device)
+    one = batch[:1]
+    singles = take_turns(
+        {k: lambda r=r: [r.run(one) for _ in range(passes)] for k, r in enumerate(runners)}, rounds, engine.device,
+        'exits, batch 1')
+    batches = take_turns(
+        {k: lambda r=r: r.run(batch, batch_size) for k, r in enumerate(runners)}, rounds, engine.device,
+        f'exits, batch {batch_size}')
+    return [
+        dict(exit=k + 1, macs=costs.macs[k], ms_batch_1=spread([1e3 * t / passes for t in singles[k]]),
+             images_per_s=spread([batch_size / t for t in batches[k]], 1))
+        for k in range(engine.num_exits)
+    ]
+
+
+def measure_policies(
+        engine,
+        costs: ExitCosts,
+        policies: Sequence[ExitPolicy],
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        batch_size: int,
+        rounds: int,
+) -> Dict[str, Any]:
+    """Wall time of the same images under each policy and through the full network.
+
+    Args:
+        engine: See `optimize.make_engine`; all sides share it.
+        costs: Of the exits.
+        policies: The policies.
+        images: Normalised, (N, C, H, W).
+        targets: int64 (N,).
+        batch_size: The large batch.
+        rounds: How often.
+
+    Returns:
+        What the full network and each policy took, and the ratios, round by round.
+    """
+    last = engine.num_exits - 1
+    full = replace(policies[0], thresholds=(NEVER,) * last + (0.,))
+    runners = [EarlyExitRunner(engine, p, costs=costs) for p in (full, *policies)]
+    images = images.to(engine.device)
+    singles = images.split(1)
+    times = {
+        1: take_turns({i: lambda r=r: [r.run(x) for x in singles] for i, r in enumerate(runners)}, rounds,
+                      engine.device, 'policies, batch 1'),
+        batch_size: take_turns({i: lambda r=r: r.run(images, batch_size) for i, r in enumerate(runners)}, rounds,
+                               engine.device, f'policies, batch {batch_size}'),
+    }
+    rows = []
+    for i, runner in enumerate(runners):
+        result = runner.run(images, batch_size)
+        row = dict(
+            budget=runner.policy.budget if i else None, average_macs=round(result.average_macs),
+            accuracy=round(result.accuracy(targets), 2),
+            exit_shares=[round(s, 4) for s in result.exit_shares(engine.num_exits)],
+            heads=[k + 1 for _, k in runner.segments])
+        for size, name in ((1, 'batch_1'), (batch_size, f'batch_{batch_size}')):
+            own, whole = times[size][i], times[size][0]
+            row[name] = dict(
+                ms_per_image=spread([1e3 * t / len(images) for t in own]),
+                images_per_s=spread([len(images) / t for t in own], 1),
+                share_of_full_time=spread([a / b for a, b in zip(own, whole)], 3))
+        rows.append(row)
+    return dict(images=len(images), full=rows[0], policies=rows[1:])
+
+
+def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy]:
+    """The policies that the options name.
+
+    Raises:
+        InputError: none are stored, one for another network, or a budget that cannot be kept.
+    """
+    policies = [ExitPolicy.load(path) for path in args.policy]
+    budgets = [parse_macs(b) for b in args.average_budget]
+    if not policies and not budgets:
+        budgets = [costs.macs[-1] / 2]
+    if budgets:
+        from ..store import load_exit_config
+        config = load_exit_config(args.model, args.checkpoint)
+        policies += [config.policy_for(b) for b in budgets]
+    for policy in policies:
+        policy.check_exits(len(costs.macs))
+    return policies
+
+
+def test_images(args: argparse.Namespace, model) -> Tuple[torch.Tensor, torch.Tensor]:
+    images, targets = load_images(args.dataset or default_dataset(model), args.data_dir, 'test')
+    config = resolve_data_config(model=model)
+    return normalize(images[:args.images], config['mean'], config['std']), targets[:args.images]
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ('images', 'batch_size', 'rounds'):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
+    if args.threads is not None and args.threads < 1:
+        raise InputError(f'--threads {args.threads}: give 1 or more')
+    if not args.data_dir and (args.policy or args.average_budget):
+        raise InputError('which images leave early depends on the images: pass --data-dir with the data set')
+    if not args.checkpoint:
+        require_weights(args.model)
+    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
+    costs = exit_costs(model)
+    policies = find_policies(args, costs) if args.data_dir else []
+    data = test_images(args, model) if policies else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    try:
+        engine = make_engine(model, args.engine)
+        results: Dict[str, Any] = dict(
+            model=args.model, engine=engine.name, device=device_name(engine.device), threads=torch.get_num_threads(),
+            torch=torch.__version__, batch_size=args.batch_size, rounds=args.rounds,
+            exits=measure_exits(engine, costs, args.batch_size, args.rounds))
+        if policies:
+            results.update(measure_policies(engine, costs, policies, *data, args.batch_size, args.rounds))
+    finally:
+        torch.set_num_threads(before)
+    if args.output:
+        write_json(args.output, results)
+    if args.json:
+        print(json.dumps(results))
+    else:
+        print_results(results)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return cpu_model() or platform.processor() or platform.machine()
+
+
+def cpu_model() -> Optional[str]:
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next((line.partition(':')[2].strip() for line in file if line.startswith('model name')), None)
+    except OSError:  # not Linux
+        return None
+
+
+def _cell(value: Dict[str, float], form: str) -> str:
+    return f"{value['median']:{form}} ({value['min']:{form}}-{value['max']:{form}})"
+
+
+def print_results(results: Dict[str, Any]) -> None:
+    size = results['batch_size']
+    print(f"{results['model']}, {results['engine']} engine, {results['device']}, {results['threads']} threads: median "
+          f"(least-greatest) of {results['rounds']} rounds")
+    print(f"{'exit':>4} {'MACs':>9} {'ms at batch 1':>24} {f'images/s at batch {size}':>26}")
+    for e in results['exits']:
+        print(f"{e['exit']:>4} {format_macs(e['macs']):>9} {_cell(e['ms_batch_1'], '.3f'):>24} "
+              f"{_cell(e['images_per_s'], '.0f'):>26}")
+    if 'full' not in results:
+        return
+    print(f"\n{results['images']:,} test images; a share is of the full network's time, which is all stages and the last "
+          'head only')
+    print(f"{'budget':>9} {'average':>9} {'top-1':>6} {'ms at batch 1':>22} {'share':>20} "
+          f"{f'images/s at batch {size}':>24} {'share':>20}")
+    for row in (results['full'], *results['policies']):
+        one, large = row['batch_1'], row[f'batch_{size}']
+        budget = 'full' if row is results['full'] else format_macs(row['budget']) if row['budget'] else 'file'
+        average = '' if row is results['full'] else format_macs(row['average_macs'])
+        print(f"{budget:>9} {average:>9} {row['accuracy']:>6.2f} {_cell(one['ms_per_image'], '.3f'):>22} "
+              f"{_cell(one['share_of_full_time'], '.2f'):>20} {_cell(large['images_per_s'], '.0f'):>24} "
+              f"{_cell(large['share_of_full_time'], '.2f'):>20}")
+    for row in results['policies']:
+        shares = ' '.join(f'{100 * s:.0f}%' for s in row['exit_shares'])
+        budget = format_macs(row['budget']) if row['budget'] else 'file'
+        print(f"leave at each exit, budget {budget}: {shares}")

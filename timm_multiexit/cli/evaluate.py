@@ -1,0 +1,119 @@
+"""`timm-multiexit evaluate MODEL --data-dir D`: accuracy of each exit and under average budgets, on the test set."""
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Tuple
+
+import torch
+
+from .. import __version__
+from ..costs import ExitCosts, exit_costs, format_macs
+from ..data import VALIDATION_IMAGES, load_images
+from ..errors import InputError
+from ..evaluation import LabelledLogits, evaluate, exit_logits, write_report
+from ..loading import load_model, require_weights
+from ..models import MultiExitNet
+from ..policy import MEASURES
+from . import add_model_options
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        'evaluate', help='accuracy of each exit and under average budgets',
+        description='Measures every exit on the test set, and average budgets with thresholds from validation images. '
+                    'Writes results.json, two CSV tables and two figures.')
+    parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
+    add_model_options(parser)
+    add_data_options(parser)
+    parser.add_argument('--output', metavar='DIR', default='', help='default: evaluation/MODEL')
+    parser.set_defaults(run=run)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Options that name the images, and how sure is measured."""
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the data set')
+    parser.add_argument('--dataset', default='', metavar='NAME',
+                        help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
+    parser.add_argument('--dataset-download', action='store_true', help='let torchvision fetch it')
+    parser.add_argument('--validation-images', type=int, default=VALIDATION_IMAGES, metavar='N',
+                        help='training images on which thresholds are set, held out as in train_timm.py '
+                             '(default: %(default)s)')
+    parser.add_argument('--measure', choices=MEASURES, default='max_softmax', help='confidence (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=256, metavar='N')
+
+
+def default_dataset(model: MultiExitNet) -> str:
+    """timm's name of the data set that the tag of a network's cfg names.
+
+    Raises:
+        InputError: it names none.
+    """
+    tag = model.pretrained_cfg.get('tag') or ''
+    if tag not in ('cifar10', 'cifar100'):
+        raise InputError(f"the weights do not say which data set they are for (tag '{tag}'): pass --dataset")
+    return f'torch/{tag}'
+
+
+def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
+    """The network and the name of the data set that the options ask for.
+
+    Raises:
+        InputError: options that cannot be used.
+    """
+    if args.batch_size < 1:
+        raise InputError(f'--batch-size {args.batch_size}: give 1 or more')
+    if args.validation_images < 1:
+        raise InputError(f'--validation-images {args.validation_images}: thresholds need validation images')
+    if not args.checkpoint:
+        require_weights(args.model)
+    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
+    model = model.to(memory_format=torch.channels_last)
+    return model, args.dataset or default_dataset(model)
+
+
+def split_logits(
+        args: argparse.Namespace,
+        model: MultiExitNet,
+        dataset: str,
+        split: str,
+) -> Tuple[LabelledLogits, ExitCosts]:
+    """Logits of a split, and the costs for its image size."""
+    images, targets = load_images(
+        dataset, args.data_dir, split, args.dataset_download, args.validation_images)
+    costs = exit_costs(model, tuple(images.shape[1:]))
+    return LabelledLogits(*exit_logits(model, images, targets, args.batch_size, args.device, split)), costs
+
+
+def run(args: argparse.Namespace) -> None:
+    missing = [name for name in ('matplotlib', 'torchmetrics') if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"evaluate needs {' and '.join(missing)}: pip install 'timm-multiexit[plots]'")
+    model, dataset = prepare(args)
+    validation, costs = split_logits(args, model, dataset, 'validation')
+    test, _ = split_logits(args, model, dataset, 'test')
+    results = dict(
+        model=args.model, dataset=dataset, checkpoint=Path(args.checkpoint).name or None,
+        timm_multiexit=__version__, **evaluate(validation, test, costs, measure=args.measure))
+    paths = write_report(results, Path(args.output or Path('evaluation') / args.model.replace('/', '_')))
+    print_results(results)
+    print('written: ' + ', '.join(map(str, paths)))
+
+
+def print_results(results: dict) -> None:
+    print(f"{results['model']}, {results['dataset']}: {results['test_images']:,} test images, thresholds from "
+          f"{results['validation_images']:,} validation images")
+    print(f"{'exit':>4} {'MACs':>9} {'top-1':>6} {'calibration error':>18} {'with temperature':>17}")
+    for e in results['exits']:
+        print(f"{e['exit']:>4} {format_macs(e['macs']):>9} {e['accuracy']:>6.2f} {e['calibration_error']:>17.2f}% "
+              f"{e['calibration_error_with_temperature']:>16.2f}%")
+    best = results['oracle'][-1]
+    print(f"oracle that stops at the first right exit: {best['accuracy']:.2f} % at {format_macs(best['average_macs'])}")
+    print(f"\n{'budget':>9} | {'search':>9} {'top-1':>6} | {'geometric':>9} {'top-1':>6} | leave at each exit (search)")
+    rows = list(zip(results['budgeted']['search'], results['budgeted']['geometric']))
+    for ours, rule in rows[::max(1, len(rows) // 10)]:
+        shares = ' '.join(f'{100 * s:.0f}%' for s in ours['exit_shares'])
+        print(f"{format_macs(ours['budget']):>9} | {format_macs(ours['average_macs']):>9} {ours['accuracy']:>6.2f} | "
+              f"{format_macs(rule['average_macs']):>9} {rule['accuracy']:>6.2f} | {shares}")
+    c = results['comparison']
+    print(f"search against the geometric rule at equal cost: {c['mean_gain']:+.3f} points on average, "
+          f"{c['smallest_gain']:+.3f} at worst; largest budget error {c['largest_budget_error']:.2f} %")
