@@ -67,7 +67,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     group.add_argument('-b', '--batch-size', type=int, default=256, help='images a batch and process')
 
     group = parser.add_argument_group('model')
-    group.add_argument('--model', default='msfuse_cifar')
+    group.add_argument('--model', default='msfuse_cifar.cifar10',
+                       help="a network's name; its tag gives the mean and deviation of the images")
     group.add_argument('--num-classes', type=int, default=None, help="default: the data set's")
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
     group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from these weights')
@@ -141,7 +142,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(rest)
     args.config = known.config
     args.sched_on_updates = True
-    args.experiment = args.experiment or f"{args.model}.{args.dataset.split('/')[-1]}".replace('/', '_')
+    if not args.experiment:
+        tagged = args.model if '.' in args.model else f"{args.model}.{args.dataset.split('/')[-1]}"
+        args.experiment = tagged.replace('/', '_')
     return args
 
 

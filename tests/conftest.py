@@ -9,6 +9,7 @@ import torch
 import timm_multiexit  # noqa: F401 - registers the networks
 from timm_multiexit.loading import list_networks
 
+pytest.register_assert_rewrite('hub_support')
 PROJECT = Path(__file__).resolve().parent.parent
 SAMPLES = PROJECT / 'timm_multiexit' / 'samples'
 

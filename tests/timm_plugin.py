@@ -1,7 +1,7 @@
 """pytest plugin: makes timm's own tests/test_models.py run over this package's networks, and over nothing else.
 
-Load it with `-p timm_plugin`, this folder on the path. timm's test file asks `timm.list_models` for the names when it is
-imported; the plugin is imported before.
+Load it with `-p timm_plugin`, this folder on the path. timm's test file asks `timm.list_models` for the names when it
+is imported; the plugin is imported before.
 """
 from functools import wraps
 

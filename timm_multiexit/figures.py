@@ -28,11 +28,12 @@ def anytime_figure(results: Dict[str, Any]) -> Figure:
     ax = figure.add_subplot()
     _style(ax)
     ax.plot(macs, accuracies, 'o-', color=BLUE)
-    for k, (x, y) in enumerate(zip(macs, accuracies), 1):
-        ax.annotate(
-            f'exit {k}\n{y:.2f}', (x, y), xytext=(0, -8), textcoords='offset points', ha='center', va='top',
-            fontsize=8)
-    ax.margins(x=0.08, y=0.22)
+    for k, (x, y) in enumerate(zip(macs, accuracies)):
+        # On the side where the line to the next exit does not run.
+        falls = k + 1 < len(macs) and accuracies[k + 1] < y
+        place = dict(xytext=(3, 5), va='bottom') if falls else dict(xytext=(3, -5), va='top')
+        ax.annotate(f'exit {k + 1}\n{y:.2f}', (x, y), textcoords='offset points', ha='left', fontsize=8, **place)
+    ax.margins(x=0.1, y=0.2)
     ax.set_xlabel('multiply-adds for one image (M)')
     ax.set_ylabel('top-1 accuracy (%)')
     ax.set_title(f"Anytime: {_subject(results)}, {results['test_images']:,} test images", fontsize=10)

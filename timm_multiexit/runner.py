@@ -115,7 +115,9 @@ class EarlyExitRunner:
         if batch_size < 1:
             raise InputError(f'batch_size {batch_size}: give 1 or more')
         rank, world = _process()
-        if self.pool is not None and len(images) > 1:  # a share for each worker, also of a single batch
+        if len(images) == 1 and world == 1:  # nothing to share, regroup or put in order
+            return self._result(self._one(images), None)
+        if self.pool is not None:  # a share for each worker, also of a single batch
             batch_size = min(batch_size, -(-len(images) // (world * self.engine.workers)))
         batches = images.split(batch_size)
         mine = range(rank, len(batches), world)
@@ -202,8 +204,21 @@ class EarlyExitRunner:
                 future.cancel()
 
     @torch.inference_mode()
+    def _one(self, images: torch.Tensor) -> _Rows:
+        """Runs a batch of one image, which has nothing to keep apart: what `_job` costs around it would be seen."""
+        state = self.engine.start(images)
+        for first, k in self.segments:
+            state, logits = self.engine.run(first, k, state)
+            confidence = self.policy.confidence(k, logits)
+            if k == self.policy.num_exits - 1 or bool(confidence >= self.policy.thresholds[k]):
+                break
+        return _Rows(torch.full((1,), k, device=logits.device), logits.argmax(1), confidence, logits)
+
+    @torch.inference_mode()
     def _job(self, images: torch.Tensor) -> _Rows:
         """Runs one batch through the segments."""
+        if len(images) == 1:
+            return self._one(images)
         engine, size, device = self.engine, len(images), self.engine.device
         answers = _Rows(
             torch.empty(size, dtype=torch.int64, device=device),
@@ -283,11 +298,14 @@ class EarlyExitRunner:
         numbered = sorted(itertools.chain(*gathered), key=lambda answer: answer[0])
         if not numbered:
             raise InputError('there are no images to run: check the loader')
-        exit_index, prediction, confidence, logits = (torch.cat(parts) for parts in zip(*(x for _, _, x in numbered)))
         targets = [y for _, y, _ in numbered]
-        return Run(
-            exit_index, prediction, confidence, self.macs[exit_index], logits,
+        return self._result(
+            _Rows(*(torch.cat(parts) for parts in zip(*(rows for _, _, rows in numbered)))),
             None if any(y is None for y in targets) else torch.cat(targets))
+
+    def _result(self, rows: _Rows, targets: Optional[torch.Tensor]) -> Run:
+        exit_index, prediction, confidence, logits = (x.cpu() for x in rows)
+        return Run(exit_index, prediction, confidence, self.macs[exit_index], logits, targets)
 
 
 def _write(answers: _Rows, ids: torch.Tensor, k: int, logits: torch.Tensor, confidence: torch.Tensor) -> None:

@@ -8,8 +8,8 @@ keep a few thousand images from being learned by heart:
 * The value of an answer is mostly the probability that a calibrated mixture of all exits gives it, and only partly
   whether it is right, which is one noisy bit.
 * The path is the mean of several, each on a random reweighting of the images, and its thresholds rise with the cost.
-* How far to go from the geometric rule's thresholds towards it is chosen at each cost by cross-validation, and no
-  farther than pays.
+* How far to go from the geometric rule's thresholds towards it is chosen by cross-validation, no farther than is sure
+  to pay.
 """
 import dataclasses
 from typing import List, Optional, Sequence, Tuple
@@ -25,11 +25,9 @@ LABEL_WEIGHT = 0.3  # of the labels in an answer's value
 REWEIGHTINGS = 6
 FOLDS = 5
 MIXTURES = (0., 0.25, 0.5, 0.75, 1.)  # 0 is the geometric rule
-ENOUGH = 0.9  # of the best mixture's gain: the one nearest to the rule that reaches it has less noise
 # Images that have left earlier count this little at an exit: enough to set a threshold that no image reaches.
 ABSENT_WEIGHT = 0.02
-RARE_SHARE = 0.005  # of images, below which the rule's threshold is not one that it chose
-LEAST_GAIN = 2e-4  # in value, below which the rule is kept
+RARE_SHARE = 0.005
 GRID = 40
 
 
@@ -135,56 +133,52 @@ def search_path(scores: Scores, seed: int = 0) -> torch.Tensor:
     return (ranks.cummax(0).values + ranks.flip(0).cummin(0).values.flip(0)) / 2
 
 
-def _grid(scores: Scores) -> List[float]:
-    return torch.linspace(float(scores.costs[0]), float(scores.costs[-1]), GRID + 2)[1:-1].tolist()
-
-
-def _paths(scores: Scores, seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Ranks of the geometric rule's thresholds and of the searched ones on one grid of costs, (GRID, num_exits - 1)."""
-    grid, quantiles = _grid(scores), Quantiles(scores.confidences)
+def _mixed_paths(scores: Scores, seed: int) -> List[torch.Tensor]:
+    """Paths of ranks on one grid of costs, from the geometric rule's to the searched one; one for each of MIXTURES."""
+    low, high = float(scores.costs[0]), float(scores.costs[-1])
+    grid = torch.linspace(low, high, GRID + 2)[1:-1].tolist()
+    quantiles = Quantiles(scores.confidences)
     found = quantiles.ranks(thresholds_at(scores, search_path(scores, seed), grid, quantiles))
     rule = solve_geometric(scores, grid)
     # The rule's threshold of an exit where next to no image leaves says nothing.
     exit_index = scores.exits(rule)
     shares = torch.stack([(exit_index == k).double().mean(1) for k in range(len(scores.costs) - 1)], 1)
-    return torch.where(shares < RARE_SHARE, found, quantiles.ranks(rule)), found
+    ranks = torch.where(shares < RARE_SHARE, found, quantiles.ranks(rule))
+    return [torch.lerp(ranks, found, m) for m in MIXTURES]
 
 
-def smooth(values: torch.Tensor) -> torch.Tensor:
-    """Mean over neighbours on the grid, with weights that fall to the sides; along the last dimension."""
-    kernel = torch.tensor([1., 2., 3., 2., 1.], dtype=values.dtype)
-    padded = F.pad(values.reshape(-1, 1, values.shape[-1]), (2, 2), mode='replicate')
-    return F.conv1d(padded, (kernel / kernel.sum()).reshape(1, 1, -1)).reshape(values.shape)
+def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[int, List[float], List[float]]:
+    """Cross-validation: each mixture's paths are made without a fold and tried on it.
 
-
-def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Cross-validation: mixtures of both paths, made without a fold, are tried on it.
-
-    At each cost the mixture nearest to the rule is taken that has nearly the best gain, and the rule itself where
-    nothing is to be gained, as when deeper exits are no better any more.
+    The farther from the rule, the more answers change and the less sure is the gain. So the mixture is taken whose gain
+    less its standard error is largest; if that is the rule itself, the first step away from it as long as it gains.
 
     Returns:
-        The mixture at each cost of the grid, float64 (GRID,), and the gain over the rule in value of each of MIXTURES
-        there, (len(MIXTURES), GRID).
+        The index into MIXTURES, each one's mean gain over the first, the geometric rule, in value, and the gains'
+        standard errors.
     """
     order = torch.randperm(scores.num_images, generator=torch.Generator().manual_seed(seed))
-    grid = _grid(scores)
     costs = torch.zeros(len(MIXTURES), GRID, dtype=torch.float64)
     values = torch.zeros_like(costs)
+    differences: List[List[torch.Tensor]] = [[] for _ in MIXTURES]
+    low, high = float(scores.costs[0]), float(scores.costs[-1])
+    budgets = torch.linspace(low, high, GRID + 2)[1:-1].tolist()
     for fold in order.chunk(FOLDS):
         rest = torch.ones(scores.num_images, dtype=torch.bool)
         rest[fold] = False
         inside, outside = scores.subset(rest), scores.subset(fold)
-        rule, found = _paths(inside, seed)
-        for i, mixture in enumerate(MIXTURES):
-            thresholds = thresholds_at(inside, torch.lerp(rule, found, mixture), grid)
+        each = []  # value of each image at each budget
+        for i, path in enumerate(_mixed_paths(inside, seed)):
+            thresholds = thresholds_at(inside, path, budgets)
+            each.append(outside.values.gather(0, outside.exits(thresholds)).double())
             costs[i] += outside.average_costs(thresholds) * len(fold) / scores.num_images
-            values[i] += outside.average_values(thresholds) * len(fold) / scores.num_images
-    gains = smooth(torch.stack([v - interpolate(costs[0], values[0], c) for c, v in zip(costs, values)]))
-    best = gains.amax(0)
-    first = (gains >= ENOUGH * best).int().argmax(0)
-    chosen = torch.tensor(MIXTURES, dtype=torch.float64)[first]
-    return smooth(torch.where(best < LEAST_GAIN, 0., chosen)), gains
+            values[i] += each[i].mean(1) * len(fold) / scores.num_images
+            differences[i].append((each[i] - each[0]).mean(0))
+    gains = [float((v - interpolate(costs[0], values[0], c)).mean()) for c, v in zip(costs, values)]
+    errors = [float(torch.cat(d).std()) / scores.num_images ** 0.5 for d in differences]
+    bounds = [gain - error for gain, error in zip(gains, errors)]
+    best = max(range(len(bounds)), key=bounds.__getitem__)
+    return best or int(gains[1] > 1e-9), gains, errors
 
 
 def interpolate(x: torch.Tensor, y: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -202,7 +196,7 @@ def solve_search(
         values: torch.Tensor,
         budgets: Sequence[float],
         seed: int = 0,
-        mixture: Optional[torch.Tensor] = None,
+        mixture: Optional[int] = None,
 ) -> torch.Tensor:
     """Thresholds for each average cost.
 
@@ -211,7 +205,7 @@ def solve_search(
         values: Of their answers, see `mixture_values`.
         budgets: Wanted average costs as shares of the full cost.
         seed: Of the folds and reweightings.
-        mixture: At each cost of the grid, from 0 for the rule to 1; None to choose it by cross-validation.
+        mixture: Index into MIXTURES; None to choose it by cross-validation.
 
     Returns:
         float32 (len(budgets), num_exits - 1).
@@ -219,5 +213,4 @@ def solve_search(
     scores = dataclasses.replace(scores, values=values)
     if mixture is None:
         mixture = choose_mixture(scores, seed)[0]
-    rule, found = _paths(scores, seed)
-    return thresholds_at(scores, torch.lerp(rule, found, mixture.unsqueeze(1)), budgets)
+    return thresholds_at(scores, _mixed_paths(scores, seed)[mixture], budgets)

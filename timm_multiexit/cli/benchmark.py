@@ -252,8 +252,8 @@ def print_results(results: Dict[str, Any]) -> None:
               f"{_cell(e['images_per_s'], '.0f'):>26}")
     if 'full' not in results:
         return
-    print(f"\n{results['images']:,} test images; a share is of the full network's time, which is all stages and the last "
-          'head only')
+    print(f"\n{results['images']:,} test images; a share is of the time of the full network: all stages, only the last "
+          'head')
     print(f"{'budget':>9} {'average':>9} {'top-1':>6} {'ms at batch 1':>22} {'share':>20} "
           f"{f'images/s at batch {size}':>24} {'share':>20}")
     for row in (results['full'], *results['policies']):

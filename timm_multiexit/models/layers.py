@@ -1,6 +1,6 @@
 """Blocks that several of the architectures share."""
 import math
-from typing import Optional, Sequence, Set, Type
+from typing import List, Optional, Sequence, Set, Type
 
 import torch
 from timm.layers import ConvNormAct
@@ -33,6 +33,36 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv2(self.conv1(x))
+
+
+class ConvChain(nn.Module):
+    """A chain of 3x3 convolutions, each of whose maps is kept: [(B, in_chans, H, W)] to [(B, chs[i], H_i, W_i)].
+
+    Args:
+        in_chans: Channels of the image.
+        chs: Channels after each convolution.
+        strides: Stride of each convolution.
+        first_out: The first of the maps to hand on.
+    """
+
+    def __init__(self, in_chans: int, chs: Sequence[int], strides: Sequence[int], first_out: int = 0, **kwargs):
+        super().__init__()
+        self.first_out = first_out
+        self.convs = nn.ModuleList([
+            ConvNormAct(i, o, 3, stride=stride, **kwargs) for i, o, stride in zip([in_chans, *chs[:-1]], chs, strides)])
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        x = state[-1]
+        maps: List[torch.Tensor] = []
+        for conv in self.convs:
+            x = conv(x)
+            maps.append(x)
+        return maps[self.first_out:]
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.first_out = len(self.convs) + min(kept)
+        return [-1]
 
 
 def strided_convs(in_chs: int, width: int, **kwargs) -> nn.Module:

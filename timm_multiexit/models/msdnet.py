@@ -6,18 +6,17 @@ https://arxiv.org/abs/1703.09844
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
-from timm.layers import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from ._cfgs import cifar_cfg
-from .layers import Bottleneck, strided_convs
+from .layers import Bottleneck, ConvChain, strided_convs
 from .multiscale import MultiScaleNet
 
 __all__ = ['MSDNet']
 
 
-class Stem(nn.Module):
+class Stem(ConvChain):
     """The first maps of all scales (section 4, "First layer").
 
     Scale 1 is a 3x3 convolution of the image, each coarser scale a strided 3x3 convolution of the one before. Maps
@@ -25,26 +24,9 @@ class Stem(nn.Module):
     """
 
     def __init__(self, in_chans: int, width: int, scale_factors: Sequence[int], out_scales: int, **kwargs):
-        super().__init__()
-        self.first_out = len(scale_factors) - out_scales
-        chs = [in_chans, *(width * f for f in scale_factors)]
-        self.convs = nn.ModuleList([
-            ConvNormAct(i, o, 3, stride=1 if s == 0 else 2, **kwargs)
-            for s, (i, o) in enumerate(zip(chs[:-1], chs[1:]))
-        ])
-
-    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
-        x = state[-1]
-        maps: List[torch.Tensor] = []
-        for conv in self.convs:
-            x = conv(x)
-            maps.append(x)
-        return maps[self.first_out:]
-
-    @torch.jit.ignore
-    def keep_maps(self, kept: List[int]) -> List[int]:
-        self.first_out = len(self.convs) + min(kept)
-        return [-1]
+        scales = len(scale_factors)
+        chs, strides = [width * f for f in scale_factors], [1] + [2] * (scales - 1)
+        super().__init__(in_chans, chs, strides, first_out=scales - out_scales, **kwargs)
 
 
 class FinestGrowth(nn.Module):

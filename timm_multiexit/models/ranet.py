@@ -16,7 +16,7 @@ from torch import nn
 
 from ._cfgs import cifar_cfg
 from .base import ExitHead, MultiExitNet, Stage
-from .layers import Bottleneck, init_weights, strided_convs
+from .layers import Bottleneck, ConvChain, init_weights, strided_convs
 
 __all__ = ['RANet']
 
@@ -26,7 +26,7 @@ def resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode='bilinear', align_corners=True)
 
 
-class Stem(nn.Module):
+class Stem(ConvChain):
     """The inputs of all sub-networks: one chain of 3x3 convolutions, from the last one's input to the first one's.
 
     Maps [(B, in_chans, H, W)] to [(B, chs[i], H', W')], last sub-network first, as the chain gives them.
@@ -38,26 +38,8 @@ class Stem(nn.Module):
     """
 
     def __init__(self, in_chans: int, chs: Sequence[int], scales: Sequence[int], **kwargs):
-        super().__init__()
-        self.first_out = 0
-        self.convs = nn.ModuleList()
-        prev_chs, prev_scale = in_chans, scales[-1]
-        for out_chs, scale in zip(chs[::-1], scales[::-1]):
-            self.convs.append(ConvNormAct(prev_chs, out_chs, 3, stride=2 ** (prev_scale - scale), **kwargs))
-            prev_chs, prev_scale = out_chs, scale
-
-    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
-        x = state[-1]
-        maps: List[torch.Tensor] = []
-        for conv in self.convs:
-            x = conv(x)
-            maps.append(x)
-        return maps[self.first_out:]
-
-    @torch.jit.ignore
-    def keep_maps(self, kept: List[int]) -> List[int]:
-        self.first_out = len(self.convs) + min(kept)
-        return [-1]
+        falls = [finer - scale for scale, finer in zip(scales, [*scales[1:], scales[-1]])]
+        super().__init__(in_chans, chs[::-1], [2 ** fall for fall in reversed(falls)], **kwargs)
 
 
 class FusionLayer(nn.Module):

@@ -9,7 +9,7 @@ Left open by the papers, and chosen here:
 * The head. Global average pooling and a linear classifier, as the network's own. The two strided convolutions of
   MSDNet's exits would cost 14 M MACs at 32x32, three quarters of the four blocks between two exits.
 * How a resolution begins. If the strided convolution also doubles the width, as He et al. have it, the network costs
-  139.7 M MACs; the papers' figures end at about 135 M. If it keeps the width and the block's second convolution doubles
+  139.6 M MACs; the papers' figures end at about 135 M. If it keeps the width and the block's second convolution doubles
   it, the cost is 136.1 M. The latter is the default, `narrow_stride=False` is the former.
 * The shortcut where the shape changes: subsampled and filled up with zeros, He et al.'s option A for CIFAR.
 """

@@ -1,0 +1,59 @@
+"""The app: see a network make up its mind, exit by exit, under a budget.
+
+    python app/app.py [--model MODEL] [--port N] [--share] [--mcp]
+
+The model runs once for each image, in `networks`. What a slider moves is read again from what all exits said, which
+is kept for each visitor in `gr.State`; visitors share networks and stored results, which nobody changes.
+"""
+import argparse
+import importlib.util
+import os
+import sys
+from typing import Any, Dict
+
+os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # works without a connection, and counts nobody
+
+if importlib.util.find_spec('gradio') is None:
+    sys.exit("the app needs gradio: pip install 'timm-multiexit[app]'")
+
+from layout import STYLE, build_page, theme  # noqa: E402 - gradio must see the setting above
+from networks import available_networks, get_network  # noqa: E402
+
+from timm_multiexit.errors import InputError  # noqa: E402
+
+
+def launch_options() -> Dict[str, Any]:
+    """What `launch` needs for the page to look and work as meant."""
+    # The style goes into the head: what comes as css= is rewritten by gradio and loses its container queries.
+    return dict(
+        theme=theme(), head=f'<style>{STYLE.read_text(encoding="utf-8")}</style>', show_error=True, ssr_mode=False,
+        footer_links=['api', 'settings'], max_file_size='50mb')
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='app.py', description='Opens a page on which a network makes up its mind, exit by exit.')
+    parser.add_argument('--model', default='', help='network to show first: a name in the registry, hf-hub:... or '
+                                                    'local-dir:... (default: the first one with weights)')
+    parser.add_argument('--port', type=int, help='port to listen on (default: the first free one from 7860)')
+    parser.add_argument('--share', action='store_true', help='also open a public link through gradio.live')
+    parser.add_argument('--mcp', action='store_true', help='also serve the API as tools over MCP')
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.mcp and importlib.util.find_spec('mcp') is None:
+            # gradio itself would start without it and not say so.
+            raise InputError("--mcp needs another package: pip install 'gradio[mcp]'")
+        names = available_networks(args.model)
+        get_network(names[0])  # before the first visitor comes
+        page = build_page(names)
+        page.launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
+    except (InputError, OSError) as error:  # OSError: gradio's word for a port that is taken
+        sys.exit(f'app.py: error: {error}')
+
+
+if __name__ == '__main__':
+    main()

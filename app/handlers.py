@@ -1,0 +1,204 @@
+"""What the page and the API call: from the controls' values to what is shown. Nothing here keeps a visitor's state."""
+import functools
+import math
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import charts
+import gradio as gr
+import pictures
+from networks import Network, get_network
+from reading import BY_BUDGET, BY_CONFIDENCE, Answer, Reading, answer_by_confidence, answer_within_budget, describe
+from reading import status_text as answer_text
+from stored import Assets, Curve, load_assets, load_curve, parse_position, require_examples
+
+from timm_multiexit.costs import parse_macs
+from timm_multiexit.errors import InputError
+from timm_multiexit.images import read_image
+
+MEGA = 1e6
+CONFIDENCE = 0.9
+
+
+def clear_errors(function: Callable) -> Callable:
+    """Bad input becomes a message in the page, or to the API's caller, in place of a traceback."""
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+    return wrapper
+
+
+@functools.cache
+def stored_for(name: str) -> Tuple[Network, Assets, Optional[Curve]]:
+    """A network, its images, and its curve if there are stored results."""
+    network = get_network(name)
+    curve = None if network.config is None else load_curve(name, network.config)
+    return network, load_assets(name, network.labels), curve
+
+
+def slider_range(macs: Tuple[int, ...]) -> Tuple[float, float, float]:
+    """Ends and step of a slider over the budgets, in millions of MACs, with about a hundred positions.
+
+    >>> slider_range((15_260_000, 64_220_000))
+    (15.5, 64.5, 0.5)
+    """
+    low, high = macs[0] / MEGA, macs[-1] / MEGA
+    rough = (high - low) / 100
+    magnitude = 10. ** math.floor(math.log10(rough)) if rough > 0. else 0.1
+    step = next(magnitude * s for s in (1, 2, 5, 10) if magnitude * s >= rough)
+    return tuple(round(v, 6) for v in (math.ceil(low / step) * step, math.ceil(high / step) * step, step))
+
+
+def read_file(name: str, path: str) -> Reading:
+    """Runs a network on a visitor's file."""
+    network = get_network(name)
+    image, notes = read_image(path, network.size)
+    return network.read(image, notes=notes)
+
+
+def read_example(name: str, position: int) -> Reading:
+    """Runs a network on one of its examples."""
+    network, assets, _ = stored_for(name)
+    require_examples(assets, name)
+    example = assets.examples[position]
+    return network.read(example.image, example.true_class, example=position)
+
+
+def answer_for(reading: Reading, mode: str, budget: float, confidence: float, calibrated: bool) -> Answer:
+    """The answer under what the controls say; `budget` in millions of MACs."""
+    if mode == BY_CONFIDENCE:
+        return answer_by_confidence(reading, confidence, calibrated)
+    if budget is None:
+        raise InputError('there is no budget: give one in millions of MACs')
+    return answer_within_budget(reading, budget * MEGA, calibrated)
+
+
+def cards(name: str, chosen: Optional[int]) -> str:
+    _, assets, _ = stored_for(name)
+    return pictures.example_cards([(e.image, e.true_class, e.lesson) for e in assets.examples], chosen)
+
+
+# What the page's events call
+
+
+@clear_errors
+def reread(reading: Optional[Reading], mode: str, budget: float, confidence: float, calibrated: bool):
+    """Shows a reading again under other controls. No model runs."""
+    if reading is None:
+        return gr.skip(), gr.skip()
+    answer = answer_for(reading, mode, budget, confidence, calibrated)
+    return pictures.anytime_view(reading, answer), answer_text(reading, answer)
+
+
+@clear_errors
+def choose_example(name: str, event: gr.EventData):
+    return read_example(name, parse_position(str(int(event.index) + 1), len(stored_for(name)[1].examples)))
+
+
+@clear_errors
+def choose_file(name: str, path: Optional[str]):
+    if path is None:
+        return gr.skip(), gr.skip()
+    return read_file(name, path), cards(name, None)
+
+
+def switch_mode(mode: str):
+    by_budget = mode == BY_BUDGET
+    return gr.update(visible=by_budget), gr.update(visible=by_budget), gr.update(visible=not by_budget)
+
+
+@clear_errors
+def budget_page(name: str, average_budget: Optional[float]):
+    """The budget view at an average budget in millions of MACs, and its status text."""
+    network, assets, curve = stored_for(name)
+    if curve is None:
+        return ('<div class="mx"><p class="panel">No policies are stored with these weights: make them with '
+                'timm-multiexit calibrate.</p></div>'), ''
+    if average_budget is None:
+        raise InputError('there is no budget: give one in millions of MACs')
+    macs = network.costs.macs
+    budget = min(max(average_budget * MEGA, macs[0]), macs[-1])  # the slider's steps end just beyond the costs
+    return charts.budget_view(curve, network.config, assets, budget), charts.status_text(curve, budget)
+
+
+def reliability(name: str, calibrated: bool) -> str:
+    return charts.reliability_diagrams(stored_for(name)[1], calibrated)
+
+
+@clear_errors
+def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Optional[float] = None):
+    """Everything that depends on the network, with one of its examples shown: a value per output."""
+    network, assets, curve = stored_for(name)
+    macs = network.costs.macs
+    low, high, step = slider_range(macs)
+    middle = round((macs[0] + 0.3 * (macs[-1] - macs[0])) / MEGA / step) * step
+    budget = limit if mode == BY_BUDGET and limit is not None else middle
+    confidence = limit if mode == BY_CONFIDENCE and limit is not None else CONFIDENCE
+    reading = read_example(name, position)
+    ruler = pictures.ruler(macs, low * MEGA, high * MEGA)
+    page, _ = budget_page(name, middle)
+    return (
+        name, reading, cards(name, position), mode,
+        gr.update(minimum=low, maximum=high, step=step, value=min(max(budget, low), high), visible=mode == BY_BUDGET),
+        gr.update(value=ruler, visible=mode == BY_BUDGET),
+        gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
+        gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None), ruler,
+        page, charts.sprite_style(assets), reliability(name, True),
+        gr.update(value=True, visible=bool(assets.reliability)), None)
+
+
+def open_page(names: List[str], query: Dict[str, str]):
+    """The page as a link describes it: ?network=...&image=3&stop=budget&at=30 (all of them optional)."""
+    name = query.get('network') if query.get('network') in names else names[0]
+    position = parse_position(query.get('image'), len(stored_for(name)[1].examples))
+    mode = BY_CONFIDENCE if query.get('stop') == BY_CONFIDENCE else BY_BUDGET
+    try:
+        limit = float(query['at'])
+    except (KeyError, ValueError):
+        limit = None
+    return open_network(name, position, mode, limit if limit is not None and math.isfinite(limit) else None)
+
+
+# What programs call
+
+
+@clear_errors
+def classify(
+        image: Optional[str], network: str, budget: str = '', confidence: Optional[float] = None,
+        calibrated: bool = True) -> Dict[str, Any]:
+    """Classifies an image with a multi-exit network and tells what every exit said and which one answers.
+
+    Args:
+        image: The image file.
+        network: One of those that `networks` lists.
+        budget: Multiply-adds for this image, like '30M' or '3e7': the deepest exit within it answers.
+        confidence: In place of a budget: the first exit whose largest probability reaches this answers.
+        calibrated: Whether the stored temperatures are applied.
+    """
+    if image is None:
+        raise InputError('there is no image: send a PNG, JPEG, WebP or another image file')
+    if budget and confidence is not None:
+        raise InputError('give a budget or a confidence, not both')
+    wanted = parse_macs(budget) if budget else None
+    reading = read_file(network, image)
+    if confidence is not None:
+        answer = answer_by_confidence(reading, confidence, calibrated)
+    else:
+        answer = answer_within_budget(reading, reading.costs.macs[-1] if wanted is None else wanted, calibrated)
+    return describe(reading, answer)
+
+
+@clear_errors
+def policy(network: str, average_budget: str) -> Dict[str, Any]:
+    """Gives the stored confidence thresholds that keep an average cost per image over a data set.
+
+    Args:
+        network: One of those that `networks` lists.
+        average_budget: Average multiply-adds per image, like '30M' or '3e7'.
+    """
+    config = get_network(network).config
+    if config is None:
+        raise InputError(f"no policies are stored for '{network}': make them with timm-multiexit calibrate")
+    return config.policy_for(parse_macs(average_budget)).to_dict()

@@ -1,0 +1,230 @@
+"""The model card: front matter and text, with every figure taken from what is stored beside the weights."""
+import sys
+from typing import Any, Dict, List
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from network import Network
+
+from timm_multiexit.costs import format_macs
+
+# The Hub's ids of the data sets, by torchvision's names in timm.
+HUB_DATASETS = {
+    'torch/cifar10': ('uoft-cs/cifar10', 'CIFAR-10'),
+    'torch/cifar100': ('uoft-cs/cifar100', 'CIFAR-100'),
+}
+
+# What to cite, by the module of the architecture.
+_MSFUSE = """@inproceedings{addad2023multiexit,
+  title     = {Multi-Exit Resource-Efficient Neural Architecture for Image Classification with Optimized Fusion Block},
+  author    = {Addad, Youva and Lechervy, Alexis and Jurie, Fr{\\'e}d{\\'e}ric},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV) Workshops},
+  pages     = {1486--1491},
+  year      = {2023},
+  url       = {https://hal.science/hal-04181149}
+}"""
+_MSDNET = """@inproceedings{huang2018multiscale,
+  title     = {Multi-Scale Dense Networks for Resource Efficient Image Classification},
+  author    = {Huang, Gao and Chen, Danlu and Li, Tianhong and Wu, Felix and van der Maaten, Laurens and
+               Weinberger, Kilian Q.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2018},
+  url       = {https://arxiv.org/abs/1703.09844}
+}"""
+_RANET = """@inproceedings{yang2020resolution,
+  title     = {Resolution Adaptive Networks for Efficient Inference},
+  author    = {Yang, Le and Han, Yizeng and Chen, Xi and Song, Shiji and Dai, Jifeng and Huang, Gao},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2020},
+  url       = {https://arxiv.org/abs/2003.07326}
+}"""
+CITATIONS = dict(msfuse=_MSFUSE, msdnet=_MSDNET, ranet=_RANET, resnet_mc=_MSDNET, densenet_mc=_MSDNET)
+
+_BUDGET_ROWS = 9
+
+
+def build_card(network: Network, organisation: str) -> ModelCard:
+    """The card of a network published in the name of an organisation."""
+    data = card_data(network)
+    parts = [
+        f'---\n{data.to_yaml()}\n---', f'# Model card for {network.name}', _what_it_is(network), _exits(network),
+        _budgets(network), _usage(network, f'hf-hub:{organisation}/{network.name}'), _training(network),
+        _limits(network), _citation(network)]
+    return ModelCard('\n\n'.join(p.strip() for p in parts if p) + '\n')
+
+
+def card_data(network: Network) -> ModelCardData:
+    """Front matter; its model-index holds the accuracy of each exit."""
+    dataset, title = _dataset(network)
+    known = dataset.count('/') == 1
+    results = [
+        EvalResult(
+            task_type='image-classification', task_name='Image Classification', dataset_type=dataset,
+            dataset_name=title, dataset_split='test', metric_type='accuracy', metric_value=e['accuracy'],
+            metric_name=f"Top-1 accuracy (%), exit {e['exit']} ({format_macs(e['macs'])} MACs)")
+        for e in network.results['exits']]
+    return ModelCardData(
+        license=network.model.pretrained_cfg.get('license') or 'other',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['image-classification', 'timm', 'timm-multiexit', 'early-exit', 'anytime-prediction'],
+        datasets=[dataset] if known else None,
+        metrics=['accuracy'],
+        model_name=network.name,
+        eval_results=results,
+    )
+
+
+def _dataset(network: Network):
+    name = network.results['dataset']
+    return HUB_DATASETS.get(name, (network.tag, network.tag))
+
+
+def _what_it_is(network: Network) -> str:
+    cfg, exits = network.model.pretrained_cfg, network.exits
+    module = sys.modules[type(network.model).__module__].__doc__.strip().splitlines()[0]
+    size = ' x '.join(map(str, exits.input_size[1:]))
+    rows = [
+        'An image classifier with several exits: classifiers along its depth, each of which gives an answer. An easy '
+        'image may leave early, a hard one goes on, and what an answer costs is known beforehand.',
+        f'- **Architecture:** {module}']
+    if cfg.get('paper_name'):
+        rows.append(f"- **Paper:** [{cfg['paper_name']}]({cfg['origin_url']})")
+    weights = sum(p.numel() for p in network.model.parameters())
+    rows += [
+        f'- **Trained on:** {_dataset(network)[1]}, {network.model.num_classes} classes, images of {size} pixels',
+        f'- **Parameters:** {weights / 1e6:.2f} M',
+        f'- **Exits:** {exits.num_exits}, from {format_macs(exits.exit_macs[0])} to '
+        f'{format_macs(exits.exit_macs[-1])} multiply-adds (MACs) for one image',
+        '- **Package:** `timm-multiexit`; importing it registers the architecture in timm']
+    return rows[0] + '\n\n' + '\n'.join(rows[1:])
+
+
+def _exits(network: Network) -> str:
+    rows = [
+        [str(e['exit']), format_macs(e['macs']), f"{e['params'] / 1e6:.2f} M", f"{e['accuracy']:.2f}",
+         f"{e['calibration_error']:.2f}", f"{e['calibration_error_with_temperature']:.2f}",
+         f"{e['temperature']:.3f}"]
+        for e in network.results['exits']]
+    head = ['exit', 'MACs', 'parameters', 'top-1 (%)', 'calibration error (%)', 'with temperature (%)', 'temperature']
+    return (
+        f"## Exits\n\nMeasured on {network.results['test_images']:,} test images. Costs are cumulative: all that must "
+        "have run for that exit's answer. Temperatures were fitted on "
+        f"{network.results['validation_images']:,} validation images.\n\n{_table(head, rows)}\n\n"
+        '![Accuracy of each exit against its cost](anytime.png)')
+
+
+def _budgets(network: Network) -> str:
+    every = network.results['budgeted']['search']
+    step = max(1, -(-len(every) // _BUDGET_ROWS))
+    rows = []
+    for point in every[::step]:
+        shares = ' / '.join(f'{100 * s:.0f}' for s in point['exit_shares'])
+        rows.append([
+            format_macs(point['budget']), format_macs(point['average_macs']), f"{point['accuracy']:.2f}", shares])
+    head = ['average budget', 'average MACs on test', 'top-1 (%)', 'images leaving at each exit (%)']
+    return (
+        '## Average budgets\n\nThe thresholds come with the weights: each was set on validation images for its '
+        f'budget, and measured on the test set.\n\n{_table(head, rows)}\n\n'
+        '![Accuracy against average cost](budgeted.png)')
+
+
+def _table(head: List[str], rows: List[List[str]]) -> str:
+    lines = ['| ' + ' | '.join(head) + ' |', '|' + '|'.join([' ---: '] * len(head)) + '|']
+    return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows])
+
+
+_OPEN = """import timm_multiexit  # registers the architecture
+import timm, torch
+from importlib.resources import files
+from PIL import Image
+
+image = Image.open(files('timm_multiexit') / 'samples' / 'cifar10_test_0001_ship.png')
+"""
+
+# timm's three ways to use a network, with the import of this package, then this package's own two.
+_SNIPPETS = {
+    'Image classification': """model = timm.create_model('{place}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    output = model(transform(image).unsqueeze(0))  # logits of the last exit
+top3_probabilities, top3_classes = output.softmax(1).topk(3)
+""",
+    'Feature maps': """model = timm.create_model('{place}', pretrained=True, features_only=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    maps = model(transform(image).unsqueeze(0))
+for one in maps:  # the map that each exit reads, shallow to deep
+    print(one.shape)
+""",
+    'Image embeddings': """model = timm.create_model('{place}', pretrained=True, num_classes=0).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    embedding = model(transform(image).unsqueeze(0))  # (1, {features})
+""",
+    'Anytime prediction': """model = timm.create_model('{place}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.inference_mode():
+    for exit_index, logits in enumerate(model.iter_exits(transform(image).unsqueeze(0))):
+        probability, label = logits.softmax(1).max(1)
+        if probability > 0.9:
+            break  # nothing deeper was computed
+""",
+    'Budgeted classification': """from timm_multiexit.store import load_exit_config
+
+model = timm.create_model('{place}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+policy = load_exit_config('{place}').policy_for(average_budget={budget})  # multiply-adds for an image
+with torch.inference_mode():
+    for exit_index, logits in enumerate(model.iter_exits(transform(image).unsqueeze(0))):
+        if policy.stops(exit_index, logits):
+            break
+label = logits.argmax(1)
+""",
+}
+
+
+def _usage(network: Network, place: str) -> str:
+    policies = network.exits.policies
+    budget = f'{policies[len(policies) // 2].budget:.3g}' if policies else ''
+    values = dict(place=place, features=network.model.num_features, budget=budget)
+    parts = [
+        '## Usage', 'Install the package `timm-multiexit` first, from a clone: `python -m pip install .`']
+    for title, code in _SNIPPETS.items():
+        if 'budget}' in code and not policies:
+            continue
+        parts.append(f'### {title}\n\n```python\n{_OPEN}{code.format(**values)}```')
+    if policies:
+        parts.append(
+            f'On the command line:\n\n```bash\ntimm-multiexit classify IMAGE --model {place} --average-budget '
+            f'{float(budget) / 1e6:g}M\n```')
+    return '\n\n'.join(parts)
+
+
+def _training(network: Network) -> str:
+    recipe: Dict[str, Any] = network.recipe
+    data = f" {recipe['epochs']} epochs," if 'epochs' in recipe else ''
+    facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
+        'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
+    return (
+        f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}:{data} {', '.join(facts)}. All "
+        'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv). To train '
+        'it again:\n\n```bash\npython train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+
+
+def _limits(network: Network) -> str:
+    size = ' x '.join(map(str, network.exits.input_size[1:]))
+    return (
+        f'## Limits\n\n- It knows the {network.model.num_classes} classes of {_dataset(network)[1]} and names one of '
+        f'them for any image. Images are resized to {size} pixels.\n'
+        '- Costs count the multiply-adds of convolutions and linear layers; they are no running time, which depends '
+        'on the machine and the batch.\n'
+        '- An average budget is kept on images like those on which the thresholds were set. On harder ones fewer '
+        'leave early and the average rises.\n'
+        '- Confidence is no promise: an early exit can be sure and wrong. On images of another kind it is not '
+        'calibrated.\n'
+        '- One training run was measured; the spread between runs is not known.')
+
+
+def _citation(network: Network) -> str:
+    entry = CITATIONS.get(type(network.model).__module__.rpartition('.')[2])
+    return f'## Citation\n\n```bibtex\n{entry}\n```' if entry else ''

@@ -1,0 +1,123 @@
+"""The folder that becomes a model repository: built from what is stored beside the weights, then checked."""
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Dict
+
+import timm
+import yaml
+from card import build_card
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from network import Network, differences
+from timm.models._hub import (
+    save_config_for_hf,  # private: save_for_hf would write the weights anew, in single precision
+)
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.figures import anytime_figure, budgeted_figure
+from timm_multiexit.files import write_json
+from timm_multiexit.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
+from timm_multiexit.store import CONFIG_KEY, load_exit_config
+
+CARD = 'README.md'
+FIGURES = {'anytime.png': anytime_figure, 'budgeted.png': budgeted_figure}
+
+
+def build_folder(network: Network, folder: Path, organisation: str) -> Path:
+    """Writes the repository of a network: the same bytes for the same network, so that pushing it again is no change.
+
+    Args:
+        network: What to publish.
+        folder: Where; it is made if need be.
+        organisation: In whose name, for the snippets of the card.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
+    shutil.copyfile(network.folder / 'summary.csv', folder / 'summary.csv')
+    write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
+    write_json(folder / 'results.json', network.results)
+    (folder / 'recipe.yaml').write_text(_portable_recipe(network), encoding='utf-8')
+    for name, draw in FIGURES.items():
+        draw(network.results).savefig(folder / name, dpi=150, metadata={'Software': None})
+    (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')
+    return folder
+
+
+def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
+    """timm's config.json with our one key.
+
+    Args:
+        network: What to publish.
+        scratch: File that timm writes on the way.
+    """
+    cfg = dict(tag=network.tag, classifier=[f'exits.{k}.fc' for k in range(network.model.num_exits)])
+    extra = {CONFIG_KEY: network.exits.to_dict()}
+    if network.exits.class_names:
+        extra['label_names'] = list(network.exits.class_names)
+    save_config_for_hf(network.model, str(scratch), model_config=dict(pretrained_cfg=cfg, **extra))
+    config = json.loads(scratch.read_text(encoding='utf-8'))
+    if not network.exits.class_names and not network.packaged:
+        config['pretrained_cfg'].pop('label_names', None)  # those of the architecture's cfg, not of the user's data
+    return config
+
+
+def _portable_recipe(network: Network) -> str:
+    """The recipe as it stands, unless it names a file of the machine it ran on: of that the name alone is published."""
+    text = (network.folder / 'recipe.yaml').read_text(encoding='utf-8')
+    local = [k for k, v in network.recipe.items() if isinstance(v, str) and Path(v).is_absolute()]
+    if not local:
+        return text
+    return yaml.safe_dump(
+        {k: Path(v).name if k in local else v for k, v in network.recipe.items()}, sort_keys=False)
+
+
+def check_folder(network: Network, folder: Path) -> str:
+    """Loads the folder back as a user would, compares the logits, and has the card checked.
+
+    Returns:
+        A note if the Hub's validator could not be asked, else ''.
+
+    Raises:
+        InputError: what is in the folder is not the network, or the card is not valid.
+    """
+    place = f'local-dir:{folder}'
+    differing = differences(network.model, timm.create_model(place, pretrained=True))
+    if differing:
+        raise InputError(f'{network.name} loaded from its folder differs in the logits of {differing} exits: '
+                         'its config.json does not describe these weights')
+    if load_exit_config(place) != network.exits:
+        raise InputError(f'{network.name}: the policies in its config.json are not the stored ones')
+    card = ModelCard.load(folder / CARD)
+    parsed = card.data.eval_results or []
+    measured = [e['accuracy'] for e in network.results['exits']]
+    if [r.metric_value for r in parsed] != measured:
+        raise InputError(f'the model-index in the card of {network.name} does not hold the measured accuracies')
+    return validate_card(card)
+
+
+def validate_card(card: ModelCard, repo_type: str = 'model') -> str:
+    """Asks the Hub's own validator.
+
+    Returns:
+        A note if it could not be asked, else ''.
+
+    Raises:
+        InputError: it refuses the card.
+    """
+    try:
+        card.validate(repo_type=repo_type)
+    except (HfHubHTTPError, HTTPError) as error:
+        return f"the card was not checked by the Hub's validator: {explain(error)}"
+    except ValueError as error:
+        raise InputError(f'the Hub refuses the front matter of the card: {error}') from error
+    return ''
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

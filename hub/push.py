@@ -1,0 +1,133 @@
+"""Publishes trained networks and the app on the Hugging Face Hub.
+
+    python hub/push.py                                     # every network whose weights come with the package
+    python hub/push.py msfuse_cifar.cifar10 --dry-run      # what would be sent
+    python hub/push.py RUNS/mine/final --org me            # a checkpoint of train_timm.py
+    python hub/push.py --space                             # the app
+
+Each repository is built in a temporary folder, loaded back from there and compared, sent in one commit, and loaded
+back from the Hub. Run again without a change, it makes no commit. The token is huggingface_hub's: `hf auth login` or
+HF_TOKEN.
+"""
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Callable, List, Optional, Sequence
+
+from folder import build_folder, check_folder
+from huggingface_hub import HfApi
+from network import ORGANISATION, Network, packaged_networks, read_network
+from space import SPACE, build_space, check_space
+from upload import Change, Target, compare, remote_files, require_token, send, verify_files, verify_network
+
+from timm_multiexit import __version__
+from timm_multiexit.errors import InputError
+from timm_multiexit.hub_files import HUB_ERRORS, explain
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='push.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='*', metavar='MODEL',
+                        help='arch.tag of the package, or a folder with model.safetensors, recipe.yaml, summary.csv, '
+                             'multiexit.json and results.json (default: all of the package)')
+    parser.add_argument('--org', default=ORGANISATION, metavar='O', help='organisation or user (default: %(default)s)')
+    parser.add_argument('--name', default='', metavar='ARCH.TAG',
+                        help="repository name for a folder (default: the recipe's architecture and data set)")
+    parser.add_argument('--space', action='store_true', help='push the app, and networks only if named')
+    parser.add_argument('--dry-run', action='store_true', help='show what would be sent, and send nothing')
+    parser.add_argument('--revision', default=None, metavar='R', help='branch, made if need be (default: main)')
+    parser.add_argument('--private', action='store_true', help='a repository that is made is private')
+    args = parser.parse_args(argv)
+    if args.name and (len(args.models) != 1 or not Path(args.models[0]).is_dir()):
+        parser.error('--name goes with one MODEL that is a folder; a packaged network keeps its name')
+    return args
+
+
+def show(changes: List[Change]) -> None:
+    """One line a file: what happens to it, bytes, SHA-256, path."""
+    for c in changes:
+        print(f"  {c.action:<8}{c.size:>12,}  {c.digest or '-':<64}  {c.path}")
+
+
+def show_plan(api: HfApi, target: Target, folder: Path) -> None:
+    """What a push would do, file by file."""
+    note, remote = '', {}
+    try:
+        commit, remote = remote_files(api, target)
+        note = f'there: commit {commit[:12]}' if commit else 'not there yet'
+    except HUB_ERRORS as error:
+        note = f'compared with nothing: {explain(error)}'
+    changes = compare(folder, remote)
+    print(f'{target.repo_type} {target} ({note})')
+    show(changes)
+    sent = [c for c in changes if c.action in ('add', 'replace')]
+    print(f"  would be sent: {len(sent)} files, {sum(c.size for c in sent):,} bytes"
+          f"{'; in one commit' if any(c.action != 'keep' for c in changes) else '; no commit, nothing differs'}")
+
+
+def push(args: argparse.Namespace, api: HfApi, target: Target, folder: Path,
+         verify: Callable[[Target, str], None]) -> None:
+    """Sends a folder that was checked, and verifies what the Hub then holds."""
+    if args.dry_run:
+        show_plan(api, target, folder)
+        return
+    what = target.repo_id.rpartition('/')[2]
+    commit, new = send(api, target, folder, f'Publish {what} with timm-multiexit {__version__}')
+    verify_files(api, target, folder)
+    verify(target, commit)
+    done = 'published' if new else 'unchanged, no commit made'
+    print(f'{target}: {done}; verified at commit {commit[:12]}')
+
+
+def push_network(args: argparse.Namespace, api: HfApi, network: Network) -> None:
+    """Builds, checks, sends and verifies one network."""
+    with TemporaryDirectory() as scratch:
+        folder = build_folder(network, Path(scratch) / network.name, args.org)
+        report(check_folder(network, folder))
+        target = Target(f'{args.org}/{network.name}', 'model', args.revision, args.private)
+        push(args, api, target, folder, lambda target, commit: verify_network(target, commit, network))
+
+
+def push_space(args: argparse.Namespace, api: HfApi) -> None:
+    """Builds, checks, sends and verifies the app."""
+    with TemporaryDirectory() as scratch:
+        folder = build_space(Path(scratch) / SPACE)
+        report(check_space(folder))
+        push(args, api, Target(f'{args.org}/{SPACE}', 'space', args.revision, args.private), folder,
+             lambda target, commit: None)
+
+
+def report(note: str) -> None:
+    if note:
+        print(f'push.py: note: {note}', file=sys.stderr)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs the command; returns the exit code: 0, 2 for what cannot be done, 130 when interrupted."""
+    args = parse_args(argv)
+    try:
+        if not args.dry_run:
+            require_token()
+        names = args.models or ([] if args.space else packaged_networks())
+        if not names and not args.space:
+            raise InputError('no weights come with this package yet: name a folder')
+        # All are read before the first is sent: a mistake in the last should not leave some published.
+        networks = [read_network(name, args.name) for name in names]
+        api = HfApi(library_name='timm-multiexit', library_version=__version__)
+        for network in networks:
+            push_network(args, api, network)
+        if args.space:
+            push_space(args, api)
+    except InputError as error:
+        print(f'push.py: error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # a commit is one request: nothing is left half published
+        print('interrupted', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

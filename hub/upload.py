@@ -1,0 +1,169 @@
+"""A folder against a repository of the Hub: what differs, one commit that makes it equal, and the check afterwards."""
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Dict, List, Optional, Tuple
+
+import timm
+from folder import sha256
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+from network import Network, differences
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.hub_files import CONFIG_FILE, HUB_ERRORS, explain
+from timm_multiexit.store import ExitConfig
+
+_KEPT = ('.gitattributes',)  # the Hub's own
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to: 'ORG/NAME', its type ('model' or 'space'), a branch, and whether a new repository is private."""
+
+    repo_id: str
+    repo_type: str = 'model'
+    revision: Optional[str] = None
+    private: bool = False
+
+    def __str__(self) -> str:
+        return self.repo_id + (f'@{self.revision}' if self.revision else '')
+
+
+@dataclass(frozen=True)
+class Change:
+    """One file: what happens to it ('add', 'replace', 'keep', 'delete'), bytes, and SHA-256 ('' if deleted)."""
+
+    action: str
+    path: str
+    size: int
+    digest: str
+
+
+@contextmanager
+def doing(what: str):
+    """Turns errors of the client into one clear line that begins with what was being done."""
+    try:
+        yield
+    except InputError:
+        raise
+    except HUB_ERRORS as error:
+        raise InputError(f'{what} failed: {explain(error)}') from error
+
+
+def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
+    """What it takes to make a repository's files equal to a folder's, by their hashes.
+
+    Args:
+        folder: The files.
+        remote: The repository's files by path, from `remote_files`.
+    """
+    changes = []
+    local = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
+    for name, path in local.items():
+        there = remote.get(name)
+        digest = sha256(path)
+        if there is None:
+            action = 'add'
+        elif there.lfs is not None:
+            action = 'keep' if there.lfs.sha256 == digest else 'replace'
+        else:
+            action = 'keep' if there.blob_id == git_hash(path.read_bytes()) else 'replace'
+        changes.append(Change(action, name, path.stat().st_size, digest))
+    for name in sorted(remote.keys() - local.keys() - set(_KEPT)):
+        changes.append(Change('delete', name, remote[name].size, ''))
+    return changes
+
+
+def remote_files(api: HfApi, target: Target) -> Tuple[Optional[str], Dict[str, RepoFile]]:
+    """The commit that a branch stands at, and its files by path; None and nothing if there is no such branch yet."""
+    where = dict(repo_type=target.repo_type, revision=target.revision)
+    try:
+        commit = api.repo_info(target.repo_id, **where).sha
+        tree = api.list_repo_tree(
+            target.repo_id, recursive=True, repo_type=target.repo_type, revision=commit)
+        return commit, {f.path: f for f in tree if isinstance(f, RepoFile)}
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        if error.response.status_code == 404:
+            return None, {}
+        raise
+
+
+def require_token() -> None:
+    """Checks that there is a token, where huggingface_hub looks for it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not get_token():
+        raise InputError('no token for the Hub: log in with `hf auth login` or set HF_TOKEN')
+
+
+def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, bool]:
+    """Makes a repository's files equal to a folder's in one commit: all of it is published or nothing.
+
+    A repository or branch that is not there yet is made. If nothing differs, no commit is made.
+
+    Returns:
+        The commit that the branch stands at, and whether it is new.
+
+    Raises:
+        InputError: what failed, why, and what to do. The branch then stands where it stood.
+    """
+    with doing(f'making the repository {target.repo_id}'):
+        api.create_repo(
+            target.repo_id, repo_type=target.repo_type, private=target.private or None, exist_ok=True,
+            space_sdk='gradio' if target.repo_type == 'space' else None)
+        if target.revision:
+            api.create_branch(target.repo_id, branch=target.revision, repo_type=target.repo_type, exist_ok=True)
+    with doing(f'reading the repository {target}'):
+        parent, remote = remote_files(api, target)
+    if parent is None:
+        raise InputError(f'the Hub does not show the repository {target} that it has just made: run this again')
+    operations = []
+    for change in compare(folder, remote):
+        if change.action in ('add', 'replace'):
+            operations.append(CommitOperationAdd(change.path, str(folder / change.path)))
+        elif change.action == 'delete':
+            operations.append(CommitOperationDelete(change.path))
+    if not operations:
+        return parent, False
+    with doing(f'uploading to {target} (nothing was published)'):
+        # The parent makes the Hub refuse the commit if someone else's came between. With one thread an error is the
+        # first one: with several, one closes the connection under the others, which then report that.
+        info = api.create_commit(
+            target.repo_id, operations, commit_message=message, repo_type=target.repo_type, revision=target.revision,
+            parent_commit=parent, num_threads=1)
+    return info.oid, True
+
+
+def verify_files(api: HfApi, target: Target, folder: Path) -> None:
+    """Checks by their hashes that the repository's files are the folder's.
+
+    Raises:
+        InputError: they are not, or the Hub cannot be asked.
+    """
+    with doing(f'published, but checking {target} afterwards'):
+        _, remote = remote_files(api, target)
+    wrong = [c.path for c in compare(folder, remote) if c.action != 'keep']
+    if wrong:
+        raise InputError(f"published, but {', '.join(wrong)} of {target} is not what was sent: run this again")
+
+
+def verify_network(target: Target, commit: str, network: Network) -> None:
+    """Loads a published network as a user would, past the cache, and compares every exit's logits and the policies.
+
+    Raises:
+        InputError: it cannot be loaded, or differs.
+    """
+    with doing(f'published, but loading hf-hub:{target} back'), TemporaryDirectory() as cache:
+        loaded = timm.create_model(f'hf-hub:{target.repo_id}@{commit}', pretrained=True, cache_dir=cache)
+        config = hf_hub_download(target.repo_id, CONFIG_FILE, revision=commit, cache_dir=cache)
+        exits = ExitConfig.load(config)
+    differing = differences(network.model, loaded)
+    if differing or exits != network.exits:
+        what = f'{differing} exits give other logits' if differing else 'it holds other policies'
+        raise InputError(f'published, but hf-hub:{target} is not {network.name}: {what}')

@@ -1,0 +1,378 @@
+"""The app as it runs: programs through gradio_client, people through a real browser, with the shipped weights."""
+import os
+import re
+import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from timm_multiexit.errors import InputError
+
+pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'app'))
+
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+from layout import build_page  # noqa: E402
+from networks import available_networks, get_network  # noqa: E402
+from stored import SAMPLES  # noqa: E402
+
+import app as app_module  # noqa: E402
+
+IMAGES = sorted(SAMPLES.glob('*.png'))
+SLIDER_MS = 100.
+
+
+class Server:
+    """The launched app. `calls` counts the runs of the network, of which every image needs one."""
+
+    def __init__(self):
+        self.names = available_networks()
+        self.network = get_network(self.names[0])
+        self.calls = 0
+        self.network.model.stages[0].register_forward_hook(self._count)
+        self.page = build_page(self.names)
+        self.url = self.page.launch(prevent_thread_lock=True, quiet=True, **app_module.launch_options())[1]
+
+    def _count(self, *_):
+        self.calls += 1
+
+    def expected(self, path):
+        """Probabilities of all exits (num_exits, num_classes), without the app."""
+        from timm.data import create_transform, resolve_data_config
+        model = self.network.model
+        x = create_transform(**resolve_data_config(model=model))(Image.open(path).convert('RGB')).unsqueeze(0)
+        with torch.inference_mode():
+            logits = torch.cat(model.forward_exits(x))
+        return (logits / torch.tensor(self.network.temperatures).unsqueeze(1)).softmax(1)
+
+
+@pytest.fixture(scope='module')
+def server():
+    server = Server()
+    yield server
+    server.page.close()
+
+
+@pytest.fixture(scope='module')
+def client(server):
+    return Client(server.url, verbose=False, httpx_kwargs=dict(timeout=60.))
+
+
+def ask(client, image, network, budget='', confidence=None, calibrated=True):
+    return client.predict(
+        image=None if image is None else handle_file(str(image)), network=network, budget=budget,
+        confidence=confidence, calibrated=calibrated, api_name='/classify')
+
+
+# Programs
+
+
+def test_the_api_has_names_and_types(client):
+    endpoints = client.view_api(return_format='dict', print_info=False)['named_endpoints']
+    assert set(endpoints) == {'/classify', '/networks', '/policy'}
+    names = [p['parameter_name'] for p in endpoints['/classify']['parameters']]
+    assert names == ['image', 'network', 'budget', 'confidence', 'calibrated']
+    types = [p['python_type']['type'] for p in endpoints['/classify']['parameters']]
+    assert 'filepath' in types[0] or 'path' in types[0]
+    assert types[2] == 'str' and types[3].startswith('float') and types[4] == 'bool'
+    assert endpoints['/classify']['returns'][0]['label'] == 'answer'
+
+
+def test_networks_with_weights_are_listed(client, server):
+    assert client.predict(api_name='/networks') == server.names
+
+
+def test_an_image_is_classified_in_one_run(client, server):
+    before = server.calls
+    said = ask(client, IMAGES[0], server.names[0])
+    assert server.calls == before + 1
+    expected = server.expected(IMAGES[0])
+    assert said['num_exits'] == len(said['exits']) == len(expected) == said['exit']
+    for row, p in zip(said['exits'], expected):
+        assert row['top'][0]['label'] == server.network.labels[int(p.argmax())]
+        assert row['top'][0]['probability'] == pytest.approx(float(p.max()), abs=2e-4)
+    macs = [row['macs'] for row in said['exits']]
+    assert macs == list(server.network.costs.macs)
+    assert [row['milliseconds'] for row in said['exits']] == sorted(row['milliseconds'] for row in said['exits'])
+
+
+def test_extreme_budgets(client, server):
+    first, full = server.network.costs.macs[0], server.network.costs.macs[-1]
+    assert ask(client, IMAGES[1], server.names[0], str(first))['exit'] == 1
+    assert ask(client, IMAGES[1], server.names[0], str(full))['exit'] == server.network.model.num_exits
+    assert ask(client, IMAGES[1], server.names[0], '1e30')['exit'] == server.network.model.num_exits
+    for budget, message in [(str(first - 1), 'below the first exit'), ('1', 'below the first exit'),
+                            ('0', 'not a number of MACs'), ('-3M', 'not a number of MACs'),
+                            ('nan', 'not a number of MACs'), ('a lot', 'not a number of MACs')]:
+        with pytest.raises(AppError, match=message):
+            ask(client, IMAGES[1], server.names[0], budget)
+
+
+def test_confidence(client, server):
+    said = ask(client, IMAGES[0], server.names[0], confidence=0.5)
+    sure = server.expected(IMAGES[0]).amax(1)
+    assert said['exit'] == next((k + 1 for k, p in enumerate(sure) if p >= 0.5), len(sure))
+    with pytest.raises(AppError, match='above 0 and up to 1'):
+        ask(client, IMAGES[0], server.names[0], confidence=1.5)
+    with pytest.raises(AppError, match='not both'):
+        ask(client, IMAGES[0], server.names[0], '30M', 0.5)
+
+
+def test_files_that_are_no_images(client, server, tmp_path):
+    (tmp_path / 'text.png').write_text('not an image')
+    (tmp_path / 'paper.pdf').write_bytes(b'%PDF-1.7 nothing in it')
+    (tmp_path / 'empty.jpg').write_bytes(b'')
+    Image.open(IMAGES[0]).resize((300, 300)).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:4000])
+    for name, message in [('text.png', 'is not an image'), ('paper.pdf', 'is not an image'),
+                          ('empty.jpg', 'is not an image'), ('cut.jpg', 'damaged or cut off')]:
+        with pytest.raises(AppError, match=message):
+            ask(client, tmp_path / name, server.names[0])
+    with pytest.raises(AppError, match='there is no image'):
+        ask(client, None, server.names[0])
+    notes = ask(client, tmp_path / 'whole.jpg', server.names[0])['notes']
+    assert any('shrunk from 300 x 300' in note for note in notes)
+    with pytest.raises(AppError):
+        ask(client, IMAGES[0], 'no_such_net')
+
+
+def test_policies(client, server):
+    if server.network.config is None:
+        pytest.skip('no policies are stored with the shipped weights')
+    full = server.network.costs.macs[-1]
+    found = client.predict(network=server.names[0], average_budget=str(full / 2), api_name='/policy')
+    assert found['thresholds'] == pytest.approx(server.network.config.policy_for(full / 2).thresholds)
+    with pytest.raises(AppError, match='cannot be kept'):
+        client.predict(network=server.names[0], average_budget='1', api_name='/policy')
+
+
+def test_ten_visitors_at_once_get_their_own_answers(server):
+    turned = [Image.open(path).convert('RGB').rotate(90 * (i // 8 + i % 4)) for i, path in enumerate(IMAGES * 2)][:10]
+
+    def visit(i, folder):
+        path = folder / f'{i}.png'
+        turned[i].save(path)
+        return path, ask(Client(server.url, verbose=False, httpx_kwargs=dict(timeout=60.)), path, server.names[0])
+
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda i: visit(i, Path(folder)), range(10)))
+        for path, said in answers:
+            for row, p in zip(said['exits'], server.expected(path)):
+                assert row['top'][0]['probability'] == pytest.approx(float(p.max()), abs=2e-4)
+    assert len({tuple(row['top'][0]['probability'] for row in said['exits']) for _, said in answers}) == 10
+
+
+# People
+
+
+@pytest.fixture(scope='module')
+def browser():
+    sync_api = pytest.importorskip('playwright.sync_api', reason='browser tests need playwright (pip)')
+    from screenshots import FLAGS, find_chromium
+    try:
+        path = find_chromium(os.environ.get('CHROMIUM', ''))
+    except InputError as error:
+        pytest.skip(f'browser tests need a Chromium ({error})')
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that must log no error and ask no other machine for anything."""
+
+    def __init__(self, browser, url, query='', **kwargs):
+        self.errors, self.strangers = [], []
+        self.context = browser.new_context(viewport=kwargs.pop('viewport', dict(width=1240, height=900)), **kwargs)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.on('console', lambda m: self.errors.append(m.text) if m.type == 'error' else None)
+        self.page.on('pageerror', lambda e: self.errors.append(str(e)))
+        self.page.on('request', self._watch)
+        self.page.goto(url + query)
+        self.page.locator('#view .anytime').wait_for()
+
+    def _watch(self, request):
+        if not re.match(r'(https?|wss?)://(127\.0\.0\.1|localhost)[:/]|data:|blob:', request.url):
+            self.strangers.append(request.url)
+
+    def __enter__(self):
+        return self.page
+
+    def __exit__(self, kind, *_):
+        self.context.close()
+        if kind is None:
+            assert self.errors == [] and self.strangers == []
+
+
+# Times from the slider's event to the picture of its value, taken inside the page.
+TIMER = """([control, view]) => {
+  const slider = document.querySelector(control + ' input[type=range]'), step = Number(slider.step);
+  let start = null;
+  window.times = [];
+  slider.addEventListener('input', () => { start = performance.now(); }, true);
+  new MutationObserver(() => {
+    const shown = document.querySelector(view + ' [data-limit]');
+    if (start === null || !shown || Math.abs(shown.dataset.limit - slider.value) > 0.99 * step) return;
+    window.times.push(performance.now() - start);
+    start = null;
+  }).observe(document.querySelector(view), {childList: true, subtree: true, attributes: true});
+}"""
+
+
+def answering(page) -> int:
+    return int(page.locator('#view .anytime').get_attribute('data-exit'))
+
+
+def press(page, key, count):
+    """Presses a key on the focused slider and waits until that has been answered."""
+    page.keyboard.press(key)
+    page.wait_for_function('n => window.times.length >= n', arg=count)
+
+
+def announced(page, region, exit_number) -> str:
+    """What a screen reader is told; it follows the picture by a moment."""
+    page.wait_for_function(
+        '([region, start]) => region.textContent.startsWith(start)',
+        arg=[region.element_handle(), f'Exit {exit_number} of'])
+    return region.text_content()
+
+
+def test_the_slider_by_keyboard(server, browser):
+    with Visit(browser, server.url) as page:
+        calls = server.calls
+        page.locator('#cards button[data-index="1"]').focus()
+        page.keyboard.press('Enter')
+        page.locator('#cards button[data-index="1"][aria-pressed=true]').wait_for()
+        page.locator('#view a.permalink[href*="image=2"]').wait_for()
+        assert server.calls == calls + 1
+
+        calls = server.calls
+        said = page.locator('.mx-status [role=status]').first
+        said.evaluate('e => { window.region = e; }')
+        slider = page.locator('#budget input[type=range]')
+        slider.focus()
+        page.evaluate(TIMER, ['#budget', '#view'])
+        press(page, 'Home', 1)
+        exits, count = [answering(page)], 1
+        texts = [announced(page, said, exits[0])]
+        while float(slider.input_value()) < float(slider.get_attribute('max')):
+            count += 1
+            press(page, 'ArrowRight', count)
+            exits.append(answering(page))
+            texts.append(announced(page, said, exits[-1]))
+        assert exits[0] == 1 and exits[-1] == server.network.model.num_exits
+        assert exits == sorted(exits) and set(exits) == set(range(1, exits[-1] + 1))
+        assert server.calls == calls, 'a move of the slider ran the model'
+        assert page.evaluate('e => window.region.isConnected') and len(set(texts)) >= exits[-1]
+        times = page.evaluate('window.times')
+        median = statistics.median(times)
+        print(f'\nslider: median {median:.0f} ms, largest {max(times):.0f} ms over {len(times)} moves')
+        if 'SLIDER_TIMES' in os.environ:
+            Path(os.environ['SLIDER_TIMES']).write_text('\n'.join(f'{t:.1f}' for t in times))
+        assert median <= SLIDER_MS
+
+
+def test_stopping_when_sure_enough(server, browser):
+    with Visit(browser, server.url, '?image=3') as page:
+        page.get_by_label('when sure enough').check()
+        page.locator('#view .levelled').wait_for()
+        assert page.locator('#budget').is_hidden()
+        calls = server.calls
+        slider = page.locator('#confidence input[type=range]')
+        slider.focus()
+        page.evaluate(TIMER, ['#confidence', '#view'])
+        press(page, 'Home', 1)
+        exits = [answering(page)]
+        for count in range(2, 12):
+            press(page, 'PageUp', count)
+            exits.append(answering(page))
+            level = float(slider.input_value())
+            bars = page.locator('#view .exit').evaluate_all(
+                "es => es.map(e => parseFloat(e.style.getPropertyValue('--p')) / 100)")
+            reached = [k + 1 for k, p in enumerate(bars) if p >= level - 1e-3]
+            assert exits[-1] in (reached[:1] or [len(bars)]) or abs(bars[exits[-1] - 1] - level) < 2e-3
+            if level >= float(slider.get_attribute('max')):
+                break
+        assert exits == sorted(exits) and server.calls == calls
+
+
+def test_own_files(server, browser, tmp_path):
+    (tmp_path / 'text.png').write_text('not an image')
+    Image.open(IMAGES[0]).resize((640, 480)).save(tmp_path / 'photo.png')
+    with Visit(browser, server.url) as page:
+        page.get_by_role('button', name='Upload, paste or photograph').click()
+        chooser = page.locator('#image input[type=file]')
+        chooser.set_input_files(str(tmp_path / 'photo.png'))
+        page.get_by_text('shrunk from 640 x 480').wait_for()
+        assert page.locator('#cards button[aria-pressed=true]').count() == 0
+        assert page.locator('#view .permalink').count() == 0
+        page.locator('#image').get_by_label('Clear').or_(page.locator('#image').get_by_label('Remove')).first.click()
+        page.locator('#image input[type=file]').set_input_files(str(tmp_path / 'text.png'))
+        page.get_by_text('is not an image').first.wait_for()
+
+
+def test_links_and_visitors_apart(server, browser):
+    first = server.network.costs.macs[1] / 1e6
+    with Visit(browser, server.url, f'?image=2&stop=budget&at={first + 0.6:.1f}') as one, \
+            Visit(browser, server.url, '?image=4&stop=confidence&at=0.55') as other:
+        assert answering(one) == 2 and one.locator('#view .flag').count() == 1
+        assert other.locator('#view .levelled').count() == 1
+        other.locator('#cards button[data-index="0"]').click()
+        other.locator('#view a[href*="image=1"]').wait_for()
+        one.get_by_label('calibrated probabilities').uncheck()
+        one.wait_for_timeout(500)
+        assert 'image=2' in one.locator('#view .permalink').get_attribute('href')
+    with Visit(browser, server.url, '?network=none&image=99&stop=x&at=nan') as page:  # nonsense opens the start
+        assert 'image=1' in page.locator('#view .permalink').get_attribute('href')
+
+
+def test_the_data_set_view(server, browser):
+    if server.network.config is None:
+        pytest.skip('no policies are stored with the shipped weights')
+    with Visit(browser, server.url) as page:
+        page.get_by_role('tab', name='A whole data set').click()
+        calls = server.calls
+        page.locator('#data-view .budget').wait_for()
+        slider = page.locator('#average input[type=range]')
+        slider.focus()
+        page.evaluate(TIMER, ['#average', '#data-view'])
+        shares = []
+        for count, key in enumerate(('Home', 'PageUp', 'PageUp', 'PageUp', 'End'), 1):
+            press(page, key, count)
+            bars = page.locator('#data-view .stream .exit').evaluate_all(
+                "es => es.map(e => parseFloat(e.style.getPropertyValue('--share')))")
+            assert sum(bars) == pytest.approx(1., abs=0.01)
+            shares.append(bars)
+            assert page.locator('#data-view .leaving').count() in (0, len(bars))
+        assert shares[0][0] > 0.9 and shares[-1][-1] > 0.9
+        assert [s[0] for s in shares] == sorted((s[0] for s in shares), reverse=True)
+        if page.locator('#diagrams .reliability').count():
+            page.get_by_text('with its temperature').wait_for()
+            page.locator('#scaled input').uncheck()
+            page.get_by_text('as trained').wait_for()
+        assert server.calls == calls
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_narrow_and_wide_in_light_and_dark(server, browser, scheme):
+    with Visit(browser, server.url, f'?__theme={scheme}', color_scheme=scheme) as page:
+        for width in (1240, 700, 390):
+            page.set_viewport_size(dict(width=width, height=844))
+            page.wait_for_timeout(200)
+            assert page.evaluate('document.scrollingElement.scrollWidth') <= width
+            outside = page.locator('#view .door, #view .bar, #view .savings').evaluate_all(
+                'es => es.filter(e => { const r = e.getBoundingClientRect();'
+                ' return r.left < -1 || r.right > innerWidth + 1; }).length')
+            assert outside == 0
+        ink, paper = page.evaluate("""() => { const s = e => getComputedStyle(document.querySelector(e));
+            return [s('#view .what').color, s('#view .verdict').backgroundColor].map(
+                c => c.match(/[0-9.]+/g).slice(0, 3).map(Number)); }""")
+        assert (sum(ink) < sum(paper)) == (scheme == 'light') and abs(sum(ink) - sum(paper)) > 400

@@ -1,0 +1,211 @@
+"""hub/push.py and loading from the Hub: the real client against a small Hub on a real socket."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hub_server import HubServer
+from hub_support import NAME, REPO, SHAPE, copy_of
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load_file, save_file
+
+from timm_multiexit.files import write_json
+from timm_multiexit.loading import list_networks
+from timm_multiexit.models._cfgs import WEIGHTS_DIR
+from timm_multiexit.store import ExitConfig
+
+pytest_plugins = ['hub_support']  # its fixtures
+
+
+def test_push_load_back_and_push_again(client, server, final):
+    done = client.push(final).ok()
+    assert f'{REPO}: published' in done.out and HubServer.token not in done.out + done.err
+    first, commit = server.commits(REPO)
+    assert not first.files and set(commit.files) == {
+        'README.md', 'anytime.png', 'budgeted.png', 'config.json', 'model.safetensors', 'recipe.yaml', 'results.json',
+        'summary.csv'}
+    stored = server.contents(REPO)
+    assert stored['model.safetensors'] == (final / 'model.safetensors').read_bytes()
+    config = json.loads(stored['config.json'])
+    assert config['architecture'] == 'msfuse_cifar' and config['pretrained_cfg']['tag'] == 'cifar10'
+    assert ExitConfig.from_dict(config['multiexit']) == ExitConfig.load(final / 'multiexit.json')
+    for text in ('README.md', 'config.json', 'recipe.yaml', 'results.json'):
+        assert str(final).encode() not in stored[text] and b'/somewhere/of/mine' not in stored[text]
+
+    again = client.push(final).ok()
+    assert 'unchanged, no commit made' in again.out
+    assert len(server.commits(REPO)) == 2
+
+    client.code(f"""
+import timm, torch
+from timm_multiexit.store import load_exit_config, ExitConfig
+torch.manual_seed(1)
+x = torch.randn(2, 3, 32, 32)
+ours = timm.create_model('msfuse_cifar', **{SHAPE}).eval()
+from safetensors.torch import load_file
+ours.load_state_dict(load_file('{final}/model.safetensors'))
+theirs = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
+assert all(torch.equal(a, b) for a, b in zip(ours.forward_exits(x), theirs.forward_exits(x)))
+stored = ExitConfig.load('{final}/multiexit.json')
+assert load_exit_config('hf-hub:{REPO}') == stored
+assert load_exit_config('hf-hub:{REPO}@{commit.oid}') == stored
+other = timm.create_model('hf-hub:{REPO}', pretrained=True, num_classes=4, in_chans=1).eval()
+assert [l.shape for l in other.forward_exits(x[:, :1])] == [(2, 4)] * 3
+kept, name = theirs.state_dict(), 'stages.1.layers.0.'
+same = [torch.equal(v, kept[k]) for k, v in other.state_dict().items() if k.startswith(name)]
+assert same and all(same)
+""").ok()
+
+
+def test_new_weights_make_one_commit_and_stale_files_go(client, server, final, built, tmp_path):
+    server.put(REPO, {**built, '.gitattributes': b'*.png filter=lfs', 'old.txt': b'stale'})
+    changed = copy_of(final, tmp_path)
+    state = load_file(changed / 'model.safetensors')
+    state['exits.0.fc.bias'] += 1
+    save_file(state, changed / 'model.safetensors')
+    shown = client.push(changed, '--dry-run').ok().out
+    assert re.search(r'replace .* model.safetensors', shown) and re.search(r'delete .* old.txt', shown)
+    assert re.search(r'keep .* config.json', shown) and 'would be sent: 1 files' in shown
+    before = len(server.commits(REPO))
+    client.push(changed).ok()
+    assert len(server.commits(REPO)) == before + 1
+    now = server.contents(REPO)
+    assert 'old.txt' not in now and '.gitattributes' in now
+    assert now['model.safetensors'] == (changed / 'model.safetensors').read_bytes()
+
+
+def test_second_revision_stands_beside_main(client, server, final, built, tmp_path):
+    server.put(REPO, built)
+    changed = copy_of(final, tmp_path)
+    config = json.loads((changed / 'multiexit.json').read_text())
+    config['policies'] = config['policies'][:1]
+    write_json(changed / 'multiexit.json', config)
+    client.push(changed, '--revision', 'trial').ok()
+    assert len(server.commits(REPO)) == 2 and len(server.commits(REPO, 'trial')) == 3
+    client.code(f"""
+from timm_multiexit.store import load_exit_config
+assert len(load_exit_config('hf-hub:{REPO}').policies) > 1
+assert len(load_exit_config('hf-hub:{REPO}@trial').policies) == 1
+""").ok()
+    client.load(f'hf-hub:{REPO}@trial').ok()
+    client.load(f'hf-hub:{REPO}@none').refused('no such revision', 'none')
+
+
+def test_snapshot_and_offline_from_the_cache(client, server, built):
+    server.put(REPO, built)
+    client.load().ok()
+    client.code(f"""
+from huggingface_hub import snapshot_download
+from timm_multiexit.loading import load_model
+from timm_multiexit.store import load_exit_config
+folder = snapshot_download('{REPO}')
+assert load_model('local-dir:' + folder).num_exits == 3
+assert load_exit_config('local-dir:' + folder) == load_exit_config('hf-hub:{REPO}')
+""").ok()
+    server.requests.clear()
+    client.load().ok()
+    assert not [r for r in server.requests if r.startswith('GET') and 'model.safetensors' in r]  # from the cache
+    server.stop()
+    assert 'loaded 3' in client.load().ok().out
+
+
+def test_offline_variable(client, server, built):
+    """HF_HUB_OFFLINE is read when the client is imported: a process of its own."""
+    server.put(REPO, built)
+    code = "import sys\nfrom timm_multiexit.loading import load_model\nfrom timm_multiexit.errors import InputError\n" \
+           "try:\n    print(load_model(sys.argv[1]).num_exits)\nexcept InputError as error:\n    sys.exit(str(error))\n"
+    env = {**client.env, 'HF_HUB_OFFLINE': '1'}
+    client.load().ok()
+    found = subprocess.run([sys.executable, '-c', code, f'hf-hub:{REPO}'], env=env, capture_output=True, text=True)
+    assert found.stdout.strip() == '3', found.stderr
+    client.clear_cache()
+    server.requests.clear()
+    done = subprocess.run([sys.executable, '-c', code, f'hf-hub:{REPO}'], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and 'HF_HUB_OFFLINE' in done.stderr and 'Traceback' not in done.stderr
+    assert not server.requests
+
+
+def test_dry_run_shows_what_would_be_sent_and_sends_nothing(client, server, final, built):
+    import hashlib
+    shown = client.push(final, '--dry-run', HF_TOKEN='').ok().out
+    digest = hashlib.sha256((final / 'model.safetensors').read_bytes()).hexdigest()
+    size = (final / 'model.safetensors').stat().st_size
+    assert re.search(rf'add +{size:,}  {digest}  model.safetensors', shown) and 'not there yet' in shown
+    assert not server.repositories and not [r for r in server.requests if 'create' in r or 'commit/' in r]
+    sent = dict(built)
+    for line in shown.splitlines()[1:-1]:
+        action, size, digest, path = line.split()
+        content = sent.pop(path)
+        assert action == 'add' and hashlib.sha256(content).hexdigest() == digest
+        assert len(content) == int(size.replace(',', ''))
+    assert not sent
+    server.stop()
+    assert 'compared with nothing' in client.push(final, '--dry-run').ok().out
+
+
+def test_private_and_name(client, server, final):
+    client.push(final, '--private', '--name', 'msfuse_cifar.mine').ok()
+    assert server.repositories['me/msfuse_cifar.mine'].private
+    client.load('hf-hub:me/msfuse_cifar.mine').ok()
+    client.clear_cache()
+    client.load('hf-hub:me/msfuse_cifar.mine', HF_TOKEN='').refused('no such repository', 'HF_TOKEN')
+
+
+# Published networks
+
+@pytest.mark.parametrize('name', [NAME, *list_networks(pretrained=True)])
+def test_published_network(client, server, final, built, request, name):
+    """The card parses, its model-index holds the measured accuracies, its snippets run; the first is not packaged."""
+    packaged = request.node.callspec.indices['name'] > 0
+    beside = WEIGHTS_DIR / name if packaged else final
+    if packaged:
+        client.push(name).ok()
+    else:
+        server.put(f'me/{name}', built)
+    content = server.contents(f'me/{name}')
+    assert content['model.safetensors'] == (beside / 'model.safetensors').read_bytes()
+    text = content['README.md'].decode()
+    card = ModelCard(text, ignore_metadata_errors=False)
+    raw = yaml.safe_load(text.split('---')[1])
+    title, measured = model_index_to_eval_results(raw['model-index'])
+    results = json.loads((beside / 'results.json').read_text())
+    assert title == name and [m.metric_value for m in measured] == [e['accuracy'] for e in results['exits']]
+    assert raw['library_name'] == 'timm' and raw['license'] == 'apache-2.0'
+    assert raw['pipeline_tag'] == 'image-classification' and raw['metrics'] == ['accuracy']
+    assert raw['datasets'] == [f"uoft-cs/{name.split('.')[1]}"]
+    for e in results['exits']:
+        assert re.search(rf"\| {e['exit']} \| {e['macs'] / 1e6:.2f} M \|.*\| {e['accuracy']:.2f} \|", card.text)
+    links = re.findall(r'\]\((?!http)(.*?)\)', card.text)
+    assert links and set(links) <= set(content)
+    snippets = re.findall(r'```python\n(.*?)```', card.text, re.S)
+    assert len(snippets) == 5 and all(s.startswith('import timm_multiexit') for s in snippets)
+    client.code('\n'.join(snippets)).ok()
+    if packaged:
+        client.code(f"""
+import timm, torch, timm_multiexit
+from timm_multiexit.store import load_exit_config
+ours = timm.create_model('{name}', pretrained=True).eval()
+theirs = timm.create_model('hf-hub:me/{name}', pretrained=True).eval()
+x = torch.randn(2, 3, 32, 32)
+assert all(torch.equal(a, b) for a, b in zip(ours.forward_exits(x), theirs.forward_exits(x)))
+assert load_exit_config('hf-hub:me/{name}') == load_exit_config('{name}')
+assert list(ours.pretrained_cfg['label_names']) == list(theirs.pretrained_cfg['label_names'])
+""").ok()
+
+
+def test_space(client, server):
+    shown = client.push('--space').ok().out
+    assert 'published' in shown
+    files = server.commits('me/timm-multiexit-app')[-1].files
+    assert {'README.md', 'app.py', 'requirements.txt', 'timm_multiexit/__init__.py', 'LICENSE'} <= set(files)
+    assert not [f for f in files if '__pycache__' in f or f.endswith('.pyi')]
+    assert server.repositories['me/timm-multiexit-app'].kind == 'space'
+    requirements = server.objects[files['requirements.txt'][0]].decode()
+    assert 'timm' in requirements and 'extra ==' not in requirements
+    again = client.push('--space').ok().out
+    now = server.commits('me/timm-multiexit-app')[-1].files
+    assert not {p for p in files.keys() | now.keys() if files.get(p) != now.get(p)}
+    assert 'unchanged' in again
