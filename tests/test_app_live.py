@@ -23,6 +23,7 @@ from stored import SAMPLES  # noqa: E402
 
 import app as app_module  # noqa: E402
 
+pytestmark = pytest.mark.browser
 IMAGES = sorted(SAMPLES.glob('*.png'))
 SLIDER_MS = 100.
 

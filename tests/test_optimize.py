@@ -132,6 +132,6 @@ def test_engines_that_cannot_be_had_are_refused(small_msfuse, monkeypatch):
     with pytest.raises(InputError, match='runs on the CPU only'):
         make_engine(small_msfuse, 'onnx', device='cuda')
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)  # as if nothing were installed
-    with pytest.raises(InputError, match=r"needs onnx, onnxruntime, onnxscript: pip install 'timm-multiexit\[export\]'"):
+    with pytest.raises(InputError, match='needs onnx, onnxruntime, onnxscript: pip install'):
         make_engine(small_msfuse, 'onnx')
     assert make_engine(small_msfuse, 'auto').name == 'torch'

@@ -78,7 +78,7 @@ def test_run_leaves_log_summary_and_final_weights(uninterrupted):
     model.load_state_dict(state)
     assert state['stages.0.layers.0.conv1.conv.weight'].dtype == torch.float16
     recipe = yaml.safe_load((final / 'recipe.yaml').read_text())
-    assert recipe['epochs'] == 3 and recipe['model'] == 'msfuse_cifar' and 'data_dir' not in recipe
+    assert recipe['epochs'] == 3 and recipe['model'] == 'msfuse_cifar.cifar10' and 'data_dir' not in recipe
 
 
 def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path):

@@ -25,6 +25,7 @@ LABEL_WEIGHT = 0.3  # of the labels in an answer's value
 REWEIGHTINGS = 6
 FOLDS = 5
 MIXTURES = (0., 0.25, 0.5, 0.75, 1.)  # 0 is the geometric rule
+STANDARD_ERRORS = 2.  # that a gain must be away from 0 to be believed
 # Images that have left earlier count this little at an exit: enough to set a threshold that no image reaches.
 ABSENT_WEIGHT = 0.02
 RARE_SHARE = 0.005
@@ -151,7 +152,7 @@ def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[int, List[float], Lis
     """Cross-validation: each mixture's paths are made without a fold and tried on it.
 
     The farther from the rule, the more answers change and the less sure is the gain. So the mixture is taken whose gain
-    less its standard error is largest; if that is the rule itself, the first step away from it as long as it gains.
+    less two standard errors is largest; if that is the rule itself, the first step away from it as long as it gains.
 
     Returns:
         The index into MIXTURES, each one's mean gain over the first, the geometric rule, in value, and the gains'
@@ -176,7 +177,7 @@ def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[int, List[float], Lis
             differences[i].append((each[i] - each[0]).mean(0))
     gains = [float((v - interpolate(costs[0], values[0], c)).mean()) for c, v in zip(costs, values)]
     errors = [float(torch.cat(d).std()) / scores.num_images ** 0.5 for d in differences]
-    bounds = [gain - error for gain, error in zip(gains, errors)]
+    bounds = [gain - STANDARD_ERRORS * error for gain, error in zip(gains, errors)]
     best = max(range(len(bounds)), key=bounds.__getitem__)
     return best or int(gains[1] > 1e-9), gains, errors
 

@@ -14,6 +14,7 @@ from ..images import read_image
 from ..loading import load_model, require_weights
 from ..models import MultiExitNet
 from ..policy import ExitPolicy
+from ..store import load_exit_config
 from . import add_model_options
 
 
@@ -66,8 +67,7 @@ def stopping_rule(args: argparse.Namespace, model: MultiExitNet, costs: ExitCost
             raise InputError(f'--confidence {args.confidence}: give a probability above 0 and up to 1')
         policy = ExitPolicy((args.confidence,) * last + (0.,), (1.,) * (last + 1))
     elif args.average_budget is not None:
-        from ..store import load_exit_config
-        policy = load_exit_config(args.model).policy_for(parse_macs(args.average_budget))
+        policy = load_exit_config(args.model, args.checkpoint).policy_for(parse_macs(args.average_budget))
     else:
         return lambda k, logits: 'all exits ran' if k == last else None
 
