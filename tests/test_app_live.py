@@ -298,8 +298,10 @@ def test_stopping_when_sure_enough(server, browser):
             level = float(slider.input_value())
             bars = page.locator('#view .exit').evaluate_all(
                 "es => es.map(e => parseFloat(e.style.getPropertyValue('--p')) / 100)")
-            reached = [k + 1 for k, p in enumerate(bars) if p >= level - 1e-3]
-            assert exits[-1] in (reached[:1] or [len(bars)]) or abs(bars[exits[-1] - 1] - level) < 2e-3
+            # The bars are rounded, so that a confidence this near to the level may have reached it or not.
+            expected = {next((k + 1 for k, p in enumerate(bars) if p >= level + slack), len(bars))
+                        for slack in (-1e-3, 1e-3)}
+            assert exits[-1] in expected
             if level >= float(slider.get_attribute('max')):
                 break
         assert exits == sorted(exits) and server.calls == calls

@@ -22,6 +22,15 @@ def train_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """These networks and batches are small: PyTorch's threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def exit_logits(engine, images):
     """Logits of every exit, stage by stage."""
     with torch.inference_mode():

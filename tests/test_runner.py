@@ -69,6 +69,15 @@ def assert_as_simulated(run: Run, policy, logits, costs, tie):
     assert int((~same).sum()) <= 0.01 * len(same)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """These networks and batches are small: PyTorch's threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope='module')
 def photos(cifar_root):
     """The first test images of CIFAR-10, as its networks see them, and their labels."""
@@ -86,7 +95,7 @@ def small():
 
 @pytest.fixture(scope='module', params=['torch', 'onnx'])
 def engine(request, small):
-    return make_engine(small[0], request.param)
+    return make_engine(small[0], request.param, **(dict(threads=2) if request.param == 'onnx' else {}))
 
 
 def test_every_network_runs_as_simulated(network, photos):
@@ -118,7 +127,7 @@ def test_both_engines_run_as_simulated(engine, small, photos, keep, measure):
 def test_all_test_images_run_exactly_as_simulated(photos):
     images, targets = photos
     model = load_model('msfuse_cifar.cifar10')
-    engine, costs = make_engine(model, 'onnx'), exit_costs(model)
+    engine, costs = make_engine(model, 'onnx', threads=2), exit_costs(model)
     logits = all_logits(engine, images)
     for keep, exits, batch_sizes in ((0.4, None, (7, 256)), (0.6, (0, 2), (1, 256)), (0.9, None, (7, 256))):
         policy = spread_policy(logits, keep, exits)
