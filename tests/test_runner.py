@@ -98,15 +98,16 @@ def engine(request, small):
     return make_engine(small[0], request.param, **(dict(threads=2) if request.param == 'onnx' else {}))
 
 
-def test_every_network_runs_as_simulated(network, photos):
+@pytest.mark.parametrize('engine_name', ['torch', 'onnx'])
+def test_every_network_runs_as_simulated(network, photos, engine_name):
     images = photos[0][:48]
-    engine = make_engine(network)
+    engine = make_engine(network, engine_name)
     costs = ExitCosts(tuple(range(1, network.num_exits + 1)), (1,) * network.num_exits, (3, 32, 32))
     logits = all_logits(engine, images, 48)
     for policy in (spread_policy(logits, 0.7), spread_policy(logits, 0.5, exits=(0, 2))):
         runner = EarlyExitRunner(engine, policy, costs=costs)
         for batch_size in (1, 7, 256):
-            assert_as_simulated(runner.run(images, batch_size), policy, logits, costs, TIE['torch'])
+            assert_as_simulated(runner.run(images, batch_size), policy, logits, costs, TIE[engine_name])
 
 
 @pytest.mark.parametrize('keep', [0.2, 0.6, 0.95])

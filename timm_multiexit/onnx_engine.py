@@ -61,7 +61,7 @@ class OnnxEngine:
         size = tuple(image_size or model.pretrained_cfg['input_size'][1:])
         self.state_names, graph = _export(model, size)
         self.extractor = onnx.utils.Extractor(graph)
-        self.sessions: Dict[Tuple[int, int], onnxruntime.InferenceSession] = {}
+        self.sessions: Dict[Tuple[int, int], Tuple[onnxruntime.InferenceSession, List[str]]] = {}
         self.lock = threading.Lock()
 
     def build(self, segments: Sequence[Tuple[int, int]]) -> None:
@@ -71,16 +71,16 @@ class OnnxEngine:
                 if segment not in self.sessions:
                     self.sessions[segment] = self._session(*segment)
 
-    def _session(self, first: int, last: int) -> onnxruntime.InferenceSession:
-        outputs = [f'logits{last}']
-        if last < self.num_exits - 1:
-            outputs += self.state_names[last + 1]
-        graph = self.extractor.extract_model(self.state_names[first], outputs)
+    def _session(self, first: int, last: int) -> Tuple[onnxruntime.InferenceSession, List[str]]:
+        """A session for a segment, and the names of the maps that it makes; it gives the logits before them."""
+        made = [name for name in self.state_names[last + 1] if name not in self.state_names[first]]
+        graph = self.extractor.extract_model(self.state_names[first], [f'logits{last}', *made])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             graph.SerializeToString(), options, providers=['CPUExecutionProvider'])
+        return session, made
 
     def start(self, images: torch.Tensor) -> State:
         """The state before the first stage, from images (B, C, H, W)."""
@@ -93,12 +93,13 @@ class OnnxEngine:
             The state after stage `last` (empty after the last stage), and that exit's logits, float32
             (B, num_classes).
         """
-        session = self.sessions.get((first, last))
-        if session is None:
+        if (first, last) not in self.sessions:
             self.build([(first, last)])
-            session = self.sessions[first, last]
-        logits, *state = session.run(None, dict(zip(self.state_names[first], state)))
-        return state, torch.from_numpy(logits)
+        session, made = self.sessions[first, last]
+        maps = dict(zip(self.state_names[first], state))
+        logits, *new = session.run(None, maps)
+        maps.update(zip(made, new))
+        return [maps[name] for name in self.state_names[last + 1]], torch.from_numpy(logits)
 
     def gather(self, pieces: Sequence[Tuple[State, Optional[torch.Tensor]]]) -> State:
         """One state of rows of several.
@@ -127,7 +128,8 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
     """The folded network as one graph.
 
     Returns:
-        For each stage the names of the maps that it reads, and the graph with every map and all logits as outputs.
+        Names of the maps that each stage reads, none behind the last stage, and the graph. A map that a stage hands on
+        as it is keeps its name.
     """
     net = _AllStates(fold_batch_norm(model).cpu().to(memory_format=torch.contiguous_format))
     images = torch.zeros(2, model.in_chans, *image_size)
@@ -142,4 +144,12 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
             program = torch.onnx.export(
                 net.eval(), (images,), dynamo=True, verbose=False, input_names=names[0], output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    return names[:-1], program.model_proto
+    graph = program.model_proto.graph
+    # The exporter writes a map that is handed on as Identity of the earlier one, which later nodes go on to read.
+    source: Dict[str, str] = {}
+    for node in graph.node:  # in the order in which they run
+        node.input[:] = [source.get(name, name) for name in node.input]
+        if node.op_type == 'Identity':
+            source[node.output[0]] = node.input[0]
+    names = [[source.get(name, name) for name in row] for row in names[:-1]]
+    return [*names, []], program.model_proto
