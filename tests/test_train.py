@@ -13,6 +13,8 @@ import yaml
 from conftest import PROJECT
 from safetensors.torch import load_file
 
+from timm_multiexit.train_options import parse_train_args
+
 SCRIPT = PROJECT / 'train_timm.py'
 RECIPES = sorted((PROJECT / 'timm_multiexit' / 'recipes').glob('*.yaml'))
 

@@ -10,6 +10,7 @@ from .geometric import solve_geometric
 from .policy import MEASURES, ExitPolicy, check_average_budget, simulate
 from .scores import Scores, check_labelled_logits, fit_temperature
 from .search import mixture_values, solve_search
+from .sparse import fewest_exits
 from .store import ExitConfig
 
 METHODS = ('search', 'geometric')
@@ -47,14 +48,16 @@ def solve_policies(
             network was not trained.
         targets: Their labels, int64 (N,).
         exit_macs: Cumulative MACs of each exit.
-        budgets: Average MACs per image; None for `budget_grid`.
-        method: 'search' (best accuracy, see `search`) or 'geometric' (MSDNet's rule, see `geometric`).
+        budgets: Average MACs per image; None for `budget_grid`, and one MAC below each of its budgets where 'search'
+            begins to ask fewer exits, so that between any two neighbours thresholds can be interpolated.
+        method: 'search' (best accuracy, then fewest exits; see `search` and `sparse`) or 'geometric' (MSDNet's rule,
+            see `geometric`).
         measure: Confidence measure, see `policy.confidence`.
         temperatures: One per exit; None to fit them.
         seed: Of the folds and reweightings of 'search'.
 
     Returns:
-        One policy per budget, in the given order, each with what it gives on these images.
+        One policy per budget, in the given order (rising if none are given), each with what it gives on these images.
 
     Raises:
         InputError: logits, labels or budgets that cannot be used, unknown method or measure.
@@ -66,8 +69,8 @@ def solve_policies(
     logits, targets = check_labelled_logits(logits, targets).cpu(), targets.cpu()
     if len(exit_macs) != len(logits):
         raise InputError(f'{len(exit_macs)} costs for the logits of {len(logits)} exits: give one cost per exit')
-    budgets = budget_grid(exit_macs) if budgets is None else budgets
-    budgets = [check_average_budget(b, exit_macs) for b in budgets]
+    fill = budgets is None
+    budgets = [check_average_budget(b, exit_macs) for b in (budget_grid(exit_macs) if fill else budgets)]
     if temperatures is None:
         temperatures = [round(fit_temperature(x, targets), 4) for x in logits]
     scores = Scores.from_logits(logits, targets, exit_macs, temperatures, measure)
@@ -77,7 +80,13 @@ def solve_policies(
     elif method == 'geometric':
         thresholds = solve_geometric(scores, shares)
     else:
-        thresholds = solve_search(scores, mixture_values(logits, targets), shares, seed)
+        values = mixture_values(logits, targets)
+        path = fewest_exits(scores, values, solve_search(scores, values, shares, seed), shares)
+        thresholds = path.thresholds
+        if fill:
+            added = [(b - 1, row) for b, row in zip(budgets, path.before) if row is not None]
+            both = sorted([*zip(budgets, thresholds), *added], key=lambda pair: pair[0])
+            budgets, thresholds = [b for b, _ in both], torch.stack([row for _, row in both])
     policies = []
     for budget, row in zip(budgets, thresholds.tolist()):
         row = (round(t, 9) for t in row)  # finer than float32, in which confidences are compared with it
