@@ -8,7 +8,7 @@ from reading import spoken
 from stored import Assets, Curve, GalleryImage
 
 from timm_multiexit.costs import format_macs
-from timm_multiexit.policy import ExitPolicy
+from timm_multiexit.policy import NEVER, ExitPolicy
 from timm_multiexit.store import ExitConfig
 
 
@@ -155,14 +155,15 @@ def gallery(assets: Assets, policy: ExitPolicy) -> str:
             x, y = image.tile % assets.columns, image.tile // assets.columns
             tiles.append(f'<li><span class="tile{"" if right else " wrong"}" role="img" style="--tx:{x};--ty:{y}" '
                          f'title="{escape(text)}" aria-label="{escape(text)}"></span></li>')
-        body = f'<ul>{"".join(tiles)}</ul>' if tiles else '<p>none of these</p>'
+        none = 'not asked' if policy.thresholds[k] >= NEVER else 'none of these'
+        body = f'<ul>{"".join(tiles)}</ul>' if tiles else f'<p>{none}</p>'
         columns.append(f'<div class="leaving" data-exit="{k + 1}"><h4>exit {k + 1}</h4>{body}</div>')
     return f"""
 <section class="panel gallery" style="--n:{policy.num_exits};--columns:{assets.columns}">
   <h3>From easy to hard: {len(assets.gallery)} test images under the exit at which they leave</h3>
   <div class="columns">{''.join(columns)}</div>
-  <p class="key"><span class="wrong-key">wrong answer</span> drawn so that every exit has some at half the cost; the
-    true shares stand above</p>
+  <p class="key"><span class="wrong-key">wrong answer</span> at equal steps from the surest to the least sure of all; the
+    exact shares stand above</p>
 </section>"""
 
 

@@ -21,14 +21,13 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.loading import list_networks, load_model
-from timm_multiexit.policy import confidence, simulate
+from timm_multiexit.policy import confidence
 from timm_multiexit.store import ExitConfig, list_stored, load_exit_config
 
 PER_LESSON = 2
-PER_EXIT = 10  # gallery images that leave at each exit under half the full cost
+GALLERY = 64  # images
 COLUMNS = 16  # images in a row of the sprite
 BINS = 10
-SEED = 0
 
 
 def lessons(probabilities: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -78,13 +77,15 @@ def choose(scores: Dict[str, torch.Tensor], targets: torch.Tensor) -> List[Dict[
     return chosen
 
 
-def choose_gallery(exit_index: torch.Tensor, num_exits: int) -> List[int]:
-    """Up to PER_EXIT images of each exit, drawn with a fixed seed."""
-    order = torch.randperm(len(exit_index), generator=torch.Generator().manual_seed(SEED))
-    picks = []
-    for k in range(num_exits):
-        picks += order[exit_index[order] == k][:PER_EXIT].tolist()
-    return picks
+def choose_gallery(sure: torch.Tensor) -> List[int]:
+    """Images at equal steps from the surest to the least sure, so that their exits are as mixed as the data set's.
+
+    Args:
+        sure: Confidence of each exit, float32 (num_exits, N).
+    """
+    order = sure.mean(0).argsort(descending=True, stable=True)
+    count = min(GALLERY, len(order))
+    return [int(order[(2 * i + 1) * len(order) // (2 * count)]) for i in range(count)]
 
 
 def reliability_bins(probabilities: torch.Tensor, targets: torch.Tensor) -> List[Dict[str, float]]:
@@ -141,9 +142,9 @@ def make_assets(
     """
     scaled = torch.stack([x / t for x, t in zip(test.logits, config.temperatures)]).softmax(2)
     examples = choose(lessons(scaled, test.targets), test.targets)
-    policy = config.policy_for(max(config.exit_macs[0], config.exit_macs[-1] / 2))
-    picks = choose_gallery(simulate(policy, test.logits, config.exit_macs).exit_index, config.num_exits)
-    sure = torch.stack([confidence(x, policy.measure, t) for x, t in zip(test.logits, config.temperatures)])
+    measure = config.policies[0].measure
+    sure = torch.stack([confidence(x, measure, t) for x, t in zip(test.logits, config.temperatures)])
+    picks = choose_gallery(sure)
     said = test.logits.argmax(2)
     for tile, example in enumerate(examples):
         example.update(tile=tile, true_class=labels[test.targets[example['index']]])

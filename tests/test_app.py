@@ -4,6 +4,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -287,10 +288,12 @@ def test_assets_are_written_and_read_back(tmp_path, monkeypatch):
     assets = stored.load_assets('net.data', config.class_names)
     assert {e.lesson for e in assets.examples} >= {'right at once', 'right only late'}
     for example in assets.examples:
-        pixels = torch.tensor(list(example.image.getdata()), dtype=torch.uint8).view(32, 32, 3)
+        pixels = torch.from_numpy(numpy.array(example.image))
         assert torch.equal(pixels.permute(2, 0, 1), images[example.index])
         assert example.true_class == config.class_names[targets[example.index]]
-    assert len(assets.gallery) >= 4 and len(assets.reliability) == 4
+    assert len(assets.gallery) == choose_examples.GALLERY and len(assets.reliability) == 4
+    sureness = [sum(g.confidences) for g in assets.gallery]
+    assert sureness == sorted(sureness, reverse=True)
     for row in assets.reliability:
         for values in row.values():
             assert sum(b['share'] for b in values['bins']) == pytest.approx(1., abs=1e-3)

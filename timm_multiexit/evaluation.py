@@ -19,7 +19,7 @@ from .models import MultiExitNet
 from .policy import simulate
 from .scores import check_labelled_logits, fit_temperature
 from .search import interpolate
-from .solver import METHODS, budget_grid, solve_policies
+from .solver import METHODS, solve_policies
 
 CALIBRATION_BINS = 15
 
@@ -115,13 +115,12 @@ def evaluate(
         validation: On these, temperatures and thresholds are set.
         test: On these, everything is measured; the average cost is that of the exits really taken.
         costs: Of the exits.
-        budgets: Average MACs per image; None for `solver.budget_grid`.
+        budgets: Average MACs per image; None for `solver.budget_grid`, with the rows that `solve_policies` adds to it.
         measure: Confidence measure, see `policy.confidence`.
 
     Raises:
         InputError: logits, labels or budgets that cannot be used, or a confidence measure that does not exist.
     """
-    budgets = budget_grid(costs.macs) if budgets is None else budgets
     temperatures = [round(fit_temperature(x, validation.targets), 4) for x in validation.logits]
     exits = []
     for k, (accuracy, held_out) in enumerate(zip(test.accuracies(), validation.accuracies())):

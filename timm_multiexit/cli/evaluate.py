@@ -109,8 +109,10 @@ def print_results(results: dict) -> None:
     best = results['oracle'][-1]
     print(f"oracle that stops at the first right exit: {best['accuracy']:.2f} % at {format_macs(best['average_macs'])}")
     print(f"\n{'budget':>9} | {'search':>9} {'top-1':>6} | {'geometric':>9} {'top-1':>6} | leave at each exit (search)")
-    rows = list(zip(results['budgeted']['search'], results['budgeted']['geometric']))
-    for ours, rule in rows[::max(1, len(rows) // 10)]:
+    searched = {row['budget']: row for row in results['budgeted']['search']}
+    rules = results['budgeted']['geometric']
+    for rule in rules[::max(1, len(rules) // 10)]:
+        ours = searched[rule['budget']]
         shares = ' '.join(f'{100 * s:.0f}%' for s in ours['exit_shares'])
         print(f"{format_macs(ours['budget']):>9} | {format_macs(ours['average_macs']):>9} {ours['accuracy']:>6.2f} | "
               f"{format_macs(rule['average_macs']):>9} {rule['accuracy']:>6.2f} | {shares}")
