@@ -162,8 +162,8 @@ def gallery(assets: Assets, policy: ExitPolicy) -> str:
 <section class="panel gallery" style="--n:{policy.num_exits};--columns:{assets.columns}">
   <h3>From easy to hard: {len(assets.gallery)} test images under the exit at which they leave</h3>
   <div class="columns">{''.join(columns)}</div>
-  <p class="key"><span class="wrong-key">wrong answer</span> at equal steps from the surest to the least sure of all; the
-    exact shares stand above</p>
+  <p class="key"><span class="wrong-key">wrong answer</span> at equal steps from the surest to the least sure of all;
+    the exact shares stand above</p>
 </section>"""
 
 

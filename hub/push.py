@@ -93,7 +93,7 @@ def push_network(args: argparse.Namespace, api: HfApi, network: Network) -> None
 def push_space(args: argparse.Namespace, api: HfApi) -> None:
     """Builds, checks, sends and verifies the app."""
     with TemporaryDirectory() as scratch:
-        folder = build_space(Path(scratch) / SPACE)
+        folder = build_space(Path(scratch) / SPACE, args.org)
         report(check_space(folder))
         push(args, api, Target(f'{args.org}/{SPACE}', 'space', args.revision, args.private), folder,
              lambda target, commit: None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from folder import CARD, validate_card
 from huggingface_hub import SpaceCard
+from network import packaged_networks
 
 from timm_multiexit.errors import InputError
 
@@ -21,14 +22,19 @@ _LEFT_OUT = shutil.ignore_patterns('__pycache__', '.*', '*.pyi', 'screenshots*',
 _TORCH_INDEX = '--extra-index-url https://download.pytorch.org/whl/cpu'
 
 
-def build_space(folder: Path, app: Path = PROJECT / 'app') -> Path:
+def build_space(folder: Path, organisation: str, app: Path = PROJECT / 'app') -> Path:
     """Writes the Space: the app's files at the top and the package with its weights as a folder beside them.
 
     The package is sent along, so that the Space shows the very state it was pushed from; what it needs is installed
     there from requirements.txt, and gradio by the SDK version that the front matter names.
 
+    Args:
+        folder: Where to write.
+        organisation: Whose networks the Space is linked with.
+        app: The app's folder.
+
     Raises:
-        InputError: the app is not there.
+        InputError: the app is not there, or its front matter cannot be read.
     """
     if not (app / CARD).is_file():
         raise InputError(f"'{app}' holds no {CARD} with a Space's front matter: run this from a clone of the project")
@@ -37,7 +43,18 @@ def build_space(folder: Path, app: Path = PROJECT / 'app') -> Path:
     shutil.copyfile(PROJECT / 'LICENSE', folder / 'LICENSE')
     needed = sorted(r for r in requires('timm-multiexit') or () if 'extra ==' not in r)
     (folder / 'requirements.txt').write_text('\n'.join([_TORCH_INDEX, *needed]) + '\n', encoding='utf-8')
+    card = _load_card(folder)
+    card.data.models = [f'{organisation}/{name}' for name in packaged_networks()]
+    card.save(folder / CARD)
     return folder
+
+
+def _load_card(folder: Path) -> SpaceCard:
+    try:
+        return SpaceCard.load(folder / CARD)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the front matter of the app's {CARD} cannot be read: {reason}") from error
 
 
 def check_space(folder: Path) -> str:
@@ -49,11 +66,7 @@ def check_space(folder: Path) -> str:
     Raises:
         InputError: the Space would not start.
     """
-    try:
-        card = SpaceCard.load(folder / CARD)
-    except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the front matter of the app's {CARD} cannot be read: {reason}") from error
+    card = _load_card(folder)
     values = card.data.to_dict()
     if values.get('sdk') != 'gradio' or not values.get('sdk_version'):
         raise InputError(f"the front matter of the app's {CARD} must hold sdk: gradio and sdk_version")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from timm_multiexit.costs import ExitCosts
@@ -327,3 +328,9 @@ def test_mcp_without_its_package_is_an_error(monkeypatch):
     monkeypatch.setattr(app.importlib.util, 'find_spec', lambda name: None if name == 'mcp' else find_spec(name))
     with pytest.raises(SystemExit, match='gradio\\[mcp\\]'):
         app.main(['--mcp'])
+
+
+def test_the_front_matter_names_the_networks_with_weights():
+    text = (Path(stored.__file__).parent / 'README.md').read_text(encoding='utf-8')
+    models = yaml.safe_load(text.split('---')[1])['models']
+    assert sorted(m.rpartition('/')[2] for m in models) == sorted(networks.available_networks())

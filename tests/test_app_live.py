@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'app'))
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 from layout import build_page  # noqa: E402
-from networks import available_networks, get_network  # noqa: E402
-from stored import SAMPLES  # noqa: E402
+from networks import available_networks, display_name, get_network  # noqa: E402
+from reading import spoken  # noqa: E402
+from stored import SAMPLES, load_curve  # noqa: E402
 
 import app as app_module  # noqa: E402
 
@@ -335,6 +336,27 @@ def test_links_and_visitors_apart(server, browser):
         assert 'image=2' in one.locator('#view .permalink').get_attribute('href')
     with Visit(browser, server.url, '?network=none&image=99&stop=x&at=nan') as page:  # nonsense opens the start
         assert 'image=1' in page.locator('#view .permalink').get_attribute('href')
+
+
+def test_another_network(server, browser):
+    if len(server.names) < 2:
+        pytest.skip('one network alone has weights')
+    other = get_network(server.names[1])
+    with Visit(browser, server.url) as page:
+        before = page.locator('#view .what').text_content()
+        page.get_by_label('Network', exact=True).click()
+        page.get_by_role('option', name=display_name(server.names[1])).click()
+        page.locator(f'#view a.permalink[href*="{server.names[1]}"]').wait_for()
+        said = page.locator('#view .what').text_content()
+        assert any(spoken(label) in said for label in other.labels) and said != before
+        assert page.locator('#view .exit').count() == other.model.num_exits
+        page.get_by_role('tab', name='A whole data set').click()
+        page.locator('#data-view .budget').wait_for()
+        curve = load_curve(other.name, other.config)
+        budget = float(page.locator('#average input[type=range]').input_value()) * 1e6
+        assert f'{curve.at(budget).accuracy:.1f} %' in page.locator('#data-view').text_content()
+    with Visit(browser, server.url, f'?network={server.names[1]}&image=2') as page:
+        assert server.names[1] in page.locator('#view .permalink').get_attribute('href')
 
 
 def test_the_data_set_view(server, browser):

@@ -205,6 +205,9 @@ def test_space(client, server):
     assert server.repositories['me/timm-multiexit-app'].kind == 'space'
     requirements = server.objects[files['requirements.txt'][0]].decode()
     assert 'timm' in requirements and 'extra ==' not in requirements
+    front = yaml.safe_load(server.objects[files['README.md'][0]].decode().split('---')[1])
+    assert front['models'] == [f'me/{name}' for name in list_networks(pretrained=True)]
+    assert front['title'] and front['app_file'] == 'app.py'
     again = client.push('--space').ok().out
     now = server.commits('me/timm-multiexit-app')[-1].files
     assert not {p for p in files.keys() | now.keys() if files.get(p) != now.get(p)}
