@@ -18,7 +18,7 @@ from timm_multiexit.files import written_beside
 WIDE, NARROW = dict(width=1240, height=900), dict(width=390, height=844)
 FLAGS = ['--no-sandbox', '--disable-background-networking', '--disable-component-update', '--disable-sync',
          '--disable-default-apps', '--no-first-run', '--force-color-profile=srgb']
-SHOTS = {'one_image': dict(), 'data_set': dict(data=True)}
+SHOTS = {'one_image': dict(), 'data_set': dict(data=True, network='msfuse_cifar.cifar100')}
 LAYOUTS = {
     f'{name}_{scheme}_{width}': dict(options, scheme=scheme, size=size)
     for name, options in {**SHOTS, 'confidence': dict(confidence=True)}.items()
@@ -44,10 +44,12 @@ def open_app(page: Page, url: str) -> None:
     page.locator('#view .anytime').wait_for(timeout=120_000)
 
 
-def shoot(browser, url: str, path: Path, data=False, confidence=False, scheme='light', size=WIDE) -> None:
+def shoot(
+        browser, url: str, path: Path, data=False, confidence=False, network='', scheme='light', size=WIDE) -> None:
     """One picture of a view, from the top of the page to its end."""
     page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=1)
-    open_app(page, f'{url}?__theme={scheme}&image=3' + ('&stop=confidence&at=0.9' if confidence else ''))
+    stop = '&stop=confidence&at=0.9' if confidence else ''
+    open_app(page, f'{url}?__theme={scheme}&image=3&network={network}{stop}')
     if data:
         page.get_by_role('tab', name='A whole data set').click()
         page.locator('#data-view .budget').wait_for()
