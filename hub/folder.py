@@ -3,7 +3,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import TYPE_CHECKING, Any, Dict
 
 import timm
 import yaml
@@ -16,13 +16,15 @@ from timm.models._hub import (
 )
 
 from timm_multiexit.errors import InputError
-from timm_multiexit.figures import anytime_figure, budgeted_figure
+from timm_multiexit.extras import require_extra
 from timm_multiexit.files import write_json
 from timm_multiexit.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
 from timm_multiexit.store import CONFIG_KEY, load_exit_config
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CARD = 'README.md'
-FIGURES = {'anytime.png': anytime_figure, 'budgeted.png': budgeted_figure}
 
 
 def build_folder(network: Network, folder: Path, organisation: str) -> Path:
@@ -35,6 +37,9 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
 
     Returns:
         The folder.
+
+    Raises:
+        InputError: the figures cannot be drawn, matplotlib is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
@@ -42,8 +47,8 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
     write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
     write_json(folder / 'results.json', network.results)
     (folder / 'recipe.yaml').write_text(_portable_recipe(network), encoding='utf-8')
-    for name, draw in FIGURES.items():
-        draw(network.results).savefig(folder / name, dpi=150, metadata={'Software': None})
+    for name, figure in _figures(network.results).items():
+        figure.savefig(folder / name, dpi=150, metadata={'Software': None})
     (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')
     return folder
 
@@ -64,6 +69,13 @@ def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
     if not network.exits.class_names and not network.packaged:
         config['pretrained_cfg'].pop('label_names', None)  # those of the architecture's cfg, not of the user's data
     return config
+
+
+def _figures(results: Dict[str, Any]) -> Dict[str, 'Figure']:
+    """The figures of a repository, by file name; raises InputError where matplotlib is not installed."""
+    require_extra('plots', 'a model repository')  # the Space has no figures and does without
+    from timm_multiexit.figures import anytime_figure, budgeted_figure
+    return {'anytime.png': anytime_figure(results), 'budgeted.png': budgeted_figure(results)}
 
 
 def _portable_recipe(network: Network) -> str:

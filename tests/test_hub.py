@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from hub_server import HubServer
-from hub_support import NAME, REPO, SHAPE, copy_of
+from hub_support import NAME, PUSH, REPO, SHAPE, copy_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
@@ -212,3 +212,17 @@ def test_space(client, server):
     now = server.commits('me/timm-multiexit-app')[-1].files
     assert not {p for p in files.keys() | now.keys() if files.get(p) != now.get(p)}
     assert 'unchanged' in again
+
+
+def test_without_the_plots_extra_a_network_is_refused_and_the_space_goes(client, server, final):
+    code = ("import runpy, sys; sys.modules['matplotlib'] = None; "  # as if it were not installed
+            f"sys.argv, sys.path[0] = sys.argv[1:], '{PUSH.parent}'; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+    def push(*args):
+        return subprocess.run([sys.executable, '-c', code, PUSH, *args, '--org', 'me', '--dry-run'],
+                              env=client.env, capture_output=True, text=True)
+
+    refused = push(str(final))
+    assert refused.returncode == 2 and 'Traceback' not in refused.stderr
+    assert "needs matplotlib: pip install 'timm-multiexit[plots]'" in refused.stderr
+    assert push('--space').returncode == 0

@@ -5,7 +5,6 @@ segment of it, so that exits at which nobody may leave cost nothing, and the who
 early exits (all stages, the last head) is one segment like any other.
 """
 import copy
-import importlib.util
 from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import InputError
+from .extras import missing_packages, require_extra
 from .models import MultiExitNet
 
 ENGINES = ('auto', 'torch', 'onnx')
@@ -139,13 +139,11 @@ def make_engine(
     if model.num_classes < 2:
         raise InputError(f'a network of {model.num_classes} classes cannot say when it is sure: give two or more')
     on_cpu = torch.device(device or next(model.parameters()).device).type == 'cpu'
-    missing = [name for name in ('onnx', 'onnxruntime', 'onnxscript') if importlib.util.find_spec(name) is None]
     if engine == 'auto':
-        engine = 'onnx' if on_cpu and not missing else 'torch'
+        engine = 'onnx' if on_cpu and not missing_packages('export') else 'torch'
     if engine == 'torch':
         return TorchEngine(model, device, **kwargs)
-    if missing:
-        raise InputError(f"the onnx engine needs {', '.join(missing)}: pip install 'timm-multiexit[export]'")
+    require_extra('export', 'the onnx engine')
     if not on_cpu:
         raise InputError(f"the onnx engine runs on the CPU only, not on '{device}': use the torch engine there")
     from .onnx_engine import OnnxEngine

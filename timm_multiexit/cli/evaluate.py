@@ -1,6 +1,5 @@
 """`timm-multiexit evaluate MODEL --data-dir D`: accuracy of each exit and under average budgets, on the test set."""
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Tuple
 
@@ -11,6 +10,7 @@ from ..costs import ExitCosts, exit_costs, format_macs
 from ..data import VALIDATION_IMAGES, load_images
 from ..errors import InputError
 from ..evaluation import LabelledLogits, evaluate, exit_logits, write_report
+from ..extras import require_extra
 from ..loading import load_model, require_weights
 from ..models import MultiExitNet
 from ..policy import MEASURES
@@ -85,9 +85,7 @@ def split_logits(
 
 
 def run(args: argparse.Namespace) -> None:
-    missing = [name for name in ('matplotlib', 'torchmetrics') if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"evaluate needs {' and '.join(missing)}: pip install 'timm-multiexit[plots]'")
+    require_extra('plots', 'evaluate')
     model, dataset = prepare(args)
     validation, costs = split_logits(args, model, dataset, 'validation')
     test, _ = split_logits(args, model, dataset, 'test')
