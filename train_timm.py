@@ -18,6 +18,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import timm
@@ -41,6 +42,7 @@ from timm.utils.summary import trim_summary
 
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
 from timm_multiexit.errors import InputError
+from timm_multiexit.loading import list_networks, load_model, require_weights
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.task import MultiExitTask, exit_accuracies
 from timm_multiexit.train_options import parse_train_args
@@ -64,6 +66,23 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
     if not isinstance(model, MultiExitNet):
         raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
     return model
+
+
+def create_teacher(args: argparse.Namespace, num_classes: int) -> Optional[torch.nn.Module]:
+    """The network named by --kd-model-name with its weights; MultiExitTask checks that it knows the same classes."""
+    name, checkpoint = args.kd_model_name, args.kd_checkpoint
+    if not name:
+        return None
+    classes = num_classes if checkpoint else None  # pretrained ones keep theirs: a new classifier would be random
+    if name.partition('.')[0] in list_networks():
+        if not checkpoint:
+            require_weights(name)
+        return load_model(name, checkpoint, classes)
+    try:
+        return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the teacher '{name}' cannot be loaded ({reason}): choose a teacher of timm's") from error
 
 
 def create_loaders(args: argparse.Namespace, data_config: dict, device: torch.device):
@@ -126,8 +145,8 @@ class Trainer:
         # While mixup is off its targets still come soft and smoothed, so one criterion serves the whole run.
         loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
         self.task = MultiExitTask(
-            model, args.exit_weights, args.distill_weight, args.distill_temperature, criterion_kwargs=loss,
-            device=self.device)
+            model, args.exit_weights, args.distill_weight, args.distill_temperature, create_teacher(args, num_classes),
+            args.task_loss_weight, args.kd_temperature, criterion_kwargs=loss, device=self.device)
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if args.torchcompile:
@@ -252,7 +271,10 @@ def benchmark(trainer: Trainer, steps: int) -> None:
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """The final weights (EMA if kept) in half precision, the recipe and the summary; written beside and renamed."""
+    """The final weights (EMA if kept) in half precision, the recipe and the summary; written beside and renamed.
+
+    The recipe and summary of the run whose weights this one started from come along, as `initial-...`.
+    """
     target, partial = folder / 'final', folder / 'final.partial'
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -261,6 +283,10 @@ def export(trainer: Trainer, folder: Path) -> None:
     save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / 'model.safetensors', {'format': 'pt'})
     for name in ('recipe.yaml', 'summary.csv'):
         shutil.copy(folder / name, partial / name)
+    if trainer.args.initial_checkpoint:  # where these weights come from belongs to them
+        earlier = Path(trainer.args.initial_checkpoint).parent
+        for path in [*earlier.glob('*recipe.yaml'), *earlier.glob('*summary.csv')]:
+            shutil.copy(path, partial / f'initial-{path.name}')
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     _logger.info(f'Final weights: {target / "model.safetensors"}')

@@ -205,10 +205,18 @@ def _training(network: Network) -> str:
     data = f" {recipe['epochs']} epochs," if 'epochs' in recipe else ''
     facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
         'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
+    earlier = ''
+    if (network.folder / 'initial-recipe.yaml').is_file():
+        earlier = (' It started from the weights of an earlier run, which [initial-recipe.yaml](initial-recipe.yaml) '
+                   'and [initial-summary.csv](initial-summary.csv) describe: train that first, and give its weights as '
+                   '`--initial-checkpoint`.')
+    if recipe.get('kd_model_name'):
+        earlier += f" Its exits learnt from those of `{recipe['kd_model_name']}`, too."
     return (
         f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}:{data} {', '.join(facts)}. All "
-        'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv). To train '
-        'it again:\n\n```bash\npython train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+        'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
+        f'{earlier} To train it again:\n\n```bash\n'
+        'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
 
 
 def _limits(network: Network) -> str:

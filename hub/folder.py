@@ -43,10 +43,12 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
-    shutil.copyfile(network.folder / 'summary.csv', folder / 'summary.csv')
+    for summary in sorted(network.folder.glob('*summary.csv')):  # with those of the runs it started from
+        shutil.copyfile(summary, folder / summary.name)
+    for recipe in sorted(network.folder.glob('*recipe.yaml')):
+        (folder / recipe.name).write_text(_portable_recipe(recipe), encoding='utf-8')
     write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
     write_json(folder / 'results.json', network.results)
-    (folder / 'recipe.yaml').write_text(_portable_recipe(network), encoding='utf-8')
     for name, figure in _figures(network.results).items():
         figure.savefig(folder / name, dpi=150, metadata={'Software': None})
     (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')
@@ -78,14 +80,14 @@ def _figures(results: Dict[str, Any]) -> Dict[str, 'Figure']:
     return {'anytime.png': anytime_figure(results), 'budgeted.png': budgeted_figure(results)}
 
 
-def _portable_recipe(network: Network) -> str:
+def _portable_recipe(path: Path) -> str:
     """The recipe as it stands, unless it names a file of the machine it ran on: of that the name alone is published."""
-    text = (network.folder / 'recipe.yaml').read_text(encoding='utf-8')
-    local = [k for k, v in network.recipe.items() if isinstance(v, str) and Path(v).is_absolute()]
+    text = path.read_text(encoding='utf-8')
+    recipe = yaml.safe_load(text)
+    local = [k for k, v in recipe.items() if isinstance(v, str) and Path(v).is_absolute()]
     if not local:
         return text
-    return yaml.safe_dump(
-        {k: Path(v).name if k in local else v for k, v in network.recipe.items()}, sort_keys=False)
+    return yaml.safe_dump({k: Path(v).name if k in local else v for k, v in recipe.items()}, sort_keys=False)
 
 
 def check_folder(network: Network, folder: Path) -> str:

@@ -214,6 +214,18 @@ def test_space(client, server):
     assert 'unchanged' in again
 
 
+def test_the_runs_behind_the_weights_are_published(client, server, final, built, tmp_path):
+    assert 'initial-' not in built['README.md'].decode() and not any(name.startswith('initial-') for name in built)
+    folder = copy_of(final, tmp_path)
+    (folder / 'initial-recipe.yaml').write_text('epochs: 3\ninitial_checkpoint: /somewhere/of/mine/model.safetensors\n')
+    (folder / 'initial-summary.csv').write_text('epoch,train_loss\n0,2.2\n')
+    client.push(folder).ok()
+    stored = server.contents(REPO)
+    assert stored['initial-recipe.yaml'] == b'epochs: 3\ninitial_checkpoint: model.safetensors\n'
+    assert stored['initial-summary.csv'] == (folder / 'initial-summary.csv').read_bytes()
+    assert b'(initial-recipe.yaml)' in stored['README.md']
+
+
 def test_without_the_plots_extra_a_network_is_refused_and_the_space_goes(client, server, final):
     code = ("import runpy, sys; sys.modules['matplotlib'] = None; "  # as if it were not installed
             f"sys.argv, sys.path[0] = sys.argv[1:], '{PUSH.parent}'; runpy.run_path(sys.argv[0], run_name='__main__')")

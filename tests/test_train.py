@@ -11,8 +11,10 @@ import timm
 import torch
 import yaml
 from conftest import PROJECT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from timm_multiexit.errors import InputError
+from timm_multiexit.task import MultiExitTask
 from timm_multiexit.train_options import parse_train_args
 
 SCRIPT = PROJECT / 'train_timm.py'
@@ -101,6 +103,20 @@ def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path)
     assert strip == [{k: v for k, v in r.items() if k != 'train_images_per_s'} for r in rows(uninterrupted)]
 
 
+def test_a_run_that_starts_from_another_one_keeps_its_recipe(uninterrupted, folder_dataset, tmp_path):
+    start = uninterrupted / 'run' / 'final'
+    train(folder_dataset, tmp_path, '--initial-checkpoint', str(start / 'model.safetensors'), '--lr', '0', epochs=1)
+    final = tmp_path / 'run' / 'final'
+    assert sorted(p.name for p in final.iterdir()) == [
+        'initial-recipe.yaml', 'initial-summary.csv', 'model.safetensors', 'recipe.yaml', 'summary.csv']
+    assert (final / 'initial-summary.csv').read_bytes() == (start / 'summary.csv').read_bytes()
+    # It really started there: without a step the weights are still those.
+    name = 'stages.2.layers.0.'
+    before, after = load_file(start / 'model.safetensors'), load_file(final / 'model.safetensors')
+    same = [k for k in before if k.startswith(name) and k.endswith('weight')]
+    assert same and all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in same)
+
+
 def test_two_processes(folder_dataset, tmp_path):
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     done = subprocess.run(
@@ -120,6 +136,59 @@ def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
     assert 'Final weights' in out
 
 
+def small_network(**kwargs):
+    torch.manual_seed(3)
+    kwargs = {'num_classes': 2, 'steps': (1, 1, 1), 'base_width': 8, 'growth': 4, 'head_width': 16, **kwargs}
+    return timm.create_model('msfuse_cifar', **kwargs)
+
+
+def test_a_finished_network_teaches_all_exits():
+    """The loss against its definition, computed here from the two networks' logits."""
+    student, teacher = small_network(), small_network(growth=6)
+    teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': (0.4, 0.4, 0.4), 'std': (0.3, 0.3, 0.3)}
+    task = MultiExitTask(student, [1., 2., 3.], teacher=teacher, task_loss_weight=0.25, kd_temperature=3.).train()
+    assert student.training and not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    images, targets = torch.randn(8, 3, 32, 32), torch.randint(2, (8,))
+    own = [torch.tensor(student.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std')]
+    with torch.no_grad():
+        taught = teacher.forward_exits((images * own[1] + own[0] - 0.4) / 0.3)
+        target = torch.stack([(x / 3).softmax(1) for x in taught]).mean(0)
+        expected = 0.
+        for share, x in zip((1 / 6, 2 / 6, 3 / 6), student(images)):
+            kl = (target * (target.log() - (x / 3).log_softmax(1))).sum(1).mean()
+            expected += share * (0.25 * torch.nn.functional.cross_entropy(x, targets) + 0.75 * 9 * kl)
+    loss = task(images, targets)['loss']
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad is not None for p in student.parameters())
+    # Its state is the student's alone: the teacher does not travel with checkpoints.
+    assert task.get_checkpoint_state()['state_dict'].keys() == student.state_dict().keys()
+
+
+def test_any_timm_network_can_teach():
+    teacher = timm.create_model('resnet10t', num_classes=2)
+    task = MultiExitTask(small_network(), teacher=teacher).train()
+    assert torch.isfinite(task(torch.randn(4, 3, 32, 32), torch.randint(2, (4,)))['loss'])
+    with pytest.raises(InputError, match='the teacher knows 2 classes and the network 5'):
+        MultiExitTask(small_network(num_classes=5), teacher=teacher)
+    with pytest.raises(InputError, match='share, from 0 to 1'):
+        MultiExitTask(small_network(), teacher=teacher, task_loss_weight=1.5)
+
+
+def test_a_run_with_a_teacher_from_a_file(folder_dataset, tmp_path):
+    teacher = timm.create_model('msfuse_cifar', num_classes=2)
+    save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
+    options = ['--kd-model-name', 'msfuse_cifar.cifar10', '--kd-checkpoint', str(tmp_path / 'teacher.safetensors')]
+    train(folder_dataset, tmp_path, *options, epochs=1)
+    taught = weights(tmp_path)
+    recipe = yaml.safe_load((tmp_path / 'run' / 'final' / 'recipe.yaml').read_text())
+    assert recipe['kd_model_name'] == 'msfuse_cifar.cifar10' and recipe['task_loss_weight'] == 0.5
+    train(folder_dataset, tmp_path, epochs=1)
+    alone = weights(tmp_path)
+    assert taught.keys() == alone.keys() and any(not torch.equal(taught[k], alone[k]) for k in alone)
+
+
 def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
     out = train(folder_dataset, tmp_path, '--benchmark', '3')
     assert 'bare step on one fixed batch' in out and 'real loop' in out
@@ -129,6 +198,10 @@ def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
     (['--exit-weights', '1', '2'], 'exit weights'),
     (['--model', 'resnet18'], 'has no exits'),
     (['--resume', 'README.md'], 'cannot resume'),
+    (['--kd-model-name', 'msfuse_cifar.cifar10'], 'the teacher knows 10 classes and the network 2'),
+    (['--kd-model-name', 'msfuse'], 'choose a teacher'),
+    (['--kd-model-name', 'ranet_cifar.cifar10'], 'no trained weights'),
+    (['--kd-model-name', 'msfuse_cifar', '--kd-checkpoint', 'none.pt'], "checkpoint 'none.pt' is not a file"),
     (['--batch-size', '5000'], 'smaller --batch-size'),
     (['--validation-images', '440'], 'hold out fewer'),
 ])

@@ -43,6 +43,13 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--exit-weights', type=float, nargs='+', default=None, help='loss weight of each exit')
     group.add_argument('--distill-weight', type=float, default=0., help='distillation from the last exit to the others')
     group.add_argument('--distill-temperature', type=float, default=2.)
+    group.add_argument('--kd-model-name', default='', metavar='NAME',
+                       help="finished network that teaches all exits, any of timm's for the same classes; of a "
+                            'multi-exit one the mean of its exits')
+    group.add_argument('--kd-checkpoint', default='', metavar='FILE', help="its weights, default: the pretrained ones")
+    group.add_argument('--task-loss-weight', type=float, default=0.5, metavar='C',
+                       help='share of the classification loss; the rest is the distillation from that network')
+    group.add_argument('--kd-temperature', type=float, default=2.)
 
     group = parser.add_argument_group('optimizer and schedule')
     group.add_argument('--opt', default='nmuon', help="timm's name of the optimizer")
