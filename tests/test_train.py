@@ -225,6 +225,7 @@ def test_unknown_option_in_a_config(tmp_path):
 def test_recipes_name_a_network_and_known_options(recipe):
     args = parse_train_args('', ['--config', str(recipe)])
     # The tag matters: it gives the mean and deviation that evaluation of these weights will use.
-    assert args.model.endswith(f".{args.dataset.split('/')[1]}") and args.experiment == args.model
-    assert recipe.stem in (args.model, f"comparison.{args.model.split('.')[1]}")
+    assert args.model.endswith(f".{args.dataset.split('/')[1]}")
+    assert recipe.stem in (args.experiment, f"comparison.{args.model.split('.')[1]}")
+    assert args.experiment in (args.model, f'{args.model}.restart')
     assert timm.is_model(args.model)
