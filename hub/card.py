@@ -122,9 +122,14 @@ def _budgets(network: Network) -> str:
         rows.append([
             format_macs(point['budget']), format_macs(point['average_macs']), f"{point['accuracy']:.2f}", shares])
     head = ['average budget', 'average MACs on test', 'top-1 (%)', 'images leaving at each exit (%)']
+    fast, gains = '', network.results.get('comparison', {})
+    if network.exits.fast_policies and 'mean_gain_fast' in gains:
+        fast = (' A second family, `policy_for(budget, fast=True)`, asks fewer exits, which takes less time at equal '
+                f'cost; its accuracy differs by {gains["mean_gain_fast"]:+.2f} points on average and by '
+                f"{gains['smallest_gain_fast']:+.2f} at worst.")
     return (
         '## Average budgets\n\nThe thresholds come with the weights: each was set on validation images for its '
-        f'budget, and measured on the test set.\n\n{_table(head, rows)}\n\n'
+        f'budget, and measured on the test set.{fast}\n\n{_table(head, rows)}\n\n'
         '![Accuracy against average cost](budgeted.png)')
 
 

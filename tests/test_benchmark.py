@@ -66,7 +66,7 @@ def test_policies_are_measured_on_the_same_images_as_the_full_network(measured, 
     print_results(dict(results, model='msfuse_cifar', engine='torch', device='here', threads=1, batch_size=16, rounds=5,
                        exits=exits))
     printed = capsys.readouterr().out
-    assert 'leave at each exit, budget' in printed and '100% 0% 0% 0% 0% 0% 0%' in printed
+    assert 'leave at each exit, file 15.26 M' in printed and '100% 0% 0% 0% 0% 0% 0%' in printed
 
 
 @needs_weights
@@ -81,8 +81,9 @@ def test_the_command_measures_stored_policies_and_files(cifar_root, tmp_path, ca
     assert results == json.loads((tmp_path / 'report.json').read_text())
     assert results['engine'] == 'torch' and results['threads'] == 1 and results['images'] == 16
     assert len(results['exits']) == 7
-    file, stored = results['policies']
-    assert file['heads'] == [1, 7] and file['budget'] is None and stored['budget'] == 32e6
+    file, stored, fast = results['policies']
+    assert file['heads'] == [1, 7] and file['budget'] is None and stored['budget'] == fast['budget'] == 32e6
+    assert (stored['method'], fast['method']) == ('search', 'fast') and len(fast['heads']) < len(stored['heads'])
     assert 64e6 < results['full']['average_macs'] < 65e6
     assert 0.05 < file['batch_1']['share_of_full_time']['median'] < 1.2
 

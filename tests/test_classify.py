@@ -84,6 +84,15 @@ def test_average_budget_uses_the_stored_thresholds(capsys):
     assert main(['classify', IMAGES[0], '--average-budget', '3M']) == 2
 
 
+def test_fast_thresholds_ask_fewer_exits(capsys):
+    _, asked = answers(capsys, *IMAGES, '--average-budget', '32M')
+    code, fast = answers(capsys, *IMAGES, '--average-budget', '32M', '--fast')
+    assert code == 0 and [r['exit'] for r in fast] != [r['exit'] for r in asked]
+    assert len({r['exit'] for r in fast}) <= 3
+    assert main(['classify', IMAGES[0], '--budget', '30M', '--fast']) == 2
+    assert 'pass --average-budget with it' in capsys.readouterr().err
+
+
 def test_table_says_where_and_why_it_stopped(capsys):
     assert main(['classify', IMAGES[0], '--budget', '30M']) == 0
     out = capsys.readouterr().out

@@ -98,7 +98,8 @@ def test_figures_draw_the_results(report):
     axes = budgeted_figure(results).axes
     lines = {line.get_label(): line for line in axes[0].lines}
     assert list(lines['thresholds by search'].get_ydata()) == [r['accuracy'] for r in results['budgeted']['search']]
-    assert len(lines) == 4
+    assert list(lines['fast: few exits asked'].get_ydata()) == [r['accuracy'] for r in results['budgeted']['fast']]
+    assert len(lines) == 5
     assert list(axes[1].lines[-1].get_ydata()) == pytest.approx(results['comparison']['gains'], abs=1e-3)
     for name in ('anytime.png', 'budgeted.png'):
         with Image.open(report / name) as image:
@@ -123,6 +124,7 @@ def test_calibrate_stores_policies_beside_a_checkpoint(options, tmp_path, capsys
     config.check_network(model)
     assert config.policies[0].method == 'search' and len(config.policies) >= 25
     assert config.policy_for(25e6).budget == 25e6
+    assert config.policy_for(25e6, fast=True).method == 'fast'
 
 
 @pytest.mark.parametrize('args, words', [

@@ -1,4 +1,5 @@
 """The exit config: one value in the package, beside a checkpoint and in config.json; policies between its budgets."""
+import dataclasses
 import json
 
 import pytest
@@ -34,8 +35,13 @@ def small_config(**changes):
     return ExitConfig(**{**values, **changes})
 
 
+def fast(policies):
+    return tuple(dataclasses.replace(p, thresholds=(NEVER, *p.thresholds[1:]), method='fast') for p in policies)
+
+
 def test_saved_configs_come_back_the_same(tmp_path):
-    for config in (small_config(), small_config(class_names=None), small_config(policies=())):
+    both = small_config(fast_policies=fast(small_config().policies))
+    for config in (small_config(), small_config(class_names=None), small_config(policies=()), both):
         config.save(tmp_path / FILE_NAME)
         assert ExitConfig.load(tmp_path / FILE_NAME) == config
         assert ExitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -54,6 +60,25 @@ def test_a_stored_budget_gets_its_own_policy_and_one_between_gets_thresholds_bet
     # near the full cost: towards 1, beyond which a threshold does nothing
     assert config.policy_for(35e6).thresholds == pytest.approx((0.9, 0.95, 0.))
     assert config.policy_for(40.02e6).thresholds == (NEVER, NEVER, 0.)
+
+
+def test_fast_policies_are_a_family_beside_the_others():
+    config = small_config(fast_policies=fast(small_config().policies[1:]))
+    assert config.policy_for(30e6, fast=True) == config.fast_policies[1] != config.policy_for(30e6)
+    assert config.policy_for(25e6, fast=True).thresholds == pytest.approx((NEVER, 0.7, 0.))
+    with pytest.raises(InputError, match='from 20.00 M to 40.00 M'):
+        config.policy_for(12e6, fast=True)
+    with pytest.raises(InputError, match='no fast policies are stored'):
+        small_config().policy_for(30e6, fast=True)
+    with pytest.raises(InputError, match='out of order'):
+        small_config(fast_policies=config.fast_policies[::-1])
+    with pytest.raises(InputError, match='measure'):
+        small_config(fast_policies=(dataclasses.replace(config.fast_policies[0], measure='margin'),)).to_dict()
+    values = small_config().to_dict()
+    values.pop('fast_policies')  # written before there were any
+    assert ExitConfig.from_dict(values) == small_config()
+    with pytest.raises(InputError, match='fast_policies are no list'):
+        ExitConfig.from_dict({**small_config().to_dict(), 'fast_policies': {}})
 
 
 def test_budgets_out_of_reach_are_refused():

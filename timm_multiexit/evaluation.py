@@ -19,7 +19,7 @@ from .models import MultiExitNet
 from .policy import simulate
 from .scores import check_labelled_logits, fit_temperature
 from .search import interpolate
-from .solver import METHODS, solve_policies
+from .solver import solve_families
 
 CALIBRATION_BINS = 15
 
@@ -115,7 +115,7 @@ def evaluate(
         validation: On these, temperatures and thresholds are set.
         test: On these, everything is measured; the average cost is that of the exits really taken.
         costs: Of the exits.
-        budgets: Average MACs per image; None for `solver.budget_grid`, with the rows that `solve_policies` adds to it.
+        budgets: Average MACs per image; None for `solver.budget_grid`, with the rows that `solve_families` adds to it.
         measure: Confidence measure, see `policy.confidence`.
 
     Raises:
@@ -131,9 +131,9 @@ def evaluate(
             calibration_error_with_temperature=round(
                 calibration_error(test.logits[k], test.targets, temperatures[k]), 3)))
     budgeted = {}
-    for method in tqdm(METHODS, desc='thresholds', unit='method', disable=None):
-        policies = solve_policies(
-            validation.logits, validation.targets, costs.macs, budgets, method, measure, temperatures)
+    families = solve_families(
+        validation.logits, validation.targets, costs.macs, budgets=budgets, measure=measure, temperatures=temperatures)
+    for method, policies in families.items():
         rows = []
         for policy in policies:
             result = simulate(policy, test.logits, costs.macs)
@@ -152,16 +152,18 @@ def evaluate(
 
 
 def compare(budgeted: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Any]:
-    """The searched curve against the geometric rule's at the same average cost on test, in points of accuracy."""
+    """Curves at the same average cost on test, in points of accuracy: search against the rule, fast against search."""
     curves = {}
     for method, rows in budgeted.items():
         curves[method] = [torch.tensor([r[key] for r in rows], dtype=torch.float64)
                           for key in ('average_macs', 'accuracy')]
     macs, accuracy = curves['search']
     gain = accuracy - interpolate(*curves['geometric'], macs)
+    fast = curves['fast'][1] - interpolate(*curves['search'], curves['fast'][0])
     return dict(
         mean_gain=round(float(gain.mean()), 4), smallest_gain=round(float(gain.min()), 4),
         gains=[round(g, 4) for g in gain.tolist()],
+        mean_gain_fast=round(float(fast.mean()), 4), smallest_gain_fast=round(float(fast.min()), 4),
         largest_budget_error=max(abs(r['over_budget']) for rows in budgeted.values() for r in rows))
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from .search import interpolate
 
-BLUE, ORANGE, GREY = '#0b5394', '#d9730d', '#7a7a7a'
+BLUE, ORANGE, GREEN, GREY = '#0b5394', '#d9730d', '#3d8b40', '#7a7a7a'
 
 
 def _style(ax: Axes) -> None:
@@ -41,7 +41,7 @@ def anytime_figure(results: Dict[str, Any]) -> Figure:
 
 
 def budgeted_figure(results: Dict[str, Any]) -> Figure:
-    """Test accuracy against average multiply-adds, and below it what the search gains over the geometric rule."""
+    """Test accuracy against average multiply-adds, and below it what the others gain over the geometric rule."""
     figure = Figure(figsize=(6.4, 5.6), layout='constrained')
     ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     for axis in (ax, below):
@@ -52,16 +52,18 @@ def budgeted_figure(results: Dict[str, Any]) -> Figure:
     ax.plot(*_columns(results['oracle'], 'average_macs'), ':', color=GREY, label='oracle: stops at first right exit')
     ax.plot(*curves['search'], '-', color=BLUE, linewidth=2, label='thresholds by search')
     ax.plot(*curves['geometric'], '--', color=ORANGE, linewidth=1.6, label='thresholds by the geometric rule')
+    ax.plot(*curves['fast'], '-', color=GREEN, linewidth=1., label='fast: few exits asked')
     ax.plot(*_columns(results['exits'], 'macs'), 'o', color='black', markersize=4, label='all images at one exit')
     ax.set_ylabel('top-1 accuracy (%)')
     ax.legend(frameon=False, fontsize=8, loc='lower right')
     ax.set_title(f"Average budgets: {_subject(results)}, {results['test_images']:,} test images", fontsize=10)
 
-    macs, accuracy = (torch.tensor(c, dtype=torch.float64) for c in curves['search'])
     rule = [torch.tensor(c, dtype=torch.float64) for c in curves['geometric']]
     below.axhline(0., color=ORANGE, linestyle='--', linewidth=1.6)
-    below.plot(macs, accuracy - interpolate(*rule, macs), '-', color=BLUE, linewidth=2)
-    below.set_ylabel('search minus\nrule (points)')
+    for method, color, width in (('fast', GREEN, 1.), ('search', BLUE, 2.)):
+        macs, accuracy = (torch.tensor(c, dtype=torch.float64) for c in curves[method])
+        below.plot(macs, accuracy - interpolate(*rule, macs), '-', color=color, linewidth=width)
+    below.set_ylabel('minus rule\n(points)')
     below.set_xlabel('average multiply-adds for one image (M)')
     return figure
 

@@ -16,6 +16,7 @@ from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from .geometric import solve_geometric
 from .policy import NEVER
@@ -164,7 +165,7 @@ def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[int, List[float], Lis
     differences: List[List[torch.Tensor]] = [[] for _ in MIXTURES]
     low, high = float(scores.costs[0]), float(scores.costs[-1])
     budgets = torch.linspace(low, high, GRID + 2)[1:-1].tolist()
-    for fold in order.chunk(FOLDS):
+    for fold in tqdm(order.chunk(FOLDS), desc='thresholds', unit='fold', leave=False, disable=None):
         rest = torch.ones(scores.num_images, dtype=torch.bool)
         rest[fold] = False
         inside, outside = scores.subset(rest), scores.subset(fold)

@@ -1,6 +1,6 @@
-"""From validation logits to policies: temperatures, a grid of budgets, and thresholds by one of two methods."""
+"""From validation logits to policies: temperatures, a grid of budgets, and thresholds by one of three methods."""
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -10,10 +10,10 @@ from .geometric import solve_geometric
 from .policy import MEASURES, ExitPolicy, check_average_budget, simulate
 from .scores import Scores, check_labelled_logits, fit_temperature
 from .search import mixture_values, solve_search
-from .sparse import fewest_exits
+from .sparse import LITTLE, NOTHING, fewest_exits
 from .store import ExitConfig
 
-METHODS = ('search', 'geometric')
+METHODS = ('search', 'fast', 'geometric')
 GRID_BUDGETS = 41
 
 
@@ -49,12 +49,13 @@ def solve_policies(
         targets: Their labels, int64 (N,).
         exit_macs: Cumulative MACs of each exit.
         budgets: Average MACs per image; None for `budget_grid`, and one MAC below each of its budgets where 'search'
-            begins to ask fewer exits, so that between any two neighbours thresholds can be interpolated.
-        method: 'search' (best accuracy, then fewest exits; see `search` and `sparse`) or 'geometric' (MSDNet's rule,
-            see `geometric`).
+            or 'fast' begins to ask other exits, so that between any two neighbours thresholds can be interpolated.
+        method: 'search' (best accuracy, then fewest exits; see `search` and `sparse`), 'fast' (as few exits as cost no
+            more than a fifth of a point, which takes less time at equal cost; see `sparse`) or 'geometric' (MSDNet's
+            rule, see `geometric`).
         measure: Confidence measure, see `policy.confidence`.
         temperatures: One per exit; None to fit them.
-        seed: Of the folds and reweightings of 'search'.
+        seed: Of the folds and reweightings of 'search' and 'fast'.
 
     Returns:
         One policy per budget, in the given order (rising if none are given), each with what it gives on these images.
@@ -62,8 +63,23 @@ def solve_policies(
     Raises:
         InputError: logits, labels or budgets that cannot be used, unknown method or measure.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
+    return solve_families(logits, targets, exit_macs, (method,), budgets, measure, temperatures, seed)[method]
+
+
+def solve_families(
+        logits: Sequence[torch.Tensor],
+        targets: torch.Tensor,
+        exit_macs: Sequence[int],
+        methods: Sequence[str] = METHODS,
+        budgets: Optional[Sequence[float]] = None,
+        measure: str = 'max_softmax',
+        temperatures: Optional[Sequence[float]] = None,
+        seed: int = 0,
+) -> Dict[str, List[ExitPolicy]]:
+    """Policies by several methods, which share what takes long; arguments and errors as `solve_policies`."""
+    for method in methods:
+        if method not in METHODS:
+            raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     if measure not in MEASURES:
         raise InputError(f"unknown confidence measure '{measure}': choose one of {', '.join(MEASURES)}")
     logits, targets = check_labelled_logits(logits, targets).cpu(), targets.cpu()
@@ -75,24 +91,27 @@ def solve_policies(
         temperatures = [round(fit_temperature(x, targets), 4) for x in logits]
     scores = Scores.from_logits(logits, targets, exit_macs, temperatures, measure)
     shares = [b / exit_macs[-1] for b in budgets]
-    if len(logits) == 1:
-        thresholds = torch.zeros(len(budgets), 0)
-    elif method == 'geometric':
-        thresholds = solve_geometric(scores, shares)
-    else:
+    if len(logits) > 1 and set(methods) != {'geometric'}:
         values = mixture_values(logits, targets)
-        path = fewest_exits(scores, values, solve_search(scores, values, shares, seed), shares)
-        thresholds = path.thresholds
-        if fill:
-            added = [(b - 1, row) for b, row in zip(budgets, path.before) if row is not None]
-            both = sorted([*zip(budgets, thresholds), *added], key=lambda pair: pair[0])
-            budgets, thresholds = [b for b, _ in both], torch.stack([row for _, row in both])
-    policies = []
-    for budget, row in zip(budgets, thresholds.tolist()):
-        row = (round(t, 9) for t in row)  # finer than float32, in which confidences are compared with it
-        policy = ExitPolicy((*row, 0.), tuple(temperatures), measure, budget, method=method)
-        policies.append(_with_expectations(policy, logits, targets, exit_macs))
-    return policies
+        dense = solve_search(scores, values, shares, seed)
+    families = {}
+    for method in methods:
+        if len(logits) == 1:
+            rows = [(b, torch.zeros(0)) for b in budgets]
+        elif method == 'geometric':
+            rows = list(zip(budgets, solve_geometric(scores, shares)))
+        else:
+            path = fewest_exits(scores, values, dense, shares, LITTLE if method == 'fast' else NOTHING)
+            rows = list(zip(budgets, path.thresholds))
+            if fill:
+                rows += [(b - 1, row) for b, row in zip(budgets, path.before) if row is not None]
+                rows.sort(key=lambda pair: pair[0])
+        families[method] = []
+        for budget, row in rows:
+            row = (round(t, 9) for t in row.tolist())  # finer than float32, in which confidences are compared with it
+            policy = ExitPolicy((*row, 0.), tuple(temperatures), measure, budget, method=method)
+            families[method].append(_with_expectations(policy, logits, targets, exit_macs))
+    return families
 
 
 def _with_expectations(policy: ExitPolicy, logits, targets, exit_macs) -> ExitPolicy:
@@ -108,10 +127,15 @@ def solve_exit_config(
         targets: torch.Tensor,
         costs: ExitCosts,
         class_names: Optional[Sequence[str]] = None,
+        method: str = 'search',
         **kwargs,
 ) -> ExitConfig:
-    """Everything that is stored with weights, from validation logits; further arguments as `solve_policies`."""
-    policies = solve_policies(logits, targets, costs.macs, **kwargs)
+    """Everything that is stored with weights, from validation logits; further arguments as `solve_families`.
+
+    Stored are the policies of one method and those of 'fast' beside them.
+    """
+    families = solve_families(logits, targets, costs.macs, (method, 'fast'), **kwargs)
+    policies = families[method]
     return ExitConfig(
         costs.macs, costs.params, costs.input_size, policies[0].temperatures, tuple(policies),
-        None if class_names is None else tuple(class_names))
+        None if class_names is None else tuple(class_names), tuple(families['fast']))

@@ -36,6 +36,7 @@ class ExitConfig:
         temperatures: One per exit, fitted on validation logits.
         policies: A family of policies of one method, by rising budget, from the cheapest exit to the full cost.
         class_names: Names in the order of the logits, or None.
+        fast_policies: A family of the method 'fast': a little less accurate, faster at equal cost. It may be empty.
         version: Of this layout.
 
     Raises:
@@ -48,10 +49,12 @@ class ExitConfig:
     temperatures: Tuple[float, ...]
     policies: Tuple[ExitPolicy, ...]
     class_names: Optional[Tuple[str, ...]] = None
+    fast_policies: Tuple[ExitPolicy, ...] = ()
     version: int = VERSION
 
     def __post_init__(self):
-        for name in ('exit_macs', 'exit_params', 'input_size', 'temperatures', 'policies', 'class_names'):
+        for name in ('exit_macs', 'exit_params', 'input_size', 'temperatures', 'policies', 'class_names',
+                     'fast_policies'):
             value = getattr(self, name)
             if value is not None:  # lists too: JSON has no tuples
                 if not isinstance(value, Sequence) or isinstance(value, str):
@@ -67,12 +70,13 @@ class ExitConfig:
                 f'{len(self.temperatures)} temperatures: give one per exit')
         if not all(a < b for a, b in zip(self.exit_macs, self.exit_macs[1:])) or not self.exit_macs[0] > 0:
             raise InputError(f'exit config with costs {self.exit_macs}: they must rise from exit to exit')
-        budgets = []
-        for policy in self.policies:
-            policy.check_exits(count)
-            budgets.append(policy.budget)
-        if None in budgets or any(a >= b for a, b in zip(budgets, budgets[1:])):
-            raise InputError('exit config with policies out of order: give each its budget, by rising budget')
+        for family in (self.policies, self.fast_policies):
+            budgets = []
+            for policy in family:
+                policy.check_exits(count)
+                budgets.append(policy.budget)
+            if None in budgets or any(a >= b for a, b in zip(budgets, budgets[1:])):
+                raise InputError('exit config with policies out of order: give each its budget, by rising budget')
 
     @property
     def num_exits(self) -> int:
@@ -92,28 +96,30 @@ class ExitConfig:
                 f'an exit config for {len(self.class_names)} classes does not fit a network with {model.num_classes}: '
                 f'{_HINT}')
 
-    def policy_for(self, average_budget: float) -> ExitPolicy:
+    def policy_for(self, average_budget: float, fast: bool = False) -> ExitPolicy:
         """The policy for a wanted average cost; between two stored budgets, thresholds are interpolated.
 
         Neighbours in the family differ little, so that cost and accuracy on validation may be interpolated with them.
 
         Args:
             average_budget: Average MACs per image.
+            fast: The policy that asks few exits, which takes less time at equal cost and is a little less accurate.
 
         Raises:
             InputError: no policies are stored, or the budget is below the cheapest exit or above the full cost, or the
                 stored policies do not reach that far.
         """
-        if not self.policies:
-            raise InputError(f'no policies are stored with these weights: {_HINT}')
+        policies = self.fast_policies if fast else self.policies
+        if not policies:
+            raise InputError(f"no {'fast ' * fast}policies are stored with these weights: {_HINT}")
         budget = check_average_budget(average_budget, self.exit_macs)
-        budgets = [p.budget for p in self.policies]
+        budgets = [p.budget for p in policies]
         upper = next((i for i, b in enumerate(budgets) if b >= budget), None)
         if upper is None or budget < budgets[0]:
             raise InputError(
                 f'policies are stored for average budgets from {format_macs(budgets[0])} to '
                 f'{format_macs(budgets[-1])}, not for {format_macs(budget)}: choose one between, or {_HINT}')
-        low, high = self.policies[max(upper - 1, 0)], self.policies[upper]
+        low, high = policies[max(upper - 1, 0)], policies[upper]
         if budget == high.budget:
             return high
         weight = (budget - low.budget) / (high.budget - low.budget)
@@ -121,15 +127,15 @@ class ExitConfig:
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON. What all policies share (temperatures, measure, method) is written once."""
-        policies = [p.to_dict() for p in self.policies]
+        policies, fast = ([p.to_dict() for p in family] for family in (self.policies, self.fast_policies))
         shared = {}
-        for name in ('measure', 'method'):
-            values = {p.pop(name, '') for p in policies}
+        for name, family in (('measure', policies + fast), ('method', policies), ('method', fast)):
+            values = {p.pop(name, '') for p in family}
             if len(values) > 1:
                 raise InputError(
                     f'exit config with policies of several kinds, {name} {sorted(values)}: store one family')
-            shared[name] = next(iter(values), '')
-        for p in policies:
+            shared.setdefault(name, next(iter(values), ''))
+        for p in policies + fast:
             if tuple(p.pop('temperatures')) != tuple(self.temperatures):
                 raise InputError('exit config with policies of other temperatures: store one family')
         return dict(
@@ -140,7 +146,8 @@ class ExitConfig:
             temperatures=list(self.temperatures),
             class_names=None if self.class_names is None else list(self.class_names),
             **shared,
-            policies=policies)
+            policies=policies,
+            fast_policies=fast)
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> 'ExitConfig':
@@ -158,16 +165,18 @@ class ExitConfig:
                 'update timm-multiexit')
         shared = {k: v for k, v in ((k, values.pop(k, '')) for k in ('measure', 'method')) if v}
         known = {f.name for f in dataclasses.fields(cls)}
-        missing = known - {'class_names'} - values.keys()
+        missing = known - {'class_names', 'fast_policies'} - values.keys()
         if missing or values.keys() - known:
             raise InputError(
                 f"exit config without {', '.join(sorted(missing)) or 'gaps'} and with unknown "
                 f"{', '.join(sorted(values.keys() - known)) or 'nothing'}: {_HINT}")
-        policies = values.pop('policies')
-        if not isinstance(policies, (list, tuple)) or not all(isinstance(p, dict) for p in policies):
-            raise InputError(f'exit config whose policies are no list of policies: {_HINT}')
         shared['temperatures'] = values['temperatures']
-        return cls(policies=tuple(ExitPolicy.from_dict({**shared, **p}) for p in policies), **values)
+        for name, method in (('policies', {}), ('fast_policies', {'method': 'fast'})):
+            policies = values.pop(name, [])
+            if not isinstance(policies, (list, tuple)) or not all(isinstance(p, dict) for p in policies):
+                raise InputError(f'exit config whose {name} are no list of policies: {_HINT}')
+            values[name] = tuple(ExitPolicy.from_dict({**shared, **method, **p}) for p in policies)
+        return cls(**values)
 
     def save(self, path: Union[str, Path]) -> None:
         """Writes JSON."""

@@ -36,7 +36,7 @@ def add_parser(subparsers) -> None:
                         help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
     parser.add_argument('--average-budget', nargs='+', default=[], metavar='MACS',
                         help='average multiply-adds an image, one or more: measures the policies stored with the '
-                             'weights (default: half of the full cost)')
+                             'weights, and the fast ones (default: half of the full cost)')
     parser.add_argument('--policy', nargs='+', default=[], metavar='FILE', help='policies saved as JSON')
     parser.add_argument('--engine', choices=ENGINES, default='auto',
                         help='onnx: onnxruntime, CPU only; auto: that if it is installed, else torch '
@@ -151,7 +151,8 @@ def measure_policies(
     for i, runner in enumerate(runners):
         result = runner.run(images, batch_size)
         row = dict(
-            budget=runner.policy.budget if i else None, average_macs=round(result.average_macs),
+            budget=runner.policy.budget if i else None, method=runner.policy.method if i else '',
+            average_macs=round(result.average_macs),
             accuracy=round(result.accuracy(targets), 2),
             exit_shares=[round(s, 4) for s in result.exit_shares(engine.num_exits)],
             heads=[k + 1 for _, k in runner.segments])
@@ -178,7 +179,10 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
     if budgets:
         from ..store import load_exit_config
         config = load_exit_config(args.model, args.checkpoint)
-        policies += [config.policy_for(b) for b in budgets]
+        for b in budgets:
+            policies.append(config.policy_for(b))
+            if config.fast_policies:
+                policies.append(config.policy_for(b, fast=True))
     for policy in policies:
         policy.check_exits(len(costs.macs))
     return policies
@@ -242,6 +246,12 @@ def _cell(value: Dict[str, float], form: str) -> str:
     return f"{value['median']:{form}} ({value['min']:{form}}-{value['max']:{form}})"
 
 
+def _label(row: Dict[str, Any], results: Dict[str, Any]) -> str:
+    if row is results['full']:
+        return 'full'
+    return f"{row['method'] or 'file'} {format_macs(row['budget'])}" if row['budget'] else row['method'] or 'file'
+
+
 def print_results(results: Dict[str, Any]) -> None:
     size = results['batch_size']
     print(f"{results['model']}, {results['engine']} engine, {results['device']}, {results['threads']} threads: median "
@@ -254,16 +264,14 @@ def print_results(results: Dict[str, Any]) -> None:
         return
     print(f"\n{results['images']:,} test images; a share is of the time of the full network: all stages, only the last "
           'head')
-    print(f"{'budget':>9} {'average':>9} {'top-1':>6} {'ms at batch 1':>22} {'share':>20} "
+    print(f"{'policy':>17} {'average':>9} {'top-1':>6} {'ms at batch 1':>22} {'share':>20} "
           f"{f'images/s at batch {size}':>24} {'share':>20}")
     for row in (results['full'], *results['policies']):
         one, large = row['batch_1'], row[f'batch_{size}']
-        budget = 'full' if row is results['full'] else format_macs(row['budget']) if row['budget'] else 'file'
         average = '' if row is results['full'] else format_macs(row['average_macs'])
-        print(f"{budget:>9} {average:>9} {row['accuracy']:>6.2f} {_cell(one['ms_per_image'], '.3f'):>22} "
-              f"{_cell(one['share_of_full_time'], '.2f'):>20} {_cell(large['images_per_s'], '.0f'):>24} "
-              f"{_cell(large['share_of_full_time'], '.2f'):>20}")
+        print(f"{_label(row, results):>17} {average:>9} {row['accuracy']:>6.2f} "
+              f"{_cell(one['ms_per_image'], '.3f'):>22} {_cell(one['share_of_full_time'], '.2f'):>20} "
+              f"{_cell(large['images_per_s'], '.0f'):>24} {_cell(large['share_of_full_time'], '.2f'):>20}")
     for row in results['policies']:
         shares = ' '.join(f'{100 * s:.0f}%' for s in row['exit_shares'])
-        budget = format_macs(row['budget']) if row['budget'] else 'file'
-        print(f"leave at each exit, budget {budget}: {shares}")
+        print(f"leave at each exit, {_label(row, results)}: {shares}")

@@ -106,14 +106,16 @@ def print_results(results: dict) -> None:
               f"{e['calibration_error_with_temperature']:>16.2f}%")
     best = results['oracle'][-1]
     print(f"oracle that stops at the first right exit: {best['accuracy']:.2f} % at {format_macs(best['average_macs'])}")
-    print(f"\n{'budget':>9} | {'search':>9} {'top-1':>6} | {'geometric':>9} {'top-1':>6} | leave at each exit (search)")
-    searched = {row['budget']: row for row in results['budgeted']['search']}
-    rules = results['budgeted']['geometric']
-    for rule in rules[::max(1, len(rules) // 10)]:
-        ours = searched[rule['budget']]
+    methods = list(results['budgeted'])
+    print(f"\n{'budget':>9} | " + ''.join(f"{m:>9} {'top-1':>6} | " for m in methods) + 'leave at each exit (search)')
+    curves = {m: {row['budget']: row for row in rows} for m, rows in results['budgeted'].items()}
+    budgets = list(curves['geometric'])
+    for budget in budgets[::max(1, len(budgets) // 10)]:
+        ours = curves['search'][budget]
         shares = ' '.join(f'{100 * s:.0f}%' for s in ours['exit_shares'])
-        print(f"{format_macs(ours['budget']):>9} | {format_macs(ours['average_macs']):>9} {ours['accuracy']:>6.2f} | "
-              f"{format_macs(rule['average_macs']):>9} {rule['accuracy']:>6.2f} | {shares}")
+        cells = [f"{format_macs(c[budget]['average_macs']):>9} {c[budget]['accuracy']:>6.2f}" for c in curves.values()]
+        print(' | '.join([f'{format_macs(budget):>9}', *cells, shares]))
     c = results['comparison']
     print(f"search against the geometric rule at equal cost: {c['mean_gain']:+.3f} points on average, "
-          f"{c['smallest_gain']:+.3f} at worst; largest budget error {c['largest_budget_error']:.2f} %")
+          f"{c['smallest_gain']:+.3f} at worst; fast against search: {c['mean_gain_fast']:+.3f} and "
+          f"{c['smallest_gain_fast']:+.3f}; largest budget error {c['largest_budget_error']:.2f} %")
