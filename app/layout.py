@@ -70,7 +70,7 @@ def build_page(names: List[str]) -> gr.Blocks:
         with gr.Row(elem_classes='mx-top'):
             with gr.Column(scale=3, min_width=320):
                 _picture(value=_HEAD)
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=340):
                 network = gr.Dropdown([(display_name(n), n) for n in names], value=names[0], label='Network')
         with gr.Tabs():
             with gr.Tab('One image', id='image'), gr.Row():
