@@ -36,6 +36,12 @@ def states_of(network, x):
     return states
 
 
+def test_a_name_without_tag_means_cifar10(network):
+    """timm takes the first tag with weights: a network's CIFAR-10 weights ship before its CIFAR-100 weights."""
+    assert network.pretrained_cfg['tag'] == 'cifar10'
+    assert network.num_classes == 10
+
+
 def test_eval_forward_is_the_last_exit(network):
     x = images(network)
     with torch.no_grad():

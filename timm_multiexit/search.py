@@ -8,11 +8,11 @@ keep a few thousand images from being learned by heart:
 * The value of an answer is mostly the probability that a calibrated mixture of all exits gives it, and only partly
   whether it is right, which is one noisy bit.
 * The path is the mean of several, each on a random reweighting of the images, and its thresholds rise with the cost.
-* How far to go from the geometric rule's thresholds towards it is chosen by cross-validation, no farther than is sure
-  to pay.
+* How far to go from the geometric rule's thresholds towards it is chosen by cross-validation, for each part of the
+  budgets by itself, and no farther than is sure to pay there.
 """
 import dataclasses
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ LABEL_WEIGHT = 0.3  # of the labels in an answer's value
 REWEIGHTINGS = 6
 FOLDS = 5
 MIXTURES = (0., 0.25, 0.5, 0.75, 1.)  # 0 is the geometric rule
+WINDOW = 7  # of the grid's budgets, over which gains are averaged
 STANDARD_ERRORS = 2.  # that a gain must be away from 0 to be believed
 # Images that have left earlier count this little at an exit: enough to set a threshold that no image reaches.
 ABSENT_WEIGHT = 0.02
@@ -132,11 +133,15 @@ def search_path(scores: Scores, seed: int = 0) -> torch.Tensor:
         total = total + quantiles.ranks(_best_of_starts(scores, weights, starts))
     ranks = total / REWEIGHTINGS
     # More to spend never means to leave sooner: halfway between the smallest rising path above and the largest below.
+    return _rising(ranks)
+
+
+def _rising(ranks: torch.Tensor) -> torch.Tensor:
     return (ranks.cummax(0).values + ranks.flip(0).cummin(0).values.flip(0)) / 2
 
 
-def _mixed_paths(scores: Scores, seed: int) -> List[torch.Tensor]:
-    """Paths of ranks on one grid of costs, from the geometric rule's to the searched one; one for each of MIXTURES."""
+def _two_paths(scores: Scores, seed: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The geometric rule's path of ranks and the searched one, on one grid of costs."""
     low, high = float(scores.costs[0]), float(scores.costs[-1])
     grid = torch.linspace(low, high, GRID + 2)[1:-1].tolist()
     quantiles = Quantiles(scores.confidences)
@@ -145,19 +150,24 @@ def _mixed_paths(scores: Scores, seed: int) -> List[torch.Tensor]:
     # The rule's threshold of an exit where next to no image leaves says nothing.
     exit_index = scores.exits(rule)
     shares = torch.stack([(exit_index == k).double().mean(1) for k in range(len(scores.costs) - 1)], 1)
-    ranks = torch.where(shares < RARE_SHARE, found, quantiles.ranks(rule))
-    return [torch.lerp(ranks, found, m) for m in MIXTURES]
+    return torch.where(shares < RARE_SHARE, found, quantiles.ranks(rule)), found
 
 
-def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[int, List[float], List[float]]:
+def _window_mean(rows: torch.Tensor) -> torch.Tensor:
+    """Mean over WINDOW neighbours in the last dimension (fewer at the ends) of float64 (M, GRID)."""
+    return F.avg_pool1d(rows.unsqueeze(1), WINDOW, 1, WINDOW // 2, count_include_pad=False).squeeze(1)
+
+
+def choose_mixtures(scores: Scores, seed: int = 0) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-validation: each mixture's paths are made without a fold and tried on it.
 
-    The farther from the rule, the more answers change and the less sure is the gain. So the mixture is taken whose gain
-    less two standard errors is largest; if that is the rule itself, the first step away from it as long as it gains.
+    The farther from the rule, the more answers change and the less sure is the gain. So at each budget the mixture is
+    taken whose gain less two standard errors is largest, both over a window of neighbouring budgets, which share most
+    images. If that is the rule itself everywhere, it is the first step away from it as long as it gains on average.
 
     Returns:
-        The index into MIXTURES, each one's mean gain over the first, the geometric rule, in value, and the gains'
-        standard errors.
+        How far to go from the rule at each budget of the grid, float64 (GRID,), and each mixture's gain over the first,
+        the geometric rule, in value, with its standard error, both float64 (len(MIXTURES), GRID).
     """
     order = torch.randperm(scores.num_images, generator=torch.Generator().manual_seed(seed))
     costs = torch.zeros(len(MIXTURES), GRID, dtype=torch.float64)
@@ -169,18 +179,21 @@ def choose_mixture(scores: Scores, seed: int = 0) -> Tuple[int, List[float], Lis
         rest = torch.ones(scores.num_images, dtype=torch.bool)
         rest[fold] = False
         inside, outside = scores.subset(rest), scores.subset(fold)
+        rule, found = _two_paths(inside, seed)
         each = []  # value of each image at each budget
-        for i, path in enumerate(_mixed_paths(inside, seed)):
-            thresholds = thresholds_at(inside, path, budgets)
+        for i, mixture in enumerate(MIXTURES):
+            thresholds = thresholds_at(inside, torch.lerp(rule, found, mixture), budgets)
             each.append(outside.values.gather(0, outside.exits(thresholds)).double())
             costs[i] += outside.average_costs(thresholds) * len(fold) / scores.num_images
             values[i] += each[i].mean(1) * len(fold) / scores.num_images
-            differences[i].append((each[i] - each[0]).mean(0))
-    gains = [float((v - interpolate(costs[0], values[0], c)).mean()) for c, v in zip(costs, values)]
-    errors = [float(torch.cat(d).std()) / scores.num_images ** 0.5 for d in differences]
-    bounds = [gain - STANDARD_ERRORS * error for gain, error in zip(gains, errors)]
-    best = max(range(len(bounds)), key=bounds.__getitem__)
-    return best or int(gains[1] > 1e-9), gains, errors
+            differences[i].append(_window_mean((each[i] - each[0]).T))
+    gains = _window_mean(torch.stack([v - interpolate(costs[0], values[0], c) for c, v in zip(costs, values)]))
+    errors = torch.stack([torch.cat(d).std(0) for d in differences]) / scores.num_images ** 0.5
+    best = (gains - STANDARD_ERRORS * errors).argmax(0)
+    if not best.any() and gains[1].mean() > 1e-9:
+        best[:] = 1
+    chosen = torch.tensor(MIXTURES, dtype=torch.float64)[best]
+    return _window_mean(chosen.unsqueeze(0)).squeeze(0), gains, errors  # no jump between neighbours
 
 
 def interpolate(x: torch.Tensor, y: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -198,7 +211,6 @@ def solve_search(
         values: torch.Tensor,
         budgets: Sequence[float],
         seed: int = 0,
-        mixture: Optional[int] = None,
 ) -> torch.Tensor:
     """Thresholds for each average cost.
 
@@ -207,12 +219,14 @@ def solve_search(
         values: Of their answers, see `mixture_values`.
         budgets: Wanted average costs as shares of the full cost.
         seed: Of the folds and reweightings.
-        mixture: Index into MIXTURES; None to choose it by cross-validation.
 
     Returns:
         float32 (len(budgets), num_exits - 1).
     """
     scores = dataclasses.replace(scores, values=values)
-    if mixture is None:
-        mixture = choose_mixture(scores, seed)[0]
-    return thresholds_at(scores, _mixed_paths(scores, seed)[mixture], budgets)
+    mixtures, _, _ = choose_mixtures(scores, seed)
+    rule, found = _two_paths(scores, seed)
+    path = torch.lerp(rule, found, mixtures.unsqueeze(1))
+    if mixtures.any():
+        path = _rising(path)
+    return thresholds_at(scores, path, budgets)
