@@ -131,12 +131,11 @@ def search_path(scores: Scores, seed: int = 0) -> torch.Tensor:
     for _ in range(REWEIGHTINGS):  # the Bayesian bootstrap (Rubin 1981): no image is left out, none comes twice
         weights = torch.empty(scores.num_images).exponential_(generator=generator)
         total = total + quantiles.ranks(_best_of_starts(scores, weights, starts))
-    ranks = total / REWEIGHTINGS
-    # More to spend never means to leave sooner: halfway between the smallest rising path above and the largest below.
-    return _rising(ranks)
+    return _rising(total / REWEIGHTINGS)
 
 
 def _rising(ranks: torch.Tensor) -> torch.Tensor:
+    """More to spend never means to leave sooner: halfway between the lowest rising path above and the highest below."""
     return (ranks.cummax(0).values + ranks.flip(0).cummin(0).values.flip(0)) / 2
 
 
