@@ -162,7 +162,7 @@ def choose_mixtures(scores: Scores, seed: int = 0) -> Tuple[torch.Tensor, torch.
 
     The farther from the rule, the more answers change and the less sure is the gain. So at each budget the mixture is
     taken whose gain less two standard errors is largest, both over a window of neighbouring budgets, which share most
-    images. If that is the rule itself everywhere, it is the first step away from it as long as it gains on average.
+    images. If that is the rule itself everywhere, the first step away from it is taken where it gains a standard error.
 
     Returns:
         How far to go from the rule at each budget of the grid, float64 (GRID,), and each mixture's gain over the first,
@@ -189,8 +189,8 @@ def choose_mixtures(scores: Scores, seed: int = 0) -> Tuple[torch.Tensor, torch.
     gains = _window_mean(torch.stack([v - interpolate(costs[0], values[0], c) for c, v in zip(costs, values)]))
     errors = torch.stack([torch.cat(d).std(0) for d in differences]) / scores.num_images ** 0.5
     best = (gains - STANDARD_ERRORS * errors).argmax(0)
-    if not best.any() and gains[1].mean() > 1e-9:
-        best[:] = 1
+    if not best.any():
+        best = (gains[1] > errors[1].clamp(min=1e-9)).long()
     chosen = torch.tensor(MIXTURES, dtype=torch.float64)[best]
     return _window_mean(chosen.unsqueeze(0)).squeeze(0), gains, errors  # no jump between neighbours
 

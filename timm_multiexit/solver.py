@@ -51,7 +51,7 @@ def solve_policies(
         budgets: Average MACs per image; None for `budget_grid`, and one MAC below each of its budgets where 'search'
             or 'fast' begins to ask other exits, so that between any two neighbours thresholds can be interpolated.
         method: 'search' (best accuracy, then fewest exits; see `search` and `sparse`), 'fast' (as few exits as cost no
-            more than a fifth of a point, which takes less time at equal cost; see `sparse`) or 'geometric' (MSDNet's
+            more than 0.3 points, which takes less time at equal cost; see `sparse`) or 'geometric' (MSDNet's
             rule, see `geometric`).
         measure: Confidence measure, see `policy.confidence`.
         temperatures: One per exit; None to fit them.

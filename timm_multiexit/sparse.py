@@ -16,7 +16,7 @@ from .geometric import solve_geometric
 from .policy import NEVER
 from .scores import Scores
 
-MAX_EARLY_EXITS = 2
+MAX_EARLY_EXITS = 3
 # By which the average cost may miss the wanted one, as a share of it.
 COST_TOLERANCE = 5e-3
 
@@ -28,18 +28,20 @@ class Tolerance:
     Attributes:
         value: Of the answers' average value (see `search.mixture_values`), of which one point of accuracy is 0.01.
         changes: Share of the images whose answer may turn right or wrong.
+        lost: By which the share of right answers may fall.
     """
 
     value: float
     changes: float
+    lost: float
 
 
 # A fifth of what one image in a thousand weighs. Equal values alone prove little: where three images in a hundred
-# change, ten thousand others shift the accuracy by 0.2 points either way; where one in a thousand does, by 0.03, and
-# 0.1 is three standard deviations off.
-NOTHING = Tolerance(2e-4, 1e-3)
-# A fifth of a point: about as much as one validation set of five thousand can tell.
-LITTLE = Tolerance(2e-3, 1.)
+# change, ten thousand others shift the accuracy by 0.2 points either way; where one in two thousand does, by 0.02.
+# Where so few change they mostly turn wrong, for deeper exits are better: so none of the balance may be lost.
+NOTHING = Tolerance(2e-4, 5e-4, 0.)
+# About as much as one validation set of five thousand can tell, which is why accuracy itself has no bound here.
+LITTLE = Tolerance(3e-3, 1., 1.)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,9 @@ def fewest_exits(
             Scores(valued.confidences[keep], valued.values[keep], valued.costs[keep]), budgets)
         missed = (valued.average_costs(solved[exits]) - wanted).abs() > COST_TOLERANCE * wanted
         values_of[exits] = valued.average_values(solved[exits])
-        changed = (scores.values.gather(0, scores.exits(solved[exits])) != right).double().mean(1)
-        able[exits] = ~missed & (values_of[exits] >= least) & (changed <= tolerance.changes)
+        answers = scores.values.gather(0, scores.exits(solved[exits]))
+        changed, lost = (answers != right).double().mean(1), (right - answers).double().mean(1)
+        able[exits] = ~missed & (values_of[exits] >= least) & (changed <= tolerance.changes) & (lost <= tolerance.lost)
     # At the full cost nothing leaves early, whatever is asked.
     order = sorted((i for i in range(len(budgets)) if budgets[i] < 1.), key=lambda i: -budgets[i])
     thresholds, chosen, before = dense.clone(), [None] * len(budgets), [None] * len(budgets)
