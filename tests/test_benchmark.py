@@ -13,6 +13,7 @@ from timm_multiexit.data import load_images, normalize
 from timm_multiexit.models._cfgs import WEIGHTS_DIR
 from timm_multiexit.optimize import make_engine
 from timm_multiexit.policy import NEVER, ExitPolicy
+from timm_multiexit.store import load_exit_config
 
 needs_weights = pytest.mark.skipif(
     not (WEIGHTS_DIR / 'msfuse_cifar.cifar10' / 'model.safetensors').is_file(),
@@ -83,7 +84,11 @@ def test_the_command_measures_stored_policies_and_files(cifar_root, tmp_path, ca
     assert len(results['exits']) == 7
     file, stored, fast = results['policies']
     assert file['heads'] == [1, 7] and file['budget'] is None and stored['budget'] == fast['budget'] == 32e6
-    assert (stored['method'], fast['method']) == ('search', 'fast') and len(fast['heads']) < len(stored['heads'])
+    config = load_exit_config('msfuse_cifar')
+    for row, policy in ((stored, config.policy_for(32e6)), (fast, config.policy_for(32e6, fast=True))):
+        assert row['method'] == policy.method
+        assert row['heads'] == [k for k, t in enumerate(policy.thresholds, 1) if t < NEVER]
+    assert (stored['method'], fast['method']) == ('search', 'fast')
     assert 64e6 < results['full']['average_macs'] < 65e6
     assert 0.05 < file['batch_1']['share_of_full_time']['median'] < 1.2
 
