@@ -18,7 +18,6 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import timm
@@ -68,11 +67,8 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
     return model
 
 
-def create_teacher(args: argparse.Namespace, num_classes: int) -> Optional[torch.nn.Module]:
-    """The network named by --kd-model-name with its weights; MultiExitTask checks that it knows the same classes."""
-    name, checkpoint = args.kd_model_name, args.kd_checkpoint
-    if not name:
-        return None
+def create_teacher(name: str, checkpoint: str, num_classes: int) -> torch.nn.Module:
+    """A network of --kd-model-name with its weights; MultiExitTask checks that it knows the same classes."""
     classes = num_classes if checkpoint else None  # pretrained ones keep theirs: a new classifier would be random
     if name.partition('.')[0] in list_networks():
         if not checkpoint:
@@ -144,9 +140,11 @@ class Trainer:
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
         # While mixup is off its targets still come soft and smoothed, so one criterion serves the whole run.
         loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
+        files = args.kd_checkpoint or [''] * len(args.kd_model_name)
+        teachers = [create_teacher(*pair, num_classes) for pair in zip(args.kd_model_name, files)]
         self.task = MultiExitTask(
-            model, args.exit_weights, args.distill_weight, args.distill_temperature, create_teacher(args, num_classes),
-            args.task_loss_weight, args.kd_temperature, criterion_kwargs=loss, device=self.device)
+            model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
+            args.kd_temperature, criterion_kwargs=loss, device=self.device)
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if args.torchcompile:

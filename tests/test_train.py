@@ -166,6 +166,39 @@ def test_a_finished_network_teaches_all_exits():
     assert task.get_checkpoint_state()['state_dict'].keys() == student.state_dict().keys()
 
 
+def test_several_networks_teach_their_mean():
+    """Two teachers, one of them with a single head, against the mean of their probabilities."""
+    student, several = small_network(), small_network(growth=6)
+    single = timm.create_model('resnet10t', num_classes=2)
+    task = MultiExitTask(student, teacher=[several, single], task_loss_weight=0., kd_temperature=2.).train()
+    assert student.training and not several.training and not single.training
+    images, targets = torch.randn(8, 3, 32, 32), torch.randint(2, (8,))
+    own, other = ([torch.tensor(cfg[k]).view(3, 1, 1) for k in ('mean', 'std')]
+                  for cfg in (student.pretrained_cfg, single.pretrained_cfg))
+    with torch.no_grad():
+        first = torch.stack([(x / 2).softmax(1) for x in several.forward_exits(images)]).mean(0)
+        second = (single((images * own[1] + own[0] - other[0]) / other[1]) / 2).softmax(1)
+        target = (first + second) / 2
+        kl = [(target * (target.log() - (x / 2).log_softmax(1))).sum(1).mean() for x in student(images)]
+    torch.testing.assert_close(task(images, targets)['loss'], 4 * sum(kl) / 3)
+
+
+@pytest.mark.parametrize('names, files', [('a', 'b'), ('[a, b]', '[c, d]'), ("''", "''"), ('[a, b]', "''")])
+def test_teachers_in_a_recipe(tmp_path, names, files):
+    """One name alone, as in older recipes, or a list."""
+    (tmp_path / 'r.yaml').write_text(f'kd-model-name: {names}\nkd-checkpoint: {files}\n')
+    args = parse_train_args('', ['--config', str(tmp_path / 'r.yaml')])
+    for value, given in ((args.kd_model_name, names), (args.kd_checkpoint, files)):
+        expected = yaml.safe_load(given)
+        assert value == (expected if isinstance(expected, list) else [expected] if expected else [])
+
+
+def test_a_file_for_each_teacher_or_none(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_args('', ['--kd-model-name', 'msfuse_cifar', 'resnet18', '--kd-checkpoint', 'a.safetensors'])
+    assert '1 --kd-checkpoint for 2 --kd-model-name: give a file for each' in capsys.readouterr().err
+
+
 def test_any_timm_network_can_teach():
     teacher = timm.create_model('resnet10t', num_classes=2)
     task = MultiExitTask(small_network(), teacher=teacher).train()
@@ -183,7 +216,7 @@ def test_a_run_with_a_teacher_from_a_file(folder_dataset, tmp_path):
     train(folder_dataset, tmp_path, *options, epochs=1)
     taught = weights(tmp_path)
     recipe = yaml.safe_load((tmp_path / 'run' / 'final' / 'recipe.yaml').read_text())
-    assert recipe['kd_model_name'] == 'msfuse_cifar.cifar10' and recipe['task_loss_weight'] == 0.5
+    assert recipe['kd_model_name'] == ['msfuse_cifar.cifar10'] and recipe['task_loss_weight'] == 0.5
     train(folder_dataset, tmp_path, epochs=1)
     alone = weights(tmp_path)
     assert taught.keys() == alone.keys() and any(not torch.equal(taught[k], alone[k]) for k in alone)

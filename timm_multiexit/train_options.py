@@ -43,12 +43,13 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--exit-weights', type=float, nargs='+', default=None, help='loss weight of each exit')
     group.add_argument('--distill-weight', type=float, default=0., help='distillation from the last exit to the others')
     group.add_argument('--distill-temperature', type=float, default=2.)
-    group.add_argument('--kd-model-name', default='', metavar='NAME',
-                       help="finished network that teaches all exits, any of timm's for the same classes; of a "
-                            'multi-exit one the mean of its exits')
-    group.add_argument('--kd-checkpoint', default='', metavar='FILE', help="its weights, default: the pretrained ones")
+    group.add_argument('--kd-model-name', default=[], nargs='+', metavar='NAME',
+                       help="finished networks that teach all exits, any of timm's for the same classes; the mean of "
+                            'all, of a multi-exit one the mean of its exits')
+    group.add_argument('--kd-checkpoint', default=[], nargs='+', metavar='FILE',
+                       help='the weights of each, default: the pretrained ones')
     group.add_argument('--task-loss-weight', type=float, default=0.5, metavar='C',
-                       help='share of the classification loss; the rest is the distillation from that network')
+                       help='share of the classification loss; the rest is the distillation from those networks')
     group.add_argument('--kd-temperature', type=float, default=2.)
 
     group = parser.add_argument_group('optimizer and schedule')
@@ -115,6 +116,12 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
             parser.error(f"config '{known.config}' sets unknown options: {', '.join(unknown)}")
         parser.set_defaults(**settings)
     args = parser.parse_args(rest)
+    for name in ('kd_model_name', 'kd_checkpoint'):  # a recipe may name one alone
+        if isinstance(value := getattr(args, name), str):
+            setattr(args, name, [value] if value else [])
+    if args.kd_checkpoint and len(args.kd_checkpoint) != len(args.kd_model_name):
+        parser.error(f'{len(args.kd_checkpoint)} --kd-checkpoint for {len(args.kd_model_name)} --kd-model-name: '
+                     'give a file for each, or none for pretrained weights')
     args.config = known.config
     args.sched_on_updates = True
     if not args.experiment:
