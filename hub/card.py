@@ -1,6 +1,6 @@
 """The model card: front matter and text, with every figure taken from what is stored beside the weights."""
 import sys
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Union
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from network import Network
@@ -216,12 +216,22 @@ def _training(network: Network) -> str:
                    'and [initial-summary.csv](initial-summary.csv) describe: train that first, and give its weights as '
                    '`--initial-checkpoint`.')
     if recipe.get('kd_model_name'):
-        earlier += f" Its exits learnt from those of `{recipe['kd_model_name']}`, too."
+        earlier += f" Its exits learnt from {_teachers(recipe['kd_model_name'])}, too."
     return (
         f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}:{data} {', '.join(facts)}. All "
         'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
         f'{earlier} To train it again:\n\n```bash\n'
         'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+
+
+def _teachers(names: Union[str, List[str]]) -> str:
+    """`a`, or the mean of `a`, `b` and `c`, where several runs of one network count."""
+    names = [names] if isinstance(names, str) else names
+    if len(names) == 1:
+        return f'`{names[0]}`'
+    runs = {name: names.count(name) for name in names}
+    parts = [f'`{name}`' if n == 1 else f'{n} runs of `{name}`' for name, n in runs.items()]
+    return f"the mean of {' and '.join(filter(None, [', '.join(parts[:-1]), parts[-1]]))}"
 
 
 def _limits(network: Network) -> str:

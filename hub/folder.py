@@ -81,13 +81,17 @@ def _figures(results: Dict[str, Any]) -> Dict[str, 'Figure']:
 
 
 def _portable_recipe(path: Path) -> str:
-    """The recipe as it stands, unless it names a file of the machine it ran on: of that the name alone is published."""
+    """The recipe as it stands, unless it names files of the machine it ran on: their names alone are published."""
     text = path.read_text(encoding='utf-8')
     recipe = yaml.safe_load(text)
-    local = [k for k, v in recipe.items() if isinstance(v, str) and Path(v).is_absolute()]
-    if not local:
-        return text
-    return yaml.safe_dump({k: Path(v).name if k in local else v for k, v in recipe.items()}, sort_keys=False)
+    portable = {k: _without_folder(v) for k, v in recipe.items()}
+    return text if portable == recipe else yaml.safe_dump(portable, sort_keys=False)
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folder(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def check_folder(network: Network, folder: Path) -> str:

@@ -226,6 +226,25 @@ def test_the_runs_behind_the_weights_are_published(client, server, final, built,
     assert b'(initial-recipe.yaml)' in stored['README.md']
 
 
+@pytest.mark.parametrize('names, text', [
+    ('msfuse_cifar.cifar10', 'learnt from `msfuse_cifar.cifar10`, too'),
+    (['a', 'b'], 'learnt from the mean of `a` and `b`, too'),
+    (['a', 'a', 'b'], 'learnt from the mean of 2 runs of `a` and `b`, too'),
+    (['a', 'a'], 'learnt from the mean of 2 runs of `a`, too'),
+    (['a', 'b', 'c'], 'learnt from the mean of `a`, `b` and `c`, too'),
+])
+def test_teachers_are_named_without_their_files(client, server, final, tmp_path, names, text):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    files = [f'/somewhere/of/mine/{i}.safetensors' for i in range(2)] + ['output/c.safetensors']
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump({**recipe, 'kd_model_name': names, 'kd_checkpoint': files}))
+    client.push(folder).ok()
+    stored = server.contents(REPO)
+    assert text in stored['README.md'].decode()
+    assert yaml.safe_load(stored['recipe.yaml'])['kd_checkpoint'] == [
+        '0.safetensors', '1.safetensors', 'output/c.safetensors']
+
+
 def test_without_the_plots_extra_a_network_is_refused_and_the_space_goes(client, server, final):
     code = ("import runpy, sys; sys.modules['matplotlib'] = None; "  # as if it were not installed
             f"sys.argv, sys.path[0] = sys.argv[1:], '{PUSH.parent}'; runpy.run_path(sys.argv[0], run_name='__main__')")
