@@ -13,6 +13,7 @@ from timm_multiexit.cli import main
 from timm_multiexit.costs import exit_costs, parse_macs
 from timm_multiexit.errors import InputError
 from timm_multiexit.loading import list_networks, load_model
+from timm_multiexit.store import load_exit_config
 
 IMAGES = sorted(map(str, SAMPLES.glob('*.png')))
 
@@ -85,10 +86,18 @@ def test_average_budget_uses_the_stored_thresholds(capsys):
 
 
 def test_fast_thresholds_ask_fewer_exits(capsys):
-    _, asked = answers(capsys, *IMAGES, '--average-budget', '32M')
-    code, fast = answers(capsys, *IMAGES, '--average-budget', '32M', '--fast')
-    assert code == 0 and [r['exit'] for r in fast] != [r['exit'] for r in asked]
-    assert len({r['exit'] for r in fast}) <= 3
+    stored = load_exit_config('msfuse_cifar')
+
+    def asked(budget, fast):  # a threshold above 1 is that of an exit which nothing can leave
+        return sum(t <= 1 for t in stored.policy_for(budget, fast=fast).thresholds)
+    budget = max((p.budget for p in stored.policies), key=lambda b: asked(b, False) - asked(b, True))
+    assert asked(budget, True) < asked(budget, False)
+    for options in ([], ['--fast']):
+        code, results = answers(capsys, *IMAGES, '--average-budget', f'{budget:.0f}', *options)
+        thresholds = stored.policy_for(round(budget), fast=bool(options)).thresholds
+        early = [r for r in results if r['exit'] < 7]
+        assert code == 0 and early
+        assert all(f"reaches the threshold {thresholds[r['exit'] - 1]:.3f}" in r['reason'] for r in early)
     assert main(['classify', IMAGES[0], '--budget', '30M', '--fast']) == 2
     assert 'pass --average-budget with it' in capsys.readouterr().err
 
