@@ -39,10 +39,12 @@ from timm.utils import (
 )
 from timm.utils.summary import trim_summary
 
+from timm_multiexit.cpu_kernels import use_cpu_kernels
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
 from timm_multiexit.errors import InputError
 from timm_multiexit.loading import list_networks, load_model, require_weights
 from timm_multiexit.models import MultiExitNet
+from timm_multiexit.optimize import fold_batch_norm
 from timm_multiexit.task import MultiExitTask, exit_accuracies
 from timm_multiexit.train_options import parse_train_args
 
@@ -137,14 +139,17 @@ class Trainer:
                 mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
                 switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
                 num_classes=num_classes)
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
         # While mixup is off its targets still come soft and smoothed, so one criterion serves the whole run.
         loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
         files = args.kd_checkpoint or [''] * len(args.kd_model_name)
-        teachers = [create_teacher(*pair, num_classes) for pair in zip(args.kd_model_name, files)]
+        # Folded, a teacher computes the same in less time.
+        teachers = [fold_batch_norm(create_teacher(*pair, num_classes)) for pair in zip(args.kd_model_name, files)]
         self.task = MultiExitTask(
             model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
-            args.kd_temperature, criterion_kwargs=loss, device=self.device)
+            args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))  # after the task: frozen weights stay out
+        if args.cpu_kernels:
+            use_cpu_kernels(model)
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
         if args.torchcompile:

@@ -183,6 +183,39 @@ def test_several_networks_teach_their_mean():
     torch.testing.assert_close(task(images, targets)['loss'], 4 * sum(kl) / 3)
 
 
+def test_last_exits_teach_and_one_is_drawn():
+    """Each step's loss is that of one teacher's last exit, and over many steps both have taught."""
+    student, teachers = small_network(), [small_network(growth=6), small_network(growth=8)]
+    task = MultiExitTask(student, teacher=teachers, task_loss_weight=0., kd_exits='last', kd_draw=True).train()
+    images, targets = torch.randn(8, 3, 32, 32), torch.randint(2, (8,))
+    with torch.no_grad():
+        logits = [x / 2 for x in student(images)]
+        expected = []
+        for teacher in teachers:
+            target = (teacher(images) / 2).softmax(1)
+            kl = [(target * (target.log() - x.log_softmax(1))).sum(1).mean() for x in logits]
+            expected.append((4 * sum(kl) / 3).item())
+        found = [task(images, targets)['loss'].item() for _ in range(12)]
+    nearest = [min((0, 1), key=lambda k: abs(expected[k] - loss)) for loss in found]
+    assert set(nearest) == {0, 1}
+    assert found == pytest.approx([expected[k] for k in nearest], rel=1e-4)
+    with pytest.raises(InputError, match='choose one of mean, last'):
+        MultiExitTask(student, kd_exits='first')
+
+
+def test_frozen_modules_stay_as_they_are():
+    student = small_network()
+    task = MultiExitTask(student, frozen=['stages.0.layers.0.conv1', 'stages.0.layers.0.conv4']).train()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    task(torch.randn(8, 3, 32, 32), torch.randint(2, (8,)))['loss'].backward()
+    optimizer.step()
+    same = {k for k, v in student.state_dict().items() if torch.equal(v, before[k])}
+    assert same == {k for k in before if k.startswith(('stages.0.layers.0.conv1.', 'stages.0.layers.0.conv4.'))}
+    with pytest.raises(InputError, match="cannot freeze 'stem'"):
+        MultiExitTask(student, frozen=['stem'])
+
+
 @pytest.mark.parametrize('names, files', [('a', 'b'), ('[a, b]', '[c, d]'), ("''", "''"), ('[a, b]', "''")])
 def test_teachers_in_a_recipe(tmp_path, names, files):
     """One name alone, as in older recipes, or a list."""
@@ -222,6 +255,17 @@ def test_a_run_with_a_teacher_from_a_file(folder_dataset, tmp_path):
     assert taught.keys() == alone.keys() and any(not torch.equal(taught[k], alone[k]) for k in alone)
 
 
+def test_a_run_with_a_frozen_stem(folder_dataset, tmp_path):
+    initial = timm.create_model('msfuse_cifar', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4, head_width=16)
+    save_file(initial.state_dict(), tmp_path / 'initial.safetensors')
+    train(folder_dataset, tmp_path, '--initial-checkpoint', str(tmp_path / 'initial.safetensors'), '--freeze',
+          'stages.0.layers.0', epochs=1)
+    state = load_file(tmp_path / 'run' / 'final' / 'model.safetensors')
+    for name, value in initial.state_dict().items():
+        same = torch.equal(state[name].float(), value.half().float())
+        assert same == name.startswith('stages.0.layers.0.'), name
+
+
 def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
     out = train(folder_dataset, tmp_path, '--benchmark', '3')
     assert 'bare step on one fixed batch' in out and 'real loop' in out
@@ -235,6 +279,7 @@ def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
     (['--kd-model-name', 'msfuse'], 'choose a teacher'),
     (['--kd-model-name', 'ranet_cifar.cifar10'], 'no trained weights'),
     (['--kd-model-name', 'msfuse_cifar', '--kd-checkpoint', 'none.pt'], "checkpoint 'none.pt' is not a file"),
+    (['--freeze', 'stem'], "cannot freeze 'stem'"),
     (['--batch-size', '5000'], 'smaller --batch-size'),
     (['--validation-images', '440'], 'hold out fewer'),
 ])
@@ -260,5 +305,6 @@ def test_recipes_name_a_network_and_known_options(recipe):
     # The tag matters: it gives the mean and deviation that evaluation of these weights will use.
     assert args.model.endswith(f".{args.dataset.split('/')[1]}")
     assert recipe.stem in (args.experiment, f"comparison.{args.model.split('.')[1]}")
-    assert args.experiment in (args.model, *(f'{args.model}.{run}' for run in ('restart', 'again', 'distilled')))
+    runs = ('restart', 'again', 'distilled', 'ensemble')
+    assert args.experiment in (args.model, *(f'{args.model}.{run}' for run in runs))
     assert timm.is_model(args.model)

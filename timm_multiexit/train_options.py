@@ -7,6 +7,8 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
+from .task import KD_EXITS
+
 
 def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The options of a training run.
@@ -51,6 +53,11 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--task-loss-weight', type=float, default=0.5, metavar='C',
                        help='share of the classification loss; the rest is the distillation from those networks')
     group.add_argument('--kd-temperature', type=float, default=2.)
+    group.add_argument('--kd-exits', choices=KD_EXITS, default='mean', help="what a multi-exit network teaches: the "
+                       "mean of its exits' probabilities, or the last exit's")
+    group.add_argument('--kd-draw', action='store_true', help='one of the teachers for each batch, drawn at random')
+    group.add_argument('--freeze', nargs='+', default=[], metavar='MODULE',
+                       help='modules that keep their weights and BN statistics, by name')
 
     group = parser.add_argument_group('optimizer and schedule')
     group.add_argument('--opt', default='nmuon', help="timm's name of the optimizer")
@@ -92,6 +99,9 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--channels-last', action='store_true')
     group.add_argument('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND')
     group.add_argument('--torchcompile-mode', default=None)
+    group.add_argument('--cpu-kernels', action='store_true',
+                       help='train by kernels of this package, on a CPU with AVX-512 and bfloat16; they are compiled '
+                            'once, which needs a C++ compiler and ninja')
     group.add_argument('--seed', type=int, default=42)
     group.add_argument('--benchmark', type=int, default=0, metavar='STEPS',
                        help='time this many bare steps beside as many of the real loop, and stop')
@@ -122,6 +132,9 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     if args.kd_checkpoint and len(args.kd_checkpoint) != len(args.kd_model_name):
         parser.error(f'{len(args.kd_checkpoint)} --kd-checkpoint for {len(args.kd_model_name)} --kd-model-name: '
                      'give a file for each, or none for pretrained weights')
+    if args.cpu_kernels and (args.torchcompile or args.device != 'cpu' or not args.channels_last
+                             or not args.amp or args.amp_dtype != 'bfloat16'):
+        parser.error('--cpu-kernels go with --amp --channels-last --device cpu, in bfloat16 and not compiled')
     args.config = known.config
     args.sched_on_updates = True
     if not args.experiment:
