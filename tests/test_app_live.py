@@ -323,6 +323,15 @@ def test_own_files(server, browser, tmp_path):
         page.get_by_text('is not an image').first.wait_for()
 
 
+def test_hurried_visitor(server, browser):
+    # The second choice comes while the first is still being answered: the page must end at the second.
+    with Visit(browser, server.url) as page:
+        page.evaluate("""() => { for (const i of [2, 4])
+            document.querySelector(`#cards button[data-index="${i}"]`).click(); }""")
+        page.locator('#view a[href*="image=5"]').wait_for()
+        assert page.locator('#cards button[aria-pressed=true]').get_attribute('data-index') == '4'
+
+
 def test_links_and_visitors_apart(server, browser):
     first = server.network.costs.macs[1] / 1e6
     with Visit(browser, server.url, f'?image=2&stop=budget&at={first + 0.6:.1f}') as one, \
