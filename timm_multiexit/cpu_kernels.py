@@ -6,7 +6,7 @@ needs a C++ compiler. Results differ from PyTorch's by the rounding of bfloat16.
 """
 import functools
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -15,7 +15,7 @@ from torch import nn
 from .errors import InputError
 
 _FLAGS = '-O3 -std=c++20 -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16'.split()
-_NARROW = 32  # channels below which PyTorch's 1x1 convolution is as fast
+_WIDE = 32  # channels from which on a 1x1 convolution is faster as a product
 
 
 def cpu_kernels_supported() -> bool:
@@ -82,7 +82,8 @@ class _ProductConv(torch.autograd.Function):
 
 class _FastNormAct(BatchNormAct2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training and x.dtype == torch.bfloat16 and torch.is_grad_enabled()):
+        mixed = x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32  # as autocast gives them
+        if not (self.training and mixed and torch.is_grad_enabled()):
             return super().forward(x)
         self.num_batches_tracked.add_(1)
         return _NormReLU.apply(
@@ -99,10 +100,11 @@ class _FastConv(nn.Conv2d):
 
 
 def _is_product(conv: nn.Conv2d) -> bool:
-    kind: Tuple = (conv.kernel_size, conv.stride, conv.padding)
-    plain = conv.groups == 1 and conv.bias is None and conv.dilation == (1, 1)
-    narrow = conv.in_channels < _NARROW
-    return plain and (kind == ((3, 3), (2, 2), (1, 1)) or kind == ((1, 1), (1, 1), (0, 0)) and not narrow)
+    if conv.groups > 1 or conv.bias is not None or conv.dilation != (1, 1):
+        return False
+    kind = (conv.kernel_size, conv.stride, conv.padding)
+    wide = conv.in_channels >= _WIDE
+    return kind == ((3, 3), (2, 2), (1, 1)) or (wide and kind == ((1, 1), (1, 1), (0, 0)))
 
 
 def use_cpu_kernels(model: nn.Module) -> int:
