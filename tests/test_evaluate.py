@@ -1,22 +1,27 @@
 """evaluate and calibrate: the numbers of a report are those of the network and of the policies, on real images."""
+import argparse
 import csv
 import json
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
 
 from timm_multiexit import evaluation
-from timm_multiexit.cli import main
+from timm_multiexit.cli import add_model_options, main
+from timm_multiexit.cli.evaluate import add_data_options, prepare
 from timm_multiexit.costs import ExitCosts, exit_costs
 from timm_multiexit.data import load_images, normalize
+from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation import LabelledLogits, calibration_error, oracle
 from timm_multiexit.figures import anytime_figure, budgeted_figure
 from timm_multiexit.loading import load_model
+from timm_multiexit.models._cfgs import WEIGHTS_DIR
 from timm_multiexit.policy import ExitPolicy, simulate
-from timm_multiexit.store import FILE_NAME, ExitConfig
+from timm_multiexit.store import FILE_NAME, ExitConfig, load_recipe
 
 NAME = 'msfuse_cifar.cifar10'
 FILES = ['anytime.png', 'budgeted.csv', 'budgeted.png', 'exits.csv', 'results.json']
@@ -125,6 +130,35 @@ def test_calibrate_stores_policies_beside_a_checkpoint(options, tmp_path, capsys
     assert config.policies[0].method == 'search' and len(config.policies) >= 25
     assert config.policy_for(25e6).budget == 25e6
     assert config.policy_for(25e6, fast=True).method == 'fast'
+
+
+def held_out(*args):
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    add_data_options(parser)
+    parser.add_argument('model')
+    args = parser.parse_args([*args, '--data-dir', '.'])
+    prepare(args)
+    return args.validation_images
+
+
+def test_thresholds_are_set_on_the_images_that_the_run_held_out(tmp_path):
+    """By default: the others of the training set are no fair measure of these weights."""
+    model = load_model(NAME)
+    weights = tmp_path / 'model.safetensors'
+    save_file(model.state_dict(), weights)
+    mine = (NAME, '--checkpoint', str(weights))
+    assert held_out(*mine) == 5000
+    (tmp_path / 'recipe.yaml').write_text('dataset: torch/cifar10\nvalidation_images: 700\n')
+    assert held_out(*mine) == 700
+    assert held_out(*mine, '--validation-images', '60') == 60
+    assert held_out(*mine, '--dataset', 'folder') == 5000
+    shipped = yaml.safe_load((WEIGHTS_DIR / NAME / 'recipe.yaml').read_text())
+    assert held_out(NAME) == shipped['validation_images'] > 0
+    assert load_recipe(f'local-dir:{tmp_path}')['validation_images'] == 700
+    (tmp_path / 'recipe.yaml').write_text('[')
+    with pytest.raises(InputError, match='recipe .* cannot be read'):
+        held_out(*mine)
 
 
 @pytest.mark.parametrize('args, words', [

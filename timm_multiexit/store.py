@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
+import yaml
 
 from .costs import format_macs
 from .errors import InputError
@@ -22,6 +23,7 @@ from .policy import NEVER, ExitPolicy, check_average_budget
 VERSION = 1
 CONFIG_KEY = 'multiexit'
 FILE_NAME = 'multiexit.json'
+RECIPE_NAME = 'recipe.yaml'
 _HINT = 'make one with timm-multiexit calibrate'
 
 
@@ -244,6 +246,38 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
         raise InputError(
             f"no policies are stored for '{full}': {_HINT}" + (f', or choose one of {others}' if others else ''))
     return ExitConfig.load(path)
+
+
+def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
+    """The options of train_timm.py that made these weights, from `recipe.yaml` beside them; empty if there is none.
+
+    Args:
+        name: As for `load_exit_config`.
+        checkpoint: As for `load_exit_config`.
+
+    Raises:
+        InputError: unknown name, or a recipe that cannot be read.
+    """
+    source, colon, place = name.partition(':')
+    if checkpoint:
+        path = Path(checkpoint).parent / RECIPE_NAME
+    elif not colon:
+        check_name(name)
+        path = WEIGHTS_DIR / (name if '.' in name else _with_default_tag(name)) / RECIPE_NAME
+    elif source == 'local-dir':
+        path = Path(place) / RECIPE_NAME
+    else:
+        try:
+            path = hub_file(place, RECIPE_NAME)
+        except InputError:  # a repository that another tool filled
+            return {}
+    if not path.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"recipe '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def list_stored() -> List[str]:

@@ -14,6 +14,7 @@ from ..extras import require_extra
 from ..loading import load_model, require_weights
 from ..models import MultiExitNet
 from ..policy import MEASURES
+from ..store import load_recipe
 from . import add_model_options
 
 
@@ -35,9 +36,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision fetch it')
-    parser.add_argument('--validation-images', type=int, default=VALIDATION_IMAGES, metavar='N',
-                        help='training images on which thresholds are set, held out as in train_timm.py '
-                             '(default: %(default)s)')
+    parser.add_argument('--validation-images', type=int, default=None, metavar='N',
+                        help='training images on which thresholds are set, held out as in train_timm.py (default: as '
+                             f'many as the recipe beside the weights held out, else {VALIDATION_IMAGES})')
     parser.add_argument('--measure', choices=MEASURES, default='max_softmax', help='confidence (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=256, metavar='N')
 
@@ -62,13 +63,18 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
     """
     if args.batch_size < 1:
         raise InputError(f'--batch-size {args.batch_size}: give 1 or more')
-    if args.validation_images < 1:
+    if args.validation_images is not None and args.validation_images < 1:
         raise InputError(f'--validation-images {args.validation_images}: thresholds need validation images')
     if not args.checkpoint:
         require_weights(args.model)
     model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
     model = model.to(memory_format=torch.channels_last)
-    return model, args.dataset or default_dataset(model)
+    dataset = args.dataset or default_dataset(model)
+    if args.validation_images is None:
+        recipe = load_recipe(args.model, args.checkpoint)
+        same = recipe.get('dataset') == dataset  # of other images the recipe says nothing
+        args.validation_images = (same and recipe.get('validation_images')) or VALIDATION_IMAGES
+    return model, dataset
 
 
 def split_logits(
