@@ -1,4 +1,4 @@
-"""ResNet^MC and DenseNet^MC: layers, exits and costs."""
+"""ResNet^MC, DenseNet^MC and VGG^MC: layers, exits and costs."""
 import pytest
 import timm
 import torch
@@ -8,7 +8,7 @@ from timm_multiexit.costs import exit_costs
 from timm_multiexit.models.densenet_mc import DenseLayer, Transition
 from timm_multiexit.models.resnet_mc import BasicBlock
 
-NAMES = ('resnet62_mc_cifar', 'densenet52_mc_cifar')
+NAMES = ('resnet62_mc_cifar', 'densenet52_mc_cifar', 'vgg8_mc_cifar')
 
 
 @pytest.mark.parametrize('name,macs', [(NAMES[0], 135e6), (NAMES[1], 131e6)])
@@ -16,10 +16,18 @@ def test_the_last_exit_costs_what_the_figures_show(name, macs):
     assert exit_costs(timm.create_model(name)).macs[-1] == pytest.approx(macs, rel=0.02)
 
 
-@pytest.mark.parametrize('name,layers', [(NAMES[0], 62), (NAMES[1], 52)])
+@pytest.mark.parametrize('name,layers', [(NAMES[0], 62), (NAMES[1], 52), (NAMES[2], 8)])
 def test_number_of_layers(name, layers):
     model = timm.create_model(name)
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1 == layers  # and one linear layer
+
+
+def test_vgg_costs_what_its_layers_add_up_to():
+    layers = [(32 * 32, 3, 32), (32 * 32, 32, 64), (16 * 16, 64, 64), (16 * 16, 64, 256), (8 * 8, 256, 256),
+              (8 * 8, 256, 256), (4 * 4, 256, 256)]
+    convs = sum(9 * pixels * width_in * width_out for pixels, width_in, width_out in layers)
+    linear = 10 * (64 + 256 + 256)
+    assert exit_costs(timm.create_model(NAMES[2])).macs[-1] == pytest.approx(convs + linear, rel=0.005)  # BN and pools
 
 
 @pytest.mark.parametrize('name,kind,exits', [
@@ -66,6 +74,7 @@ def test_densenet_keeps_what_was_there_and_thins_between_blocks():
     (NAMES[0], dict(widths=(8, 16), depth=3, exit_after=(1,), narrow_stride=False)),
     (NAMES[1], dict(num_blocks=2, depth=3, exit_after=(1, 3), growth=4)),
     (NAMES[1], dict(num_blocks=1, depth=2, exit_after=(1,), compression=0.5, base_width=4)),
+    (NAMES[2], dict(widths=(8,))), (NAMES[2], dict(stem_width=4, widths=(8, 16, 8, 8))),
 ])
 def test_other_configurations_train(name, kwargs):
     model = timm.create_model(name, num_classes=7, **kwargs).train()
@@ -82,6 +91,7 @@ def test_other_configurations_train(name, kwargs):
     (NAMES[0], dict(exit_after=(0,)), 'numbered'), (NAMES[1], dict(num_blocks=0), 'resolutions'),
     (NAMES[1], dict(growth=0), 'growth'), (NAMES[1], dict(base_width=0), 'base_width'),
     (NAMES[1], dict(compression=0), 'compression'), (NAMES[1], dict(exit_after=(17,)), 'numbered 1 to 16'),
+    (NAMES[2], dict(widths=()), 'resolution'), (NAMES[2], dict(widths=(8, 0)), 'widths'),
 ])
 def test_impossible_configurations_are_refused(name, kwargs, match):
     with pytest.raises(ValueError, match=match):

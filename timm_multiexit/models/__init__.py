@@ -5,5 +5,6 @@ from .msdnet import MSDNet
 from .msfuse import MSFuse
 from .ranet import RANet
 from .resnet_mc import ResNetMC
+from .vgg_mc import VGGMC
 
-__all__ = ['DenseNetMC', 'ExitHead', 'MSDNet', 'MSFuse', 'MultiExitNet', 'RANet', 'ResNetMC', 'Stage']
+__all__ = ['DenseNetMC', 'ExitHead', 'MSDNet', 'MSFuse', 'MultiExitNet', 'RANet', 'ResNetMC', 'Stage', 'VGGMC']
