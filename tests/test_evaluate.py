@@ -156,6 +156,9 @@ def test_thresholds_are_set_on_the_images_that_the_run_held_out(tmp_path):
     shipped = yaml.safe_load((WEIGHTS_DIR / NAME / 'recipe.yaml').read_text())
     assert held_out(NAME) == shipped['validation_images'] > 0
     assert load_recipe(f'local-dir:{tmp_path}')['validation_images'] == 700
+    (tmp_path / 'recipe.yaml').write_text('dataset: torch/cifar10\nvalidation_images: 0\n')
+    with pytest.raises(InputError, match='trained on all training images'):
+        held_out(*mine)
     (tmp_path / 'recipe.yaml').write_text('[')
     with pytest.raises(InputError, match='recipe .* cannot be read'):
         held_out(*mine)

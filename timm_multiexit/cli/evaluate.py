@@ -73,7 +73,10 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
     if args.validation_images is None:
         recipe = load_recipe(args.model, args.checkpoint)
         same = recipe.get('dataset') == dataset  # of other images the recipe says nothing
-        args.validation_images = (same and recipe.get('validation_images')) or VALIDATION_IMAGES
+        args.validation_images = recipe.get('validation_images', VALIDATION_IMAGES) if same else VALIDATION_IMAGES
+        if not args.validation_images:
+            raise InputError('these weights were trained on all training images, and thresholds need others: pass '
+                             '--dataset for other images, or --validation-images N to set them on training images')
     return model, dataset
 
 
