@@ -7,6 +7,17 @@ from timm.layers import ConvNormAct
 from torch import nn
 
 
+class ConvStem(nn.Module):
+    """3x3 convolution: [(B, in_chans, H, W)] to [(B, width, H, W)]."""
+
+    def __init__(self, in_chans: int, width: int, **kwargs):
+        super().__init__()
+        self.conv = ConvNormAct(in_chans, width, 3, **kwargs)
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        return [self.conv(state[-1])]
+
+
 class Bottleneck(nn.Module):
     """1x1 convolution to a few channels, then a 3x3 convolution: B(in -> out, factor, stride) in the MSDNet paper.
 

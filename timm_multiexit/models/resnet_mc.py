@@ -23,20 +23,9 @@ from torch import nn
 
 from ._cfgs import cifar_cfg
 from .base import ExitHead, MultiExitNet, Stage
-from .layers import chain_exits, init_weights
+from .layers import ConvStem, chain_exits, init_weights
 
 __all__ = ['ResNetMC']
-
-
-class Stem(nn.Module):
-    """3x3 convolution: [(B, in_chans, H, W)] to [(B, width, H, W)]."""
-
-    def __init__(self, in_chans: int, width: int, **kwargs):
-        super().__init__()
-        self.conv = ConvNormAct(in_chans, width, 3, **kwargs)
-
-    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
-        return [self.conv(state[-1])]
 
 
 class BasicBlock(nn.Module):
@@ -100,7 +89,7 @@ class ResNetMC(MultiExitNet):
             raise ValueError(f'widths={tuple(widths)}: the shortcuts need widths of 1 or more that do not fall')
 
         chs = widths[0]
-        layers: List[nn.Module] = [Stem(in_chans, chs, **kwargs)]
+        layers: List[nn.Module] = [ConvStem(in_chans, chs, **kwargs)]
         stages, exits, feature_info = [], [], []
         for number in range(1, len(widths) * depth + 1):
             resolution, index = divmod(number - 1, depth)

@@ -17,20 +17,9 @@ from torch import nn
 
 from ._cfgs import cifar_cfg
 from .base import ExitHead, MultiExitNet, Stage
-from .layers import init_weights
+from .layers import ConvStem, init_weights
 
 __all__ = ['VGGMC']
-
-
-class Stem(nn.Module):
-    """3x3 convolution: [(B, in_chans, H, W)] to [(B, width, H, W)]."""
-
-    def __init__(self, in_chans: int, width: int, **kwargs):
-        super().__init__()
-        self.conv = ConvNormAct(in_chans, width, 3, **kwargs)
-
-    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
-        return [self.conv(state[-1])]
 
 
 class PooledConv(nn.Module):
@@ -92,7 +81,7 @@ class VGGMC(MultiExitNet):
             raise ValueError(f'widths={tuple(widths)}: give one number for each resolution, at least one, 1 or more')
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         chs = stem_width
-        layers: List[nn.Module] = [Stem(in_chans, chs, **kwargs)]
+        layers: List[nn.Module] = [ConvStem(in_chans, chs, **kwargs)]
         stages, exits, feature_info = [], [], []
         for resolution, width in enumerate(widths):
             layers += [PooledConv(chs, width, **kwargs), ResidualConv(width, **kwargs)]
