@@ -6,25 +6,24 @@ from typing import Any, Dict
 
 import timm
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from timm_multiexit.costs import exit_costs
 from timm_multiexit.errors import InputError
-from timm_multiexit.files import read_json
+from timm_multiexit.files import read_json, read_yaml
 from timm_multiexit.hub_files import WEIGHTS_FILE
 from timm_multiexit.loading import check_name, list_networks
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.models._cfgs import WEIGHTS_DIR
-from timm_multiexit.store import FILE_NAME, ExitConfig
+from timm_multiexit.store import FILE_NAME, RECIPE_NAME, ExitConfig
 
 # The one place of the name under which everything is published; `--org` overrides it.
 ORGANISATION = 'timm-multiexit'
 
 _MADE_BY = {
     WEIGHTS_FILE: 'give the folder final/ of a run of train_timm.py',
-    'recipe.yaml': 'give the folder final/ of a run of train_timm.py',
+    RECIPE_NAME: 'give the folder final/ of a run of train_timm.py',
     'summary.csv': 'give the folder final/ of a run of train_timm.py',
     FILE_NAME: 'make it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
     'results.json': 'make it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
@@ -90,7 +89,7 @@ def read_network(given: str, name: str = '') -> Network:
     for required, remedy in _MADE_BY.items():
         if not (folder / required).is_file():
             raise InputError(f"'{folder}' holds no {required}: {remedy}")
-    recipe = _read_recipe(folder / 'recipe.yaml')
+    recipe = _read_recipe(folder / RECIPE_NAME)
     results = read_json(folder / 'results.json', 'results')
     exits = ExitConfig.load(folder / FILE_NAME)
     if packaged:
@@ -106,10 +105,7 @@ def read_network(given: str, name: str = '') -> Network:
 
 
 def _read_recipe(path: Path) -> Dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"recipe '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error
+    recipe = read_yaml(path, 'recipe')
     if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
         raise InputError(f"'{path}' is no recipe, it names no model and dataset: give a run's own")
     return recipe

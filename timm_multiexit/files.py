@@ -5,6 +5,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Union
 
+import yaml
+
 from .errors import InputError
 
 
@@ -62,3 +64,19 @@ def read_json(path: Union[str, Path], what: str) -> Any:
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
         raise InputError(f"{what} '{path}' cannot be read ({reason}): check the name and the file") from error
+
+
+def read_yaml(path: Union[str, Path], what: str) -> Any:
+    """Reads YAML.
+
+    Args:
+        path: The file.
+        what: What it should hold, for the error.
+
+    Raises:
+        InputError: it is not there, cannot be read, or is not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{what} '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
-import yaml
 
 from .costs import format_macs
 from .errors import InputError
-from .files import read_json, write_json
+from .files import read_json, read_yaml, write_json
 from .hub_files import CONFIG_FILE, hub_file
 from .loading import check_name
 from .models import MultiExitNet
@@ -230,21 +229,16 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
     Raises:
         InputError: unknown name, or nothing is stored with these weights.
     """
-    if checkpoint:
-        path = Path(checkpoint).parent / FILE_NAME
-        if not path.is_file():
-            raise InputError(f"there is no {FILE_NAME} beside '{checkpoint}': {_HINT}")
-        return ExitConfig.load(path)
-    source, colon, place = name.partition(':')
-    check_name(name)
-    if colon:
-        return ExitConfig.load(Path(place) / CONFIG_FILE if source == 'local-dir' else hub_file(place, CONFIG_FILE))
-    full = name if '.' in name else _with_default_tag(name)
-    path = WEIGHTS_DIR / full / FILE_NAME
-    if not path.is_file():
+    if not checkpoint:
+        check_name(name)
+    path = _beside_weights(name, checkpoint, FILE_NAME, published=CONFIG_FILE)
+    if checkpoint and not path.is_file():
+        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint}': {_HINT}")
+    if not checkpoint and ':' not in name and not path.is_file():
         others = ', '.join(list_stored())
         raise InputError(
-            f"no policies are stored for '{full}': {_HINT}" + (f', or choose one of {others}' if others else ''))
+            f"no policies are stored for '{path.parent.name}': {_HINT}"
+            + (f', or choose one of {others}' if others else ''))
     return ExitConfig.load(path)
 
 
@@ -258,26 +252,24 @@ def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
     Raises:
         InputError: unknown name, or a recipe that cannot be read.
     """
-    source, colon, place = name.partition(':')
-    if checkpoint:
-        path = Path(checkpoint).parent / RECIPE_NAME
-    elif not colon:
+    if not checkpoint and ':' not in name:
         check_name(name)
-        path = WEIGHTS_DIR / (name if '.' in name else _with_default_tag(name)) / RECIPE_NAME
-    elif source == 'local-dir':
-        path = Path(place) / RECIPE_NAME
-    else:
-        try:
-            path = hub_file(place, RECIPE_NAME)
-        except InputError:  # a repository that another tool filled
-            return {}
-    if not path.is_file():
-        return {}
     try:
-        recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"recipe '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error
+        path = _beside_weights(name, checkpoint, RECIPE_NAME, published=RECIPE_NAME)
+    except InputError:  # a repository that another tool filled
+        return {}
+    recipe = read_yaml(path, 'recipe') if path.is_file() else {}
     return recipe if isinstance(recipe, dict) else {}
+
+
+def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str, published: str) -> Path:
+    """Where `filename` of these weights would lie; in a repository it is called `published`, and fetched."""
+    if checkpoint:
+        return Path(checkpoint).parent / filename
+    source, colon, place = name.partition(':')
+    if colon:
+        return Path(place) / published if source == 'local-dir' else hub_file(place, published)
+    return WEIGHTS_DIR / (name if '.' in name else _with_default_tag(name)) / filename
 
 
 def list_stored() -> List[str]:
