@@ -116,6 +116,20 @@ def test_download_fails_then_succeeds(client, server, built, file, how, words):
     assert 'loaded 3' in client.load().ok().out
 
 
+@pytest.mark.parametrize('how, words', [(500, ['500', 'later']), (404, ['no such repository']), ('down', ['reached'])])
+def test_recipe_that_cannot_be_fetched_is_not_taken_for_none(client, server, built, how, words):
+    """Else thresholds would be set on images that these weights were trained on."""
+    code = f"from timm_multiexit.store import load_recipe\nprint(load_recipe('hf-hub:{REPO}').get('model'))\n"
+    server.put(REPO, built)
+    server.faults.append(Fault('(GET|HEAD) .*resolve/.*recipe.yaml', how))
+    client.code(code).refused('recipe.yaml', *words)
+    server.recover()
+    assert 'msfuse_cifar' in client.code(code).ok().out
+    server.put(REPO, {name: content for name, content in built.items() if name != 'recipe.yaml'})
+    client.clear_cache()
+    assert 'None' in client.code(code).ok().out
+
+
 @pytest.mark.parametrize('change, words', [
     ('pickle', ['model.safetensors', 'pickled weights']), ('pickle named', ['pickled weights']),
     ('corrupt', ['cannot be loaded']), ('other network', ['do not fit']), ('unknown', ['does not know']),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .costs import format_macs
 from .errors import InputError
@@ -250,14 +251,16 @@ def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
         checkpoint: As for `load_exit_config`.
 
     Raises:
-        InputError: unknown name, or a recipe that cannot be read.
+        InputError: unknown name, or a recipe that cannot be fetched or read.
     """
     if not checkpoint and ':' not in name:
         check_name(name)
     try:
         path = _beside_weights(name, checkpoint, RECIPE_NAME, published=RECIPE_NAME)
-    except InputError:  # a repository that another tool filled
-        return {}
+    except InputError as error:
+        if isinstance(error.__cause__, RemoteEntryNotFoundError):  # a repository that another tool filled
+            return {}
+        raise  # a recipe that is there and not at hand is not the same as none
     recipe = read_yaml(path, 'recipe') if path.is_file() else {}
     return recipe if isinstance(recipe, dict) else {}
 
