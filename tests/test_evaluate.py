@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import yaml
+from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.datasets import CIFAR10
@@ -109,6 +110,16 @@ def test_figures_draw_the_results(report):
     for name in ('anytime.png', 'budgeted.png'):
         with Image.open(report / name) as image:
             assert min(image.size) > 500 and len(image.convert('L').getcolors()) > 20
+
+
+@pytest.mark.parametrize('draw', [anytime_figure, budgeted_figure])
+def test_the_title_of_a_figure_is_not_cut_off(draw):
+    name = 'msfuse_cifar_budgeted.cifar100'  # the longest that is shipped
+    figure = draw(json.loads((WEIGHTS_DIR / name / 'results.json').read_text()))
+    figure.draw_without_rendering()
+    inside = figure.get_window_extent()
+    (title,) = (text for text in figure.findobj(Text) if name in text.get_text())
+    assert inside.x0 < title.get_window_extent().x0 and title.get_window_extent().x1 < inside.x1
 
 
 def test_an_interrupted_evaluation_leaves_no_half_file(options, tmp_path, monkeypatch):

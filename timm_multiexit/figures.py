@@ -36,7 +36,7 @@ def anytime_figure(results: Dict[str, Any]) -> Figure:
     ax.margins(x=0.1, y=0.2)
     ax.set_xlabel('multiply-adds for one image (M)')
     ax.set_ylabel('top-1 accuracy (%)')
-    ax.set_title(f"Anytime: {_subject(results)}, {results['test_images']:,} test images", fontsize=10)
+    _title(figure, 'Anytime', results)
     return figure
 
 
@@ -56,7 +56,7 @@ def budgeted_figure(results: Dict[str, Any]) -> Figure:
     ax.plot(*_columns(results['exits'], 'macs'), 'o', color='black', markersize=4, label='all images at one exit')
     ax.set_ylabel('top-1 accuracy (%)')
     ax.legend(frameon=False, fontsize=8, loc='lower right')
-    ax.set_title(f"Average budgets: {_subject(results)}, {results['test_images']:,} test images", fontsize=10)
+    _title(figure, 'Average budgets', results)
 
     rule = [torch.tensor(c, dtype=torch.float64) for c in curves['geometric']]
     below.axhline(0., color=ORANGE, linestyle='--', linewidth=1.6)
@@ -66,6 +66,11 @@ def budgeted_figure(results: Dict[str, Any]) -> Figure:
     below.set_ylabel('minus rule\n(points)')
     below.set_xlabel('average multiply-adds for one image (M)')
     return figure
+
+
+def _title(figure: Figure, kind: str, results: Dict[str, Any]) -> None:
+    # Over the whole figure: a long name would not fit over the axes.
+    figure.suptitle(f"{kind}: {_subject(results)}, {results['test_images']:,} test images", fontsize=10)
 
 
 def _columns(rows, x: str):
