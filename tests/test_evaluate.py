@@ -119,7 +119,8 @@ def test_the_title_of_a_figure_is_not_cut_off(draw):
     figure.draw_without_rendering()
     inside = figure.get_window_extent()
     (title,) = (text for text in figure.findobj(Text) if name in text.get_text())
-    assert inside.x0 < title.get_window_extent().x0 and title.get_window_extent().x1 < inside.x1
+    drawn = title.get_window_extent()
+    assert inside.x0 < drawn.x0 and drawn.x1 < inside.x1
 
 
 def test_an_interrupted_evaluation_leaves_no_half_file(options, tmp_path, monkeypatch):

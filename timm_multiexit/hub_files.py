@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from timm.models._hub import download_from_hf  # private: it alone knows timm's 'ORG/NAME@REVISION'
 
-from .errors import InputError
+from .errors import InputError, MissingFileError
 
 WEIGHTS_FILE = 'model.safetensors'
 CONFIG_FILE = 'config.json'
@@ -76,16 +76,18 @@ def hub_file(place: str, filename: str) -> Path:
         filename: In the repository.
 
     Raises:
+        MissingFileError: the repository does not hold it.
         InputError: it cannot be fetched, or arrived damaged.
     """
     try:
         path = Path(download_from_hf(place, filename))
     except RemoteEntryNotFoundError as error:
         if filename == WEIGHTS_FILE:
-            raise InputError(
+            raise MissingFileError(
                 f"'hf-hub:{place}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; "
                 'ask its owner for safetensors') from error
-        raise InputError(f"'hf-hub:{place}' holds no {filename}: it is no repository of a timm network") from error
+        raise MissingFileError(
+            f"'hf-hub:{place}' holds no {filename}: it is no repository of a timm network") from error
     except HUB_ERRORS as error:
         raise InputError(f"'hf-hub:{place}' cannot be read, {filename}: {explain(error)}") from error
     blob = path.resolve()

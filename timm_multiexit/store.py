@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
-from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from .costs import format_macs
-from .errors import InputError
+from .errors import InputError, MissingFileError
 from .files import read_json, read_yaml, write_json
 from .hub_files import CONFIG_FILE, hub_file
 from .loading import check_name
@@ -257,10 +256,8 @@ def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
         check_name(name)
     try:
         path = _beside_weights(name, checkpoint, RECIPE_NAME, published=RECIPE_NAME)
-    except InputError as error:
-        if isinstance(error.__cause__, RemoteEntryNotFoundError):  # a repository that another tool filled
-            return {}
-        raise  # a recipe that is there and not at hand is not the same as none
+    except MissingFileError:  # a repository that another tool filled
+        return {}
     recipe = read_yaml(path, 'recipe') if path.is_file() else {}
     return recipe if isinstance(recipe, dict) else {}
 
