@@ -1,0 +1,48 @@
+"""The launched app for its tests, with the shipped weights. Importing this makes the app's modules importable."""
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'app'))
+
+from layout import build_page  # noqa: E402
+from networks import available_networks, get_network  # noqa: E402
+from stored import SAMPLES  # noqa: E402
+
+import app as app_module  # noqa: E402
+
+IMAGES = sorted(SAMPLES.glob('*.png'))
+
+
+class Server:
+    """The launched app. `calls` counts the runs of the network, of which every image needs one."""
+
+    def __init__(self):
+        self.names = available_networks()
+        self.network = get_network(self.names[0])
+        self.calls = 0
+        self.network.model.stages[0].register_forward_hook(self._count)
+        self.page = build_page(self.names)
+        self.url = self.page.launch(prevent_thread_lock=True, quiet=True, **app_module.launch_options())[1]
+
+    def _count(self, *_):
+        self.calls += 1
+
+    def expected(self, path):
+        """Probabilities of all exits (num_exits, num_classes), without the app."""
+        from timm.data import create_transform, resolve_data_config
+        model = self.network.model
+        x = create_transform(**resolve_data_config(model=model))(Image.open(path).convert('RGB')).unsqueeze(0)
+        with torch.inference_mode():
+            logits = torch.cat(model.forward_exits(x))
+        return (logits / torch.tensor(self.network.temperatures).unsqueeze(1)).softmax(1)
+
+
+@contextmanager
+def launched():
+    server = Server()
+    yield server
+    server.page.close()
