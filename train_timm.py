@@ -276,7 +276,8 @@ def benchmark(trainer: Trainer, steps: int) -> None:
 def export(trainer: Trainer, folder: Path) -> None:
     """The final weights (EMA if kept) in half precision, the recipe and the summary; written beside and renamed.
 
-    The recipe and summary of the run whose weights this one started from come along, as `initial-...`.
+    The recipes and summaries of the runs that led to the weights this one started from come along, as `run1-...` for
+    the first of them and so on.
     """
     target, partial = folder / 'final', folder / 'final.partial'
     shutil.rmtree(partial, ignore_errors=True)
@@ -288,8 +289,12 @@ def export(trainer: Trainer, folder: Path) -> None:
         shutil.copy(folder / name, partial / name)
     if trainer.args.initial_checkpoint:  # where these weights come from belongs to them
         earlier = Path(trainer.args.initial_checkpoint).parent
-        for path in [*earlier.glob('*recipe.yaml'), *earlier.glob('*summary.csv')]:
-            shutil.copy(path, partial / f'initial-{path.name}')
+        before = [*earlier.glob('run*-recipe.yaml')]
+        for path in [*before, *earlier.glob('run*-summary.csv')]:
+            shutil.copy(path, partial / path.name)
+        for name in ('recipe.yaml', 'summary.csv'):
+            if (earlier / name).is_file():
+                shutil.copy(earlier / name, partial / f'run{len(before) + 1}-{name}')
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     _logger.info(f'Final weights: {target / "model.safetensors"}')

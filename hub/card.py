@@ -210,11 +210,7 @@ def _training(network: Network) -> str:
     data = f" {recipe['epochs']} epochs," if 'epochs' in recipe else ''
     facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
         'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
-    earlier = ''
-    if (network.folder / 'initial-recipe.yaml').is_file():
-        earlier = (' It started from the weights of an earlier run, which [initial-recipe.yaml](initial-recipe.yaml) '
-                   'and [initial-summary.csv](initial-summary.csv) describe: train that first, and give its weights as '
-                   '`--initial-checkpoint`.')
+    earlier = _earlier_runs(len(list(network.folder.glob('run*-recipe.yaml'))))
     if recipe.get('kd_model_name'):
         earlier += f" Its exits learnt from {_teachers(recipe['kd_model_name'])}, too."
     return (
@@ -222,6 +218,19 @@ def _training(network: Network) -> str:
         'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
         f'{earlier} To train it again:\n\n```bash\n'
         'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+
+
+def _earlier_runs(count: int) -> str:
+    """Where the weights come from that the run started with, when `count` runs came before it."""
+    if not count:
+        return ''
+    recipes, summaries = (', '.join(f'[{name}]({name})' for name in (f'run{k}-{kind}' for k in range(1, count + 1)))
+                          for kind in ('recipe.yaml', 'summary.csv'))
+    if count == 1:
+        return (f' It started from the weights of an earlier run, which {recipes} and {summaries} describe: train that '
+                'first, and give its weights as `--initial-checkpoint`.')
+    return (f' It is run {count + 1} of a line, in which each started from the weights of the one before it: {recipes} '
+            f'({summaries}). Train them in this order, each with `--initial-checkpoint` of the one before.')
 
 
 def _teachers(names: Union[str, List[str]]) -> str:

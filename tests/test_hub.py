@@ -215,15 +215,18 @@ def test_space(client, server):
 
 
 def test_the_runs_behind_the_weights_are_published(client, server, final, built, tmp_path):
-    assert 'initial-' not in built['README.md'].decode() and not any(name.startswith('initial-') for name in built)
+    assert 'run1-' not in built['README.md'].decode() and not any(name.startswith('run') for name in built)
     folder = copy_of(final, tmp_path)
-    (folder / 'initial-recipe.yaml').write_text('epochs: 3\ninitial_checkpoint: /somewhere/of/mine/model.safetensors\n')
-    (folder / 'initial-summary.csv').write_text('epoch,train_loss\n0,2.2\n')
-    client.push(folder).ok()
-    stored = server.contents(REPO)
-    assert stored['initial-recipe.yaml'] == b'epochs: 3\ninitial_checkpoint: model.safetensors\n'
-    assert stored['initial-summary.csv'] == (folder / 'initial-summary.csv').read_bytes()
-    assert b'(initial-recipe.yaml)' in stored['README.md']
+    for k in (1, 2):
+        (folder / f'run{k}-recipe.yaml').write_text(
+            f'epochs: {k}\ninitial_checkpoint: /somewhere/of/mine/model.safetensors\n')
+        (folder / f'run{k}-summary.csv').write_text(f'epoch,train_loss\n0,{k}.2\n')
+        client.push(folder).ok()
+        stored = server.contents(REPO)
+        assert stored[f'run{k}-recipe.yaml'] == f'epochs: {k}\ninitial_checkpoint: model.safetensors\n'.encode()
+        assert stored[f'run{k}-summary.csv'] == (folder / f'run{k}-summary.csv').read_bytes()
+        assert f'(run{k}-recipe.yaml)'.encode() in stored['README.md']
+        assert (b'an earlier run' if k == 1 else b'run 3 of a line') in stored['README.md']
 
 
 @pytest.mark.parametrize('names, text', [

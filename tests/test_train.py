@@ -108,8 +108,15 @@ def test_a_run_that_starts_from_another_one_keeps_its_recipe(uninterrupted, fold
     train(folder_dataset, tmp_path, '--initial-checkpoint', str(start / 'model.safetensors'), '--lr', '0', epochs=1)
     final = tmp_path / 'run' / 'final'
     assert sorted(p.name for p in final.iterdir()) == [
-        'initial-recipe.yaml', 'initial-summary.csv', 'model.safetensors', 'recipe.yaml', 'summary.csv']
-    assert (final / 'initial-summary.csv').read_bytes() == (start / 'summary.csv').read_bytes()
+        'model.safetensors', 'recipe.yaml', 'run1-recipe.yaml', 'run1-summary.csv', 'summary.csv']
+    assert (final / 'run1-summary.csv').read_bytes() == (start / 'summary.csv').read_bytes()
+    # A third run keeps both, under the names they had.
+    train(folder_dataset, tmp_path / 'third', '--initial-checkpoint', str(final / 'model.safetensors'), epochs=1)
+    third = tmp_path / 'third' / 'run' / 'final'
+    for k, folder in enumerate((start, final), start=1):
+        for name in ('recipe.yaml', 'summary.csv'):
+            assert (third / f'run{k}-{name}').read_bytes() == (folder / name).read_bytes()
+    assert len(list(third.iterdir())) == 7
     # It really started there: without a step the weights are still those.
     name = 'stages.2.layers.0.'
     before, after = load_file(start / 'model.safetensors'), load_file(final / 'model.safetensors')
