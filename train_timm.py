@@ -45,6 +45,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.loading import list_networks, load_model, require_weights
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.optimize import fold_batch_norm
+from timm_multiexit.precision import muon_in_float32, slow_bfloat16
 from timm_multiexit.task import MultiExitTask, exit_accuracies
 from timm_multiexit.train_options import parse_train_args
 
@@ -123,6 +124,11 @@ class Trainer:
         if self.device.type == 'cuda':
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = True
+        if slow_bfloat16(self.device):
+            muon_in_float32()
+            if args.amp and args.amp_dtype == 'bfloat16':
+                _logger.warning('This CPU has no bfloat16 instructions: training in float32, as without --amp')
+                args.amp = False
         self.amp_dtype = AMP_DTYPES[args.amp_dtype] if args.amp else None
         seed_epoch(args.seed, -1 % 2 ** 20, 0)  # the same initial weights on every process
 
