@@ -38,11 +38,13 @@ from timm.utils import (
     update_summary,
 )
 from timm.utils.summary import trim_summary
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
 
 from timm_multiexit.cpu_kernels import use_cpu_kernels
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
 from timm_multiexit.errors import InputError
-from timm_multiexit.loading import list_networks, load_model, require_weights
+from timm_multiexit.loading import list_networks, load_mean, load_model, require_weights
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.optimize import fold_batch_norm
 from timm_multiexit.precision import muon_in_float32, slow_bfloat16
@@ -62,11 +64,11 @@ def seed_epoch(seed: int, epoch: int, rank: int) -> None:
 
 
 def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
-    model = timm.create_model(
-        args.model, num_classes=num_classes, drop_rate=args.drop, checkpoint_path=args.initial_checkpoint,
-        **args.model_kwargs)
+    model = timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, **args.model_kwargs)
     if not isinstance(model, MultiExitNet):
         raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
+    if args.initial_checkpoint:
+        load_mean(model, args.initial_checkpoint, args.model)
     return model
 
 
@@ -162,7 +164,8 @@ class Trainer:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.updates_per_epoch = len(self.loader)
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch)
+            self.optimizer, **{**scheduler_kwargs(args), 'num_epochs': max(args.epochs, 1)},
+            updates_per_epoch=self.updates_per_epoch)
 
     def distribute(self) -> None:
         """Wraps the network for several processes; after a checkpoint was loaded, so that all start from it."""
@@ -225,12 +228,32 @@ class Trainer:
         rate = seen / (time.perf_counter() - start)
         return {'loss': losses.avg, 'images_per_s': round(rate, 1)}
 
+    def update_bn(self) -> None:
+        """BN statistics of the final weights, of the EMA if one is kept, anew from one pass over the training images.
+
+        The mean of weights computes other activations than the mean of their statistics tells (Izmailov et al., UAI
+        2018, section 3.2).
+        """
+        args, network = self.args, unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
+        seed_epoch(args.seed, args.epochs, args.rank)
+        if hasattr(self.loader, 'set_epoch'):
+            self.loader.set_epoch(args.epochs)
+        batches = tqdm(self.loader, desc='BN statistics', unit='batch', disable=None if args.rank == 0 else True)
+        update_bn(batches, network, self.device)
+        if args.distributed:
+            distribute_bn(network, args.world_size, reduce=True)
+
     def evaluate(self) -> dict:
         """Top-1 accuracy in percent of every exit, and their mean, of the EMA if one is kept."""
         network = self.task.get_trainable_module(ema=self.task.has_ema())
         accuracies = exit_accuracies(network, self.loader_eval, self.amp_dtype).tolist()
         metrics = {f'top1_exit{k + 1}': round(a, 3) for k, a in enumerate(accuracies)}
         return {**metrics, 'top1_mean': round(sum(accuracies) / len(accuracies), 3)}
+
+
+def accuracy_line(metrics: dict) -> str:
+    line = ' '.join(f'{v:.2f}' for k, v in metrics.items() if k.startswith('top1_exit'))
+    return f'top-1 per exit {line}  mean {metrics["top1_mean"]:.2f}'
 
 
 def count_classes(args: argparse.Namespace) -> int:
@@ -283,7 +306,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     """The final weights (EMA if kept) in half precision, the recipe and the summary; written beside and renamed.
 
     The recipes and summaries of the runs that led to the weights this one started from come along, as `run1-...` for
-    the first of them and so on.
+    the first of them and so on; where it started from the mean of several, those that led to the last named.
     """
     target, partial = folder / 'final', folder / 'final.partial'
     shutil.rmtree(partial, ignore_errors=True)
@@ -294,7 +317,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     for name in ('recipe.yaml', 'summary.csv'):
         shutil.copy(folder / name, partial / name)
     if trainer.args.initial_checkpoint:  # where these weights come from belongs to them
-        earlier = Path(trainer.args.initial_checkpoint).parent
+        earlier = Path(trainer.args.initial_checkpoint[-1]).parent
         before = [*earlier.glob('run*-recipe.yaml')]
         for path in [*before, *earlier.glob('run*-summary.csv')]:
             shutil.copy(path, partial / path.name)
@@ -341,8 +364,8 @@ def main(argv=None) -> None:
         if resume:
             saver.load_state_dict_from_checkpoint(resume)
         trim_summary(folder / 'summary.csv', start_epoch)
-        _logger.info(f'{args.model}: {len(trainer.loader)} batches of {args.batch_size} x {args.world_size}, epochs '
-                     f'{start_epoch} to {args.epochs - 1}, in {folder}')
+        _logger.info(f'{args.model}: {len(trainer.loader)} batches of {args.batch_size} x {args.world_size}, '
+                     f'{args.epochs - start_epoch} epochs to go, in {folder}')
     for epoch in range(start_epoch, args.epochs):
         train_metrics = trainer.train_epoch(epoch)
         if (epoch + 1) % args.eval_interval and epoch + 1 < args.epochs:
@@ -352,12 +375,18 @@ def main(argv=None) -> None:
         if saver is None:
             continue
         if eval_metrics:
-            line = ' '.join(f'{v:.2f}' for k, v in eval_metrics.items() if k.startswith('top1_exit'))
-            _logger.info(f'Epoch {epoch}: top-1 per exit {line}  mean {eval_metrics["top1_mean"]:.2f}')
+            _logger.info(f'Epoch {epoch}: {accuracy_line(eval_metrics)}')
         # The row first: a row of an epoch that is run again is dropped at resume, a missing one could not be made up.
         update_summary(epoch, train_metrics, eval_metrics, folder / 'summary.csv',
                        lr=trainer.optimizer.param_groups[0]['lr'])
         saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))
+    if args.update_bn:
+        trainer.update_bn()
+        eval_metrics = trainer.evaluate()
+        if saver is not None:
+            _logger.info(f'With new BN statistics: {accuracy_line(eval_metrics)}')
+            if not args.epochs:  # no epoch has left a row
+                update_summary(0, {}, eval_metrics, folder / 'summary.csv')
     if saver is not None:
         export(trainer, folder)
 

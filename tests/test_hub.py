@@ -229,6 +229,16 @@ def test_the_runs_behind_the_weights_are_published(client, server, final, built,
         assert (b'an earlier run' if k == 1 else b'run 3 of a line') in stored['README.md']
 
 
+def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    recipe |= {'epochs': 0, 'initial_checkpoint': ['a/model.safetensors', 'b/model.safetensors']}
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'the mean of the weights of its last 2 runs' in card and '0 epochs' not in card
+
+
 @pytest.mark.parametrize('names, text', [
     ('msfuse_cifar.cifar10', 'learnt from `msfuse_cifar.cifar10`, too'),
     (['a', 'b'], 'learnt from the mean of `a` and `b`, too'),

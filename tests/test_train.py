@@ -11,8 +11,11 @@ import timm
 import torch
 import yaml
 from conftest import PROJECT
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
 
+from timm_multiexit.data import normalize
 from timm_multiexit.errors import InputError
 from timm_multiexit.task import MultiExitTask
 from timm_multiexit.train_options import parse_train_args
@@ -122,6 +125,48 @@ def test_a_run_that_starts_from_another_one_keeps_its_recipe(uninterrupted, fold
     before, after = load_file(start / 'model.safetensors'), load_file(final / 'model.safetensors')
     same = [k for k in before if k.startswith(name) and k.endswith('weight')]
     assert same and all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in same)
+
+
+def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folder_dataset, tmp_path):
+    first = uninterrupted / 'run' / 'final'
+    train(folder_dataset, tmp_path / 'second', '--initial-checkpoint', str(first / 'model.safetensors'), epochs=2)
+    second = tmp_path / 'second' / 'run' / 'final'
+    log = train(folder_dataset, tmp_path, '--initial-checkpoint', str(first / 'model.safetensors'),
+                str(second / 'model.safetensors'), '--update-bn', epochs=0)
+    final = tmp_path / 'run' / 'final'
+    a, b, mean = (load_file(folder / 'model.safetensors') for folder in (first, second, final))
+    statistics = [k for k in mean if k.endswith(('running_mean', 'running_var'))]
+    weights = [k for k in mean if k not in statistics and mean[k].is_floating_point()]
+    assert all(torch.allclose(mean[k].float(), (a[k].float() + b[k].float()) / 2, rtol=2e-3, atol=1e-4)
+               for k in weights)
+    assert any(not torch.equal(a[k], b[k]) for k in weights)
+    assert all(mean[k] == 10 for k in mean if k.endswith('num_batches_tracked'))  # 400 images by 40
+    # The first convolution's statistics can be told from its weights: a crop has the mean of the whole, about.
+    model = timm.create_model('msfuse_cifar.cifar10', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4,
+                              head_width=16)
+    model.load_state_dict({k: v.float() for k, v in mean.items()})
+    files = sorted((folder_dataset / 'train').rglob('*.png'))
+    images = torch.stack([pil_to_tensor(Image.open(f)) for f in files])
+    x = normalize(images, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+    conv, norm = next((c, n) for c, n in zip(model.modules(), list(model.modules())[1:])
+                      if isinstance(c, torch.nn.Conv2d) and isinstance(n, torch.nn.BatchNorm2d))
+    seen = []
+    conv.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model.eval()(x)
+    expected = seen[0].mean((0, 2, 3))
+    assert (norm.running_mean - expected).norm() < 0.05 * expected.norm()
+    assert (norm.running_mean - expected).norm() < (
+        (a[name_of(model, norm)].float() + b[name_of(model, norm)].float()) / 2 - expected).norm()
+    (row,) = rows(tmp_path)
+    line = ' '.join(f"{float(row[f'eval_top1_exit{k}']):.2f}" for k in (1, 2, 3))
+    assert f'With new BN statistics: top-1 per exit {line}' in log
+    assert {p.name for p in final.iterdir()} == {'model.safetensors', *(
+        f'{run}{name}' for run in ('', 'run1-', 'run2-') for name in ('recipe.yaml', 'summary.csv'))}
+    assert (final / 'run2-recipe.yaml').read_bytes() == (second / 'recipe.yaml').read_bytes()
+
+
+def name_of(model, norm) -> str:
+    return next(f'{name}.running_mean' for name, module in model.named_modules() if module is norm)
 
 
 def test_two_processes(folder_dataset, tmp_path):
@@ -306,12 +351,19 @@ def test_unknown_option_in_a_config(tmp_path):
     assert done.returncode == 2 and 'learning_rate' in done.stderr
 
 
+@pytest.mark.parametrize('extra', [[], ['--update-bn'], ['--initial-checkpoint', 'model.safetensors']])
+def test_no_epochs_are_for_the_export_of_weights(capsys, extra):
+    with pytest.raises(SystemExit):
+        parse_train_args('', ['--epochs', '0', *extra])
+    assert '--epochs 0 trains nothing' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
 def test_recipes_name_a_network_and_known_options(recipe):
     args = parse_train_args('', ['--config', str(recipe)])
     # The tag matters: it gives the mean and deviation that evaluation of these weights will use.
     assert args.model.endswith(f".{args.dataset.split('/')[1]}")
     assert recipe.stem in (args.experiment, f"comparison.{args.model.split('.')[1]}")
-    runs = ('restart', 'again', 'distilled', 'ensemble', 'diverse', 'mutual')
+    runs = ('restart', 'again', 'distilled', 'ensemble', 'diverse', 'mutual', 'taught', 'mean')
     assert args.experiment in (args.model, *(f'{args.model}.{run}' for run in runs))
     assert timm.is_model(args.model)

@@ -2,7 +2,7 @@
 import difflib
 import pickle
 from pathlib import Path
-from typing import List, Optional, Union
+from typing import Dict, List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -133,6 +133,26 @@ def _require_safetensors(name: str) -> None:
     raise InputError(
         f"'{name}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; ask its owner for "
         'safetensors')
+
+
+def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str) -> None:
+    """Loads the mean of the weights of several runs (Wortsman et al., ICML 2022): good where one began at another's.
+
+    Args:
+        model: Changed in place. Its BN statistics become the mean too, which are not those of the mean weights.
+        paths: Files as for `load_model`; one is loaded as it is.
+        name: Of the network, for errors.
+
+    Raises:
+        InputError: weights that cannot be read or do not fit.
+    """
+    mean: Dict[str, torch.Tensor] = {}
+    for path in paths:
+        _load_checkpoint(model, Path(path), name)
+        for key, value in model.state_dict().items():
+            part = value.double() / len(paths) if value.is_floating_point() else value.clone()
+            mean[key] = mean[key] + part if key in mean and value.is_floating_point() else part
+    model.load_state_dict(mean)
 
 
 def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:

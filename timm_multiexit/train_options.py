@@ -41,7 +41,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
                        help="a network's name; its tag gives the mean and deviation of the images")
     group.add_argument('--num-classes', type=int, default=None, help="default: the data set's")
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
-    group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from these weights')
+    group.add_argument('--initial-checkpoint', default=[], nargs='+', metavar='FILE',
+                       help='start from these weights, of several files from their mean')
     group.add_argument('--exit-weights', type=float, nargs='+', default=None, help='loss weight of each exit')
     group.add_argument('--distill-weight', type=float, default=0., help='distillation from the last exit to the others')
     group.add_argument('--distill-temperature', type=float, default=2.)
@@ -67,7 +68,7 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--weight-decay', type=float, default=0.05, help='on tensors of two or more dimensions')
     group.add_argument('--clip-grad', type=float, default=None, metavar='NORM')
     group.add_argument('--sched', default='cosine', help="timm's name of the schedule; it steps on every update")
-    group.add_argument('--epochs', type=int, default=20)
+    group.add_argument('--epochs', type=int, default=20, help='0: only export the initial weights, by --update-bn')
     group.add_argument('--warmup-epochs', type=int, default=1)
     group.add_argument('--warmup-lr', type=float, default=1e-4)
     group.add_argument('--min-lr', type=float, default=0.)
@@ -90,6 +91,9 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--model-ema', action='store_true')
     group.add_argument('--model-ema-decay', type=float, default=0.998)
     group.add_argument('--model-ema-warmup', action='store_true')
+    group.add_argument('--update-bn', action='store_true',
+                       help='at the end estimate the BN statistics of the final weights, frozen layers too, by a pass '
+                            'over the training images: the mean of several weights needs its own')
 
     group = parser.add_argument_group('machine')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -126,7 +130,7 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
             parser.error(f"config '{known.config}' sets unknown options: {', '.join(unknown)}")
         parser.set_defaults(**settings)
     args = parser.parse_args(rest)
-    for name in ('kd_model_name', 'kd_checkpoint'):  # a recipe may name one alone
+    for name in ('kd_model_name', 'kd_checkpoint', 'initial_checkpoint'):  # a recipe may name one alone
         if isinstance(value := getattr(args, name), str):
             setattr(args, name, [value] if value else [])
     if args.kd_checkpoint and len(args.kd_checkpoint) != len(args.kd_model_name):
@@ -135,6 +139,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     if args.cpu_kernels and (args.torchcompile or args.device != 'cpu' or not args.channels_last
                              or not args.amp or args.amp_dtype != 'bfloat16'):
         parser.error('--cpu-kernels go with --amp --channels-last --device cpu, in bfloat16 and not compiled')
+    if args.epochs < 1 and not (args.initial_checkpoint and args.update_bn):
+        parser.error(f'--epochs {args.epochs} trains nothing: give 1 or more, or --initial-checkpoint and --update-bn')
     args.config = known.config
     args.sched_on_updates = True
     if not args.experiment:
