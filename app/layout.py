@@ -120,9 +120,15 @@ def build_page(names: List[str]) -> gr.Blocks:
             return handlers.open_page(names, dict(request.query_params))
 
         page.load(open_page, None, everything, **quiet).success(**read_again)
-        network.input(handlers.open_network, network, everything, **quiet).success(**read_again)
-        cards.click(handlers.choose_example, network, reading, **quiet).success(**read_again)
-        image.input(handlers.choose_file, [network, image], [reading, cards], **quiet).success(**read_again)
+        # A choice while the one before is being answered would be dropped by default. The last one counts; of clicks
+        # all are sent, in order, since one that waited would have forgotten its card.
+        network.input(
+            handlers.open_network, network, everything, trigger_mode='always_last', **quiet).success(**read_again)
+        cards.click(
+            handlers.choose_example, network, reading, trigger_mode='multiple', **quiet).success(**read_again)
+        image.input(
+            handlers.choose_file, [network, image], [reading, cards], trigger_mode='always_last',
+            **quiet).success(**read_again)
         mode.input(handlers.switch_mode, mode, [budget, ruler, confidence], **again)
         for control in (mode, budget, confidence, calibrated):
             control.input(**read_again)

@@ -179,10 +179,16 @@ def test_own_files(server, browser, tmp_path):
 def test_hurried_visitor(server, browser):
     # The second choice comes while the first is still being answered: the page must end at the second.
     with Visit(browser, server.url) as page:
-        page.evaluate("""() => { for (const i of [2, 4])
-            document.querySelector(`#cards button[data-index="${i}"]`).click(); }""")
-        page.locator('#view a[href*="image=5"]').wait_for()
-        assert page.locator('#cards button[aria-pressed=true]').get_attribute('data-index') == '4'
+        for wait_ms, (first, second) in {0: (2, 4), 5: (1, 3), 20: (4, 0), 50: (5, 2), 100: (3, 1)}.items():
+            page.evaluate("""([first, second, wait]) => {
+                const choose = (i) => document.querySelector(`#cards button[data-index="${i}"]`).click();
+                choose(first);
+                if (wait) setTimeout(choose, wait, second); else choose(second); }""", [first, second, wait_ms])
+            page.locator(f'#view a[href*="image={second + 1}"]').wait_for()
+            page.wait_for_timeout(300)  # no earlier answer comes after it
+            assert page.locator(f'#view a[href*="image={second + 1}"]').count() == 1
+            pressed = page.locator('#cards button[aria-pressed=true]').get_attribute('data-index')
+            assert pressed == str(second)
 
 
 def test_links_and_visitors_apart(server, browser):
