@@ -192,14 +192,18 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss.detach()
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Everything random of a pass over the training images follows from its number."""
+        seed_epoch(self.args.seed, epoch, self.args.rank)
+        if hasattr(self.loader, 'set_epoch'):
+            self.loader.set_epoch(epoch)
+        elif self.args.distributed:
+            self.loader.sampler.set_epoch(epoch)
+
     def train_epoch(self, epoch: int) -> dict:
         """One epoch; returns the mean loss, the rate in images/s over all processes and the learning rate."""
         args = self.args
-        seed_epoch(args.seed, epoch, args.rank)
-        if hasattr(self.loader, 'set_epoch'):
-            self.loader.set_epoch(epoch)
-        elif args.distributed:
-            self.loader.sampler.set_epoch(epoch)
+        self.begin_epoch(epoch)
         if self.mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             self.mixup.mixup_enabled = False
         self.task.train()
@@ -235,9 +239,7 @@ class Trainer:
         2018, section 3.2).
         """
         args, network = self.args, unwrap_model(self.task.get_trainable_module(ema=self.task.has_ema()))
-        seed_epoch(args.seed, args.epochs, args.rank)
-        if hasattr(self.loader, 'set_epoch'):
-            self.loader.set_epoch(args.epochs)
+        self.begin_epoch(args.epochs)
         batches = tqdm(self.loader, desc='BN statistics', unit='batch', disable=None if args.rank == 0 else True)
         update_bn(batches, network, self.device)
         if args.distributed:

@@ -207,22 +207,27 @@ def _usage(network: Network, place: str) -> str:
 
 def _training(network: Network) -> str:
     recipe: Dict[str, Any] = network.recipe
-    data = f" {recipe['epochs']} epochs," if 'epochs' in recipe else ''
-    facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
-        'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
-    how = f"{data} {', '.join(facts)}"
-    if recipe.get('epochs') == 0:
-        starts = recipe.get('initial_checkpoint') or ['']
-        mean = f'the mean of the weights of its last {len(starts)} runs' if len(starts) > 1 else 'the weights of a run'
-        how = f' {mean}, with BN statistics from one more pass over the training images and no further epochs'
     earlier = _earlier_runs(len(list(network.folder.glob('run*-recipe.yaml'))))
     if recipe.get('kd_model_name'):
         earlier += f" Its exits learnt from {_teachers(recipe['kd_model_name'])}, too."
     return (
-        f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}:{how}. All "
+        f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}: {_course(recipe)}. All "
         'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
         f'{earlier} To train it again:\n\n```bash\n'
         'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+
+
+def _course(recipe: Dict[str, Any]) -> str:
+    """How long the run was and by what options, or of what its weights are the mean."""
+    if recipe.get('epochs') == 0:
+        starts = recipe.get('initial_checkpoint')
+        several = isinstance(starts, list) and len(starts) > 1
+        mean = f'the mean of the weights of its last {len(starts)} runs' if several else 'the weights of a run'
+        return f'{mean}, with BN statistics from one more pass over the training images and no further epochs'
+    facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
+        'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
+    epochs = f"{recipe['epochs']} epochs, " if 'epochs' in recipe else ''
+    return epochs + ', '.join(facts)
 
 
 def _earlier_runs(count: int) -> str:
