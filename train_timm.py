@@ -44,6 +44,7 @@ from tqdm import tqdm
 from timm_multiexit.cpu_kernels import use_cpu_kernels
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
 from timm_multiexit.errors import InputError
+from timm_multiexit.lineage import RUN_FILES, earlier_runs
 from timm_multiexit.loading import list_networks, load_mean, load_model, require_weights
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.optimize import fold_batch_norm
@@ -308,7 +309,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     """The final weights (EMA if kept) in half precision, the recipe and the summary; written beside and renamed.
 
     The recipes and summaries of the runs that led to the weights this one started from come along, as `run1-...` for
-    the first of them and so on; where it started from the mean of several, those that led to the last named.
+    the first of them and so on; where it started from the mean of several, those that led to any of them.
     """
     target, partial = folder / 'final', folder / 'final.partial'
     shutil.rmtree(partial, ignore_errors=True)
@@ -316,16 +317,13 @@ def export(trainer: Trainer, folder: Path) -> None:
     network = unwrap_model(trainer.task.get_trainable_module(ema=trainer.task.has_ema()))
     state = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / 'model.safetensors', {'format': 'pt'})
-    for name in ('recipe.yaml', 'summary.csv'):
+    for name in RUN_FILES:
         shutil.copy(folder / name, partial / name)
-    if trainer.args.initial_checkpoint:  # where these weights come from belongs to them
-        earlier = Path(trainer.args.initial_checkpoint[-1]).parent
-        before = [*earlier.glob('run*-recipe.yaml')]
-        for path in [*before, *earlier.glob('run*-summary.csv')]:
-            shutil.copy(path, partial / path.name)
-        for name in ('recipe.yaml', 'summary.csv'):
-            if (earlier / name).is_file():
-                shutil.copy(earlier / name, partial / f'run{len(before) + 1}-{name}')
+    # Where these weights come from belongs to them.
+    earlier = earlier_runs([Path(path).parent for path in trainer.args.initial_checkpoint or []])
+    for number, run in enumerate(earlier, start=1):
+        for name, content in run.items():
+            (partial / f'run{number}-{name}').write_bytes(content)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     _logger.info(f'Final weights: {target / "model.safetensors"}')

@@ -207,7 +207,7 @@ def _usage(network: Network, place: str) -> str:
 
 def _training(network: Network) -> str:
     recipe: Dict[str, Any] = network.recipe
-    earlier = _earlier_runs(len(list(network.folder.glob('run*-recipe.yaml'))))
+    earlier = _earlier_runs(network.earlier)
     if recipe.get('kd_model_name'):
         earlier += f" Its exits learnt from {_teachers(recipe['kd_model_name'])}, too."
     return (
@@ -230,17 +230,28 @@ def _course(recipe: Dict[str, Any]) -> str:
     return epochs + ', '.join(facts)
 
 
-def _earlier_runs(count: int) -> str:
-    """Where the weights come from that the run started with, when `count` runs came before it."""
+def _earlier_runs(recipes: List[Dict[str, Any]]) -> str:
+    """Where the weights come from that the run started with, by the recipes of the runs before it."""
+    count = len(recipes)
     if not count:
         return ''
-    recipes, summaries = (', '.join(f'[{name}]({name})' for name in (f'run{k}-{kind}' for k in range(1, count + 1)))
-                          for kind in ('recipe.yaml', 'summary.csv'))
+    links, summaries = (', '.join(f'[{name}]({name})' for name in (f'run{k}-{kind}' for k in range(1, count + 1)))
+                        for kind in ('recipe.yaml', 'summary.csv'))
     if count == 1:
-        return (f' It started from the weights of an earlier run, which {recipes} and {summaries} describe: train that '
+        return (f' It started from the weights of an earlier run, which {links} and {summaries} describe: train that '
                 'first, and give its weights as `--initial-checkpoint`.')
-    return (f' It is run {count + 1} of a line, in which each started from the weights of the one before it: {recipes} '
-            f'({summaries}). Train them in this order, each with `--initial-checkpoint` of the one before.')
+    return (f' It is run {count + 1} of a line, in which each started from the weights of the one before it: {links} '
+            f'({summaries}). Train them in this order, each with `--initial-checkpoint` of the one before'
+            f'{_branches(recipes)}.')
+
+
+def _branches(recipes: List[Dict[str, Any]]) -> str:
+    """The runs that started where an earlier one did, not from its weights: '' or a clause."""
+    starts = [recipe.get('initial_checkpoint') or None for recipe in recipes]
+    starts = [[start] if isinstance(start, str) else start for start in starts]  # one file may stand alone
+    clauses = [f'run {number} from those that run {starts.index(start) + 1} started from'
+               for number, start in enumerate(starts, start=1) if start and starts.index(start) < number - 1]
+    return f"; only {', and '.join(clauses)}" if clauses else ''
 
 
 def _teachers(names: Union[str, List[str]]) -> str:

@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import timm
 import torch
@@ -41,6 +41,7 @@ class Network:
         exits: Costs and policies.
         results: Of timm-multiexit evaluate.
         recipe: Options of train_timm.py.
+        earlier: Those of the runs that led to it, first to last.
         packaged: Whether the weights come with the package.
     """
 
@@ -50,6 +51,7 @@ class Network:
     exits: ExitConfig
     results: Dict[str, Any]
     recipe: Dict[str, Any]
+    earlier: List[Dict[str, Any]]
     packaged: bool
 
     @property
@@ -99,7 +101,7 @@ def read_network(given: str, name: str = '') -> Network:
     if not re.fullmatch(r'\w+\.[\w-]+', name):
         raise InputError(f"repository name '{name}': write it as ARCH.TAG, like msfuse_cifar.flowers")
     model = _load(folder / WEIGHTS_FILE, name if packaged else str(recipe['model']), recipe, packaged)
-    network = Network(name, folder, model, exits, results, recipe, packaged)
+    network = Network(name, folder, model, exits, results, recipe, _read_earlier(folder), packaged)
     _check(network)
     return network
 
@@ -109,6 +111,12 @@ def _read_recipe(path: Path) -> Dict[str, Any]:
     if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
         raise InputError(f"'{path}' is no recipe, it names no model and dataset: give a run's own")
     return recipe
+
+
+def _read_earlier(folder: Path) -> List[Dict[str, Any]]:
+    count = len([*folder.glob(f'run*-{RECIPE_NAME}')])
+    recipes = [read_yaml(folder / f'run{number}-{RECIPE_NAME}', 'recipe') for number in range(1, count + 1)]
+    return [recipe if isinstance(recipe, dict) else {} for recipe in recipes]
 
 
 def _default_name(recipe: Dict[str, Any]) -> str:

@@ -229,6 +229,19 @@ def test_the_runs_behind_the_weights_are_published(client, server, final, built,
         assert (b'an earlier run' if k == 1 else b'run 3 of a line') in stored['README.md']
 
 
+def test_a_run_that_started_where_another_did_is_told_from_the_line(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    for k, start in enumerate(("''", 'output/a/final/model.safetensors', 'output/b/final/model.safetensors',
+                               '[output/b/final/model.safetensors]'), start=1):
+        (folder / f'run{k}-recipe.yaml').write_text(f'initial_checkpoint: {start}\n')
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'of the one before; only run 4 from those that run 3 started from.' in card
+    (folder / 'run4-recipe.yaml').write_text('initial_checkpoint: [output/c/final/model.safetensors]\n')
+    client.push(folder).ok()
+    assert 'of the one before.' in server.contents(REPO)['README.md'].decode()
+
+
 def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
     folder = copy_of(final, tmp_path)
     recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())

@@ -1,6 +1,7 @@
 """train_timm.py as a user runs it: it learns, resumes bit for bit after a kill, and runs in several processes."""
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,16 @@ def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folde
     assert {p.name for p in final.iterdir()} == {'model.safetensors', *(
         f'{run}{name}' for run in ('', 'run1-', 'run2-') for name in ('recipe.yaml', 'summary.csv'))}
     assert (final / 'run2-recipe.yaml').read_bytes() == (second / 'recipe.yaml').read_bytes()
+    # A further mean keeps what led to any of its parts, and what they share once.
+    third = tmp_path / 'third'
+    shutil.copytree(second, third)
+    (third / 'summary.csv').write_text('epoch,train_loss\n0,1.5\n')
+    train(folder_dataset, tmp_path / 'both', '--initial-checkpoint',
+          *(str(folder / 'model.safetensors') for folder in (first, second, third)), '--update-bn', epochs=0)
+    both = tmp_path / 'both' / 'run' / 'final'
+    for k, folder in enumerate((first, second, third), start=1):
+        assert (both / f'run{k}-summary.csv').read_bytes() == (folder / 'summary.csv').read_bytes()
+    assert len([*both.glob('run*')]) == 6
 
 
 def name_of(model, norm) -> str:
