@@ -320,7 +320,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     for name in RUN_FILES:
         shutil.copy(folder / name, partial / name)
     # Where these weights come from belongs to them.
-    earlier = earlier_runs([Path(path).parent for path in trainer.args.initial_checkpoint or []])
+    earlier = earlier_runs([Path(path).parent for path in trainer.args.initial_checkpoint])
     for number, run in enumerate(earlier, start=1):
         for name, content in run.items():
             (partial / f'run{number}-{name}').write_bytes(content)

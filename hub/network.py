@@ -13,6 +13,7 @@ from timm_multiexit.costs import exit_costs
 from timm_multiexit.errors import InputError
 from timm_multiexit.files import read_json, read_yaml
 from timm_multiexit.hub_files import WEIGHTS_FILE
+from timm_multiexit.lineage import earlier_prefixes
 from timm_multiexit.loading import check_name, list_networks
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.models._cfgs import WEIGHTS_DIR
@@ -114,8 +115,7 @@ def _read_recipe(path: Path) -> Dict[str, Any]:
 
 
 def _read_earlier(folder: Path) -> List[Dict[str, Any]]:
-    count = len([*folder.glob(f'run*-{RECIPE_NAME}')])
-    recipes = [read_yaml(folder / f'run{number}-{RECIPE_NAME}', 'recipe') for number in range(1, count + 1)]
+    recipes = [read_yaml(folder / f'{prefix}{RECIPE_NAME}', 'recipe') for prefix in earlier_prefixes(folder)]
     return [recipe if isinstance(recipe, dict) else {} for recipe in recipes]
 
 

@@ -2,8 +2,16 @@
 from pathlib import Path
 from typing import Dict, Iterable, List
 
+from .store import RECIPE_NAME
+
 # What a run tells of itself. Beside its weights lie those of the runs before it too, as `run1-recipe.yaml` and so on.
-RUN_FILES = ('recipe.yaml', 'summary.csv')
+RUN_FILES = (RECIPE_NAME, 'summary.csv')
+
+
+def earlier_prefixes(folder: Path) -> List[str]:
+    """What the files of the runs before the one in a folder begin with there, first to last: 'run1-' and so on."""
+    count = len([*folder.glob(f'run*-{RECIPE_NAME}')])
+    return [f'run{number}-' for number in range(1, count + 1)]
 
 
 def earlier_runs(folders: Iterable[Path]) -> List[Dict[str, bytes]]:
@@ -17,8 +25,7 @@ def earlier_runs(folders: Iterable[Path]) -> List[Dict[str, bytes]]:
     """
     runs: List[Dict[str, bytes]] = []
     for folder in folders:
-        before = len([*folder.glob(f'run*-{RUN_FILES[0]}')])
-        for prefix in (*(f'run{number}-' for number in range(1, before + 1)), ''):
+        for prefix in (*earlier_prefixes(folder), ''):
             paths = {name: folder / f'{prefix}{name}' for name in RUN_FILES}
             run = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
             if run and run not in runs:  # runs that several folders share
