@@ -1,11 +1,14 @@
 """The model card: front matter and text, with every figure taken from what is stored beside the weights."""
 import sys
-from typing import Any, Dict, List, Union
+from collections import Counter
+from itertools import groupby
+from typing import Any, Dict, List, Sequence, Union
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from network import Network
 
 from timm_multiexit.costs import format_macs
+from timm_multiexit.lineage import starting_runs
 
 # The Hub's ids of the data sets, by torchvision's names in timm.
 HUB_DATASETS = {
@@ -207,32 +210,34 @@ def _usage(network: Network, place: str) -> str:
 
 def _training(network: Network) -> str:
     recipe: Dict[str, Any] = network.recipe
-    earlier = _earlier_runs(network.earlier)
+    starts = starting_runs([*network.earlier, recipe])
+    earlier = _earlier_runs(starts)
     if recipe.get('kd_model_name'):
         earlier += f" Its exits learnt from {_teachers(recipe['kd_model_name'])}, too."
     return (
-        f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}: {_course(recipe)}. All "
-        'options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
+        f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}: {_course(recipe, starts[-1])}. "
+        'All options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
         f'{earlier} To train it again:\n\n```bash\n'
         'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
 
 
-def _course(recipe: Dict[str, Any]) -> str:
+def _course(recipe: Dict[str, Any], starts: List[int]) -> str:
     """How long the run was and by what options, or of what its weights are the mean."""
     if recipe.get('epochs') == 0:
-        starts = recipe.get('initial_checkpoint')
-        several = isinstance(starts, list) and len(starts) > 1
-        mean = f'the mean of the weights of its last {len(starts)} runs' if several else 'the weights of a run'
-        return f'{mean}, with BN statistics from one more pass over the training images and no further epochs'
+        files = recipe.get('initial_checkpoint')
+        several = isinstance(files, list) and len(files) > 1
+        weights = _mean(starts) if starts else 'the mean of the weights of several runs'
+        return (f"{weights if several else 'the weights of a run'}, with BN statistics from one more pass over the "
+                'training images and no further epochs')
     facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
         'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
     epochs = f"{recipe['epochs']} epochs, " if 'epochs' in recipe else ''
     return epochs + ', '.join(facts)
 
 
-def _earlier_runs(recipes: List[Dict[str, Any]]) -> str:
-    """Where the weights come from that the run started with, by the recipes of the runs before it."""
-    count = len(recipes)
+def _earlier_runs(starts: List[List[int]]) -> str:
+    """Where the weights come from: for the runs before, and at last this one, those that each started from."""
+    count = len(starts) - 1
     if not count:
         return ''
     links, summaries = (', '.join(f'[{name}]({name})' for name in (f'run{k}-{kind}' for k in range(1, count + 1)))
@@ -240,18 +245,29 @@ def _earlier_runs(recipes: List[Dict[str, Any]]) -> str:
     if count == 1:
         return (f' It started from the weights of an earlier run, which {links} and {summaries} describe: train that '
                 'first, and give its weights as `--initial-checkpoint`.')
-    return (f' It is run {count + 1} of a line, in which each started from the weights of the one before it: {links} '
-            f'({summaries}). Train them in this order, each with `--initial-checkpoint` of the one before'
-            f'{_branches(recipes)}.')
+    return (f' It is run {count + 1} of a line: {links} ({summaries}). Train them in this order, each with '
+            f'`--initial-checkpoint` of the one before{_branches(starts)}.')
 
 
-def _branches(recipes: List[Dict[str, Any]]) -> str:
-    """The runs that started where an earlier one did, not from its weights: '' or a clause."""
-    starts = [recipe.get('initial_checkpoint') or None for recipe in recipes]
-    starts = [[start] if isinstance(start, str) else start for start in starts]  # one file may stand alone
-    clauses = [f'run {number} from those that run {starts.index(start) + 1} started from'
-               for number, start in enumerate(starts, start=1) if start and starts.index(start) < number - 1]
-    return f"; only {', and '.join(clauses)}" if clauses else ''
+def _branches(starts: List[List[int]]) -> str:
+    """The runs that did not start from the weights of the one before alone: '' or a clause."""
+    others = [(number, start) for number, start in enumerate(starts, start=1) if start and start != [number - 1]]
+    clauses = []
+    for start, same in groupby(others, key=lambda other: other[1]):
+        weights = f'the weights of run {start[0]}' if len(start) == 1 else _mean(start)
+        clauses.append(f'{_runs([number for number, _ in same])} from {weights}')
+    return f"; only {', '.join(clauses)}" if clauses else ''
+
+
+def _mean(starts: List[int]) -> str:
+    """Such as: the mean of the weights of runs 4, 5 and 6, where 4 counts 2 times."""
+    often = ', '.join(f'{number} counts {n} times' for number, n in Counter(starts).items() if n > 1)
+    return f"the mean of the weights of {_runs(list(dict.fromkeys(starts)))}" + (f', where {often}' if often else '')
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    words = [*map(str, numbers)]
+    return f'run {words[0]}' if len(words) == 1 else f"runs {', '.join(words[:-1])} and {words[-1]}"
 
 
 def _teachers(names: Union[str, List[str]]) -> str:

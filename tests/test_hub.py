@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 
 from timm_multiexit.files import write_json
+from timm_multiexit.lineage import starting_runs
 from timm_multiexit.loading import list_networks
 from timm_multiexit.models._cfgs import WEIGHTS_DIR
 from timm_multiexit.store import ExitConfig
@@ -236,7 +237,7 @@ def test_a_run_that_started_where_another_did_is_told_from_the_line(client, serv
         (folder / f'run{k}-recipe.yaml').write_text(f'initial_checkpoint: {start}\n')
     client.push(folder).ok()
     card = server.contents(REPO)['README.md'].decode()
-    assert 'of the one before; only run 4 from those that run 3 started from.' in card
+    assert 'of the one before; only run 4 from the weights of run 2.' in card
     (folder / 'run4-recipe.yaml').write_text('initial_checkpoint: [output/c/final/model.safetensors]\n')
     client.push(folder).ok()
     assert 'of the one before.' in server.contents(REPO)['README.md'].decode()
@@ -245,11 +246,25 @@ def test_a_run_that_started_where_another_did_is_told_from_the_line(client, serv
 def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
     folder = copy_of(final, tmp_path)
     recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
-    recipe |= {'epochs': 0, 'initial_checkpoint': ['a/model.safetensors', 'b/model.safetensors']}
+    recipe |= {'epochs': 0, 'initial_checkpoint': ['c/w.safetensors', 'c/w.safetensors', 'd/w.safetensors']}
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
     client.push(folder).ok()
     card = server.contents(REPO)['README.md'].decode()
-    assert 'the mean of the weights of its last 2 runs' in card and '0 epochs' not in card
+    assert 'the mean of the weights of several runs' in card and '0 epochs' not in card  # their recipes are not there
+    starts = [[], ['a/w.safetensors'], ['a/w.safetensors'], ['a/w.safetensors', 'b1/w.safetensors', 'b2/w.safetensors'],
+              ['c/w.safetensors']]
+    for k, start in enumerate(starts, start=1):
+        (folder / f'run{k}-recipe.yaml').write_text(yaml.safe_dump({'initial_checkpoint': start}))
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'the mean of the weights of runs 4 and 5, where 4 counts 2 times, with BN statistics' in card
+    assert ('of the one before; only run 3 from the weights of run 1, run 4 from the mean of the weights of runs 1, 2 '
+            'and 3, run 6 from the mean of the weights of runs 4 and 5, where 4 counts 2 times.') in card
+
+
+def test_recipes_without_folders_tell_no_starts():
+    assert starting_runs([{}, {'initial_checkpoint': ['model.safetensors']}, {'initial_checkpoint': None}]) == [[]] * 3
+    assert starting_runs([{'initial_checkpoint': 'elsewhere/w.pth'}, {'initial_checkpoint': 'mine/w.pth'}]) == [[], [1]]
 
 
 @pytest.mark.parametrize('names, text', [

@@ -1,6 +1,6 @@
 """The runs that led to weights: what each leaves beside them, and in which order."""
 from pathlib import Path
-from typing import Dict, Iterable, List
+from typing import Any, Dict, Iterable, List, Sequence
 
 from .store import RECIPE_NAME
 
@@ -31,3 +31,31 @@ def earlier_runs(folders: Iterable[Path]) -> List[Dict[str, bytes]]:
             if run and run not in runs:  # runs that several folders share
                 runs.append(run)
     return runs
+
+
+def starting_runs(recipes: Sequence[Dict[str, Any]]) -> List[List[int]]:
+    """The runs whose weights each run began with, where the order of the runs tells it.
+
+    Recipes name files of their starts, not runs, and no run's recipe names the file that it wrote. But `earlier_runs`
+    puts each behind all that led to it: a file that is named for the first time is of the latest run that nothing has
+    begun with so far, and several such files are of as many, in their order.
+
+    Args:
+        recipes: Options of runs 1, 2, ... as train_timm.py writes them.
+
+    Returns:
+        For each, numbers of earlier runs from 1, as often as the recipe names each; [] for a run that began anew or
+        with weights of none of them, and where its recipe has no folder before a file's name, as in published ones.
+    """
+    made_by: Dict[str, int] = {}
+    starts: List[List[int]] = []
+    for number, recipe in enumerate(recipes, start=1):
+        files = recipe.get('initial_checkpoint') or []
+        files = [files] if isinstance(files, str) else files  # one may stand alone
+        if all(Path(file).name != str(file) for file in files):
+            new = [file for file in dict.fromkeys(files) if file not in made_by]
+            free = [n for n in range(1, number) if n not in made_by.values()]
+            if len(new) <= len(free):
+                made_by.update(zip(new, free[len(free) - len(new):]))
+        starts.append([made_by[file] for file in files] if all(file in made_by for file in files) else [])
+    return starts
