@@ -1,5 +1,6 @@
 """The command line: classify, costs, and what it says to bad input."""
 import json
+import statistics
 import subprocess
 import sys
 
@@ -70,13 +71,16 @@ def test_deepest_exit_within_the_budget_answers(capsys, budget, exit_number):
 
 def test_confidence_stops_at_the_first_exit_that_reaches_it(capsys):
     _, full = answers(capsys, *IMAGES)
-    code, early = answers(capsys, *IMAGES, '--confidence', '0.8')
+    # Whatever the weights: some of the images are this sure at the first exit, and some are not.
+    threshold = statistics.median(result['exits'][0]['top'][0][1] for result in full)
+    code, early = answers(capsys, *IMAGES, '--confidence', str(threshold))
     assert code == 0
     for all_exits, result in zip(full, early):
-        reached = [e['exit'] for e in all_exits['exits'] if e['top'][0][1] >= 0.8] or [7]
+        reached = [e['exit'] for e in all_exits['exits'] if e['top'][0][1] >= threshold] or [7]
         assert result['exit'] == reached[0]
         assert ('reaches the threshold' in result['reason']) or result['exit'] == 7
-    assert len({r['exit'] for r in early}) > 1, 'the samples should show easy and hard images'
+    leave_first = [r['exit'] == 1 for r in early]
+    assert any(leave_first) and not all(leave_first)
 
 
 def test_average_budget_uses_the_stored_thresholds(capsys):
