@@ -389,6 +389,8 @@ def main(argv=None) -> None:
                 update_summary(0, {}, eval_metrics, folder / 'summary.csv')
     if saver is not None:
         export(trainer, folder)
+    if args.distributed:  # its threads must not run any more when the interpreter ends
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
