@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from network import Network
 
 from timm_multiexit.costs import format_macs
-from timm_multiexit.lineage import starting_runs
+from timm_multiexit.lineage import RUN_FILES, starting_runs
 
 # The Hub's ids of the data sets, by torchvision's names in timm.
 HUB_DATASETS = {
@@ -226,9 +226,10 @@ def _course(recipe: Dict[str, Any], starts: List[int]) -> str:
     if recipe.get('epochs') == 0:
         files = recipe.get('initial_checkpoint')
         several = isinstance(files, list) and len(files) > 1
-        weights = _mean(starts) if starts else 'the mean of the weights of several runs'
-        return (f"{weights if several else 'the weights of a run'}, with BN statistics from one more pass over the "
-                'training images and no further epochs')
+        weights = 'the weights of a run'
+        if several:
+            weights = _mean(starts) if starts else 'the mean of the weights of several runs'
+        return f'{weights}, with BN statistics from one more pass over the training images and no further epochs'
     facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
         'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
     epochs = f"{recipe['epochs']} epochs, " if 'epochs' in recipe else ''
@@ -241,7 +242,7 @@ def _earlier_runs(starts: List[List[int]]) -> str:
     if not count:
         return ''
     links, summaries = (', '.join(f'[{name}]({name})' for name in (f'run{k}-{kind}' for k in range(1, count + 1)))
-                        for kind in ('recipe.yaml', 'summary.csv'))
+                        for kind in RUN_FILES)
     if count == 1:
         return (f' It started from the weights of an earlier run, which {links} and {summaries} describe: train that '
                 'first, and give its weights as `--initial-checkpoint`.')
