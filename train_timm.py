@@ -100,8 +100,8 @@ def create_loaders(args: argparse.Namespace, data_config: dict, device: torch.de
     if args.loader == 'memory':
         train = load_images(*source, 'train', args.dataset_download, args.validation_images)
         return InMemoryLoader(
-            *train, args.batch_size, train=True, crop_padding=args.crop_padding, hflip=args.hflip, reprob=args.reprob,
-            recount=args.recount, seed=args.seed, **common, **shards), loader_eval
+            *train, args.batch_size, train=True, crop_padding=args.crop_padding, hflip=args.hflip, aa=args.aa,
+            reprob=args.reprob, recount=args.recount, seed=args.seed, **common, **shards), loader_eval
     dataset = open_dataset(*source, train=True, download=args.dataset_download)
     index = split_indices(len(dataset), args.validation_images)[0].tolist()
     dataset.transform = None
@@ -109,9 +109,9 @@ def create_loaders(args: argparse.Namespace, data_config: dict, device: torch.de
     subset.transform = None  # create_loader sets it; the subset passes images through to the data set
     loader = create_loader(
         subset, data_config['input_size'], args.batch_size, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25),
-        hflip=0. if args.hflip == 'none' else 0.5, re_prob=args.reprob, re_count=args.recount, mean=mean, std=std,
-        interpolation=data_config['interpolation'], num_workers=args.workers, distributed=args.distributed,
-        device=device, use_prefetcher=False, persistent_workers=args.workers > 0)
+        hflip=0. if args.hflip == 'none' else 0.5, auto_augment=args.aa, re_prob=args.reprob, re_count=args.recount,
+        mean=mean, std=std, interpolation=data_config['interpolation'], num_workers=args.workers, device=device,
+        distributed=args.distributed, use_prefetcher=False, persistent_workers=args.workers > 0)
     dataset.transform = subset.transform
     return loader, loader_eval
 

@@ -1,4 +1,7 @@
 """The in-memory loader: splits, crops, flips, epochs, processes."""
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +109,29 @@ def test_evaluation_covers_each_image_once_over_processes():
 def test_random_erasing_blanks_regions():
     batches, _ = loader(hflip='none', reprob=1.)
     assert all((x == 0).all(1).flatten(1).any(1).all() for x, _ in batches)
+
+
+def test_a_policy_changes_images_one_by_one_and_repeats_with_the_generators():
+    """In place of one batch's images stand those that timm's policy makes of them, in the same order."""
+    name = 'rand-m9-n1-p0.5'
+    plain = loader(hflip='none')[0]
+    batches = loader(hflip='none', aa=name)[0]
+
+    def first(seed):
+        random.seed(seed)
+        np.random.seed(seed)
+        return next(iter(batches))
+
+    (x, targets), (again, _), (other, _) = first(1), first(1), first(2)
+    unchanged = (x == next(iter(plain))[0]).flatten(1).all(1)
+    assert torch.equal(targets, next(iter(plain))[1])
+    assert 0 < unchanged.sum() < len(x)
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(InputError, match="unknown augmentation 'randaugment'.*rand-m7"):
+        loader(aa='randaugment')
+    with pytest.raises(InputError, match="unknown augmentation 'cifar'"):
+        loader(aa='cifar')
 
 
 def test_batches_are_channels_last_floats():

@@ -46,8 +46,8 @@ def command(data: Path, output: Path, *extra: str, epochs: int = 3):
         sys.executable, str(SCRIPT), '--data-dir', str(data), '--dataset', 'folder', '--output', str(output),
         '--experiment', 'run', '--model-kwargs', 'steps=(1,1,1)', 'base_width=8', 'growth=4', 'head_width=16',
         '--num-classes', '2', '--batch-size', '40', '--validation-images', '40', '--epochs', str(epochs),
-        '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '0.5', '--reprob', '0.25', '--drop',
-        '0.1', '--threads', '1', '--log-interval', '1', '--device', 'cpu', *extra]
+        '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '0.5', '--reprob', '0.25', '--aa',
+        'rand-m5-n1', '--drop', '0.1', '--threads', '1', '--log-interval', '1', '--device', 'cpu', *extra]
 
 
 def train(*args, **kwargs) -> str:

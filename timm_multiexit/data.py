@@ -4,12 +4,14 @@ On two cores and on one fast GPU alike, decoding and augmenting image by image w
 Here the data set is one uint8 tensor on the training device and a batch is one gather.
 """
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, Tuple, Union
+from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
 
@@ -108,6 +110,36 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).mul_(scale)
 
 
+def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[float]) -> Callable:
+    """timm's RandAugment or AutoAugment for images of one size, by the name timm's --aa takes.
+
+    Args:
+        name: Policy, e.g. 'rand-m7-n2-mstd0.5-inc1' or 'original'.
+        image_size: Height and width, pixels.
+        mean: Per channel, in 0-1: the colour of what moves into the picture.
+
+    Returns:
+        A function of a PIL image; its choices come from Python's and NumPy's global generators.
+
+    Raises:
+        InputError: timm has no such policy.
+    """
+    # As timm.data.create_transform sets them.
+    hparams = dict(translate_const=int(min(image_size) * 0.45), img_mean=tuple(min(255, round(255 * m)) for m in mean))
+    try:
+        return (rand_augment_transform if name.startswith('rand') else auto_augment_transform)(name, hparams)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"unknown augmentation '{name}': choose a policy of timm's --aa, "
+                         "such as rand-m7-n2-mstd0.5-inc1 or original") from error
+
+
+def augment(images: torch.Tensor, policy: Callable) -> torch.Tensor:
+    """uint8 (B, 3, H, W) to the same on the CPU, each image changed by `policy` alone."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    changed = np.stack([np.asarray(policy(Image.fromarray(array))) for array in arrays])
+    return torch.from_numpy(changed).permute(0, 3, 1, 2)
+
+
 class InMemoryLoader:
     """Batches of augmented images, made by tensor operations on the device where the images lie.
 
@@ -123,6 +155,8 @@ class InMemoryLoader:
         train: Shuffle, augment, and leave out the last incomplete batch.
         crop_padding: Pixels of reflected border around the random crop.
         hflip: 'random', 'alternate' (each image flips every other epoch, half of them in even epochs), or 'none'.
+        aa: timm's policy of colour and shape changes, image by image ('rand-m7-n2-mstd0.5-inc1', 'original', ...), or
+            none. It runs on the CPU, after crop and flip.
         reprob: Probability of random erasing (timm's RandomErasing, mode 'const').
         recount: Regions to erase.
         seed: Seed of everything random here.
@@ -140,6 +174,7 @@ class InMemoryLoader:
             train: bool = False,
             crop_padding: int = 4,
             hflip: str = 'alternate',
+            aa: Optional[str] = None,
             reprob: float = 0.,
             recount: int = 1,
             seed: int = 0,
@@ -163,8 +198,10 @@ class InMemoryLoader:
                 f'{self.num_images} training images do not fill one batch of {batch_size} x {world_size} processes: '
                 'use a smaller --batch-size')
         self.targets = targets.to(device)
-        self.erasing = None
+        self.erasing = self.policy = None
         if train:
+            if aa:
+                self.policy = augmentation_policy(aa, images.shape[-2:], mean)
             if reprob > 0.:
                 self.erasing = RandomErasing(probability=reprob, max_count=recount, mode='const', device=device)
             self.image_size = to_2tuple(tuple(images.shape[-2:]))
@@ -215,6 +252,8 @@ class InMemoryLoader:
             x = self.images[index, :, top[part], left[part]]
             if flip is not None:
                 x = torch.where(flip[part].view(-1, 1, 1, 1), x.flip(-1), x)
+            if self.policy is not None:
+                x = augment(x, self.policy).to(self.device)
             x = normalize(x, self.mean, self.std)
             if self.erasing is not None:
                 x = self.erasing(x)

@@ -78,6 +78,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group = parser.add_argument_group('augmentation and regularisation')
     group.add_argument('--crop-padding', type=int, default=4, help='reflected border of the random crop, in pixels')
     group.add_argument('--hflip', choices=['alternate', 'random', 'none'], default='alternate')
+    group.add_argument('--aa', default=None, metavar='POLICY',
+                       help="timm's RandAugment or AutoAugment, such as rand-m7-n2-mstd0.5-inc1")
     group.add_argument('--reprob', type=float, default=0., help='random erasing probability')
     group.add_argument('--recount', type=int, default=1)
     group.add_argument('--mixup', type=float, default=0.)
