@@ -225,7 +225,8 @@ class Trainer:
                 if not np.isfinite(losses.val):
                     raise InputError(f'the loss is {losses.val} in epoch {epoch}: use a smaller --lr')
                 rate = seen / (time.perf_counter() - start)
-                _logger.info(
+                _logger.log(  # of several processes the first reports, of its own share
+                    logging.DEBUG if self.args.rank else logging.INFO,
                     f'Train: {epoch} [{index + 1:>4d}/{self.updates_per_epoch}]  Loss: {losses.val:.4f} '
                     f'({losses.avg:.4f})  {rate:.1f} images/s  LR: {self.optimizer.param_groups[0]["lr"]:.3e}')
         if args.distributed:
@@ -340,8 +341,7 @@ def main(argv=None) -> None:
     saver, start_epoch = None, 0
     resume = args.resume
     if resume == 'auto':
-        last = folder / 'last.pth.tar'
-        resume = str(last) if last.is_file() else ''
+        resume = str(last) if (last := folder / 'last.pth.tar').is_file() else ''
     if resume:
         try:
             start_epoch = resume_task_checkpoint(trainer.task, resume, trainer.optimizer, log_info=args.rank == 0)
