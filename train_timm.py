@@ -44,7 +44,7 @@ from tqdm import tqdm
 from timm_multiexit.cpu_kernels import use_cpu_kernels
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
 from timm_multiexit.errors import InputError
-from timm_multiexit.lineage import RUN_FILES, earlier_runs
+from timm_multiexit.lineage import RUN_FILES, write_earlier_runs
 from timm_multiexit.loading import list_networks, load_mean, load_model, require_weights
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.optimize import fold_batch_norm
@@ -121,7 +121,11 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        asked = args.world_size
         self.device = init_distributed_device(args)
+        if args.rank == 0 and asked not in (None, args.world_size):  # the same batch in all, or other weights
+            _logger.warning(f'The recipe asks for processes: {asked}, each of {args.batch_size} images. This run has '
+                            f'{args.world_size}: start it by torchrun --nproc_per_node {asked}')
         if args.threads:
             torch.set_num_threads(args.threads)
         if self.device.type == 'cuda':
@@ -320,11 +324,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / 'model.safetensors', {'format': 'pt'})
     for name in RUN_FILES:
         shutil.copy(folder / name, partial / name)
-    # Where these weights come from belongs to them.
-    earlier = earlier_runs([Path(path).parent for path in trainer.args.initial_checkpoint])
-    for number, run in enumerate(earlier, start=1):
-        for name, content in run.items():
-            (partial / f'run{number}-{name}').write_bytes(content)
+    write_earlier_runs(partial, [Path(path).parent for path in trainer.args.initial_checkpoint])
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     _logger.info(f'Final weights: {target / "model.safetensors"}')
@@ -354,7 +354,7 @@ def main(argv=None) -> None:
     trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        skip = ('config', 'data_dir', 'output', 'resume', 'rank', 'world_size', 'local_rank', 'distributed', 'device',
+        skip = ('config', 'data_dir', 'output', 'resume', 'rank', 'local_rank', 'distributed', 'device',
                 'experiment', 'sched_on_updates', 'dataset_download', 'threads', 'benchmark')
         recipe = {k: v for k, v in vars(args).items() if k not in skip}
         (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from network import Network
 
 from timm_multiexit.costs import format_macs
-from timm_multiexit.lineage import RUN_FILES, starting_runs
+from timm_multiexit.lineage import RUN_FILES, run_prefix, starting_runs
 
 # The Hub's ids of the data sets, by torchvision's names in timm.
 HUB_DATASETS = {
@@ -233,7 +233,8 @@ def _course(recipe: Dict[str, Any], starts: List[int]) -> str:
     facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
         'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
     epochs = f"{recipe['epochs']} epochs, " if 'epochs' in recipe else ''
-    return epochs + ', '.join(facts)
+    processes = recipe.get('world_size', recipe.get('world-size')) or 1
+    return epochs + ', '.join(facts) + (f', in {processes} processes of `torchrun`' if processes > 1 else '')
 
 
 def _earlier_runs(starts: List[List[int]]) -> str:
@@ -241,8 +242,8 @@ def _earlier_runs(starts: List[List[int]]) -> str:
     count = len(starts) - 1
     if not count:
         return ''
-    links, summaries = (', '.join(f'[{name}]({name})' for name in (f'run{k}-{kind}' for k in range(1, count + 1)))
-                        for kind in RUN_FILES)
+    prefixes = [run_prefix(number) for number in range(1, count + 1)]
+    links, summaries = (', '.join(f'[{prefix}{kind}]({prefix}{kind})' for prefix in prefixes) for kind in RUN_FILES)
     if count == 1:
         return (f' It started from the weights of an earlier run, which {links} and {summaries} describe: train that '
                 'first, and give its weights as `--initial-checkpoint`.')

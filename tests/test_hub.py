@@ -243,6 +243,18 @@ def test_a_run_that_started_where_another_did_is_told_from_the_line(client, serv
     assert 'of the one before.' in server.contents(REPO)['README.md'].decode()
 
 
+def test_the_card_names_the_processes_a_batch_is_for(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    for processes, told in ((1, False), (2, True)):
+        recipe |= {'epochs': 4, 'batch_size': 64, 'world_size': processes, 'sched': 'poly'}
+        (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+        client.push(folder).ok()
+        card = server.contents(REPO)['README.md'].decode()
+        assert '4 epochs, ' in card and '`batch-size: 64`' in card
+        assert ('`sched: poly`, in 2 processes of `torchrun`' in card) is told and ('processes' in card) is told
+
+
 def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
     folder = copy_of(final, tmp_path)
     recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())

@@ -133,7 +133,7 @@ def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folde
     train(folder_dataset, tmp_path / 'second', '--initial-checkpoint', str(first / 'model.safetensors'), epochs=2)
     second = tmp_path / 'second' / 'run' / 'final'
     log = train(folder_dataset, tmp_path, '--initial-checkpoint', str(first / 'model.safetensors'),
-                str(second / 'model.safetensors'), '--update-bn', epochs=0)
+                str(second / 'model.safetensors'), '--update-bn', '--aa', '', epochs=0)
     final = tmp_path / 'run' / 'final'
     a, b, mean = (load_file(folder / 'model.safetensors') for folder in (first, second, final))
     statistics = [k for k in mean if k.endswith(('running_mean', 'running_var'))]
@@ -188,9 +188,21 @@ def test_two_processes(folder_dataset, tmp_path):
     assert done.returncode == 0, done.stderr
     table = rows(tmp_path)
     assert len(table) == 2
+    assert len([line for line in done.stderr.splitlines() if line.startswith('Train: 1 [   1/')]) == 1
     # Accuracies are over all 40 held-out images, each counted once.
     assert all(float(r['eval_top1_exit1']) * 40 / 100 == pytest.approx(round(float(r['eval_top1_exit1']) * .4), abs=.01)
                for r in table)
+
+
+def test_a_recipe_for_two_processes_says_so_to_one(folder_dataset, tmp_path):
+    """A batch is that of one process: alone it would be half of what the recipe means."""
+    recipe = tmp_path / 'two.yaml'
+    recipe.write_text('world-size: 2\n')
+    out = train(folder_dataset, tmp_path, '--config', str(recipe), epochs=1)
+    assert 'processes: 2, each of 40 images. This run has 1: start it by torchrun --nproc_per_node 2' in out
+    written = yaml.safe_load((tmp_path / 'run' / 'recipe.yaml').read_text())
+    assert (written['world_size'], written['batch_size']) == (1, 40)
+    assert 'processes: ' not in train(folder_dataset, tmp_path, '--world-size', '1', epochs=1)
 
 
 def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):

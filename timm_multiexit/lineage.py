@@ -8,10 +8,22 @@ from .store import RECIPE_NAME
 RUN_FILES = (RECIPE_NAME, 'summary.csv')
 
 
+def run_prefix(number: int) -> str:
+    """What the files of an earlier run, 1 for the first, begin with beside weights."""
+    return f'run{number}-'
+
+
 def earlier_prefixes(folder: Path) -> List[str]:
-    """What the files of the runs before the one in a folder begin with there, first to last: 'run1-' and so on."""
+    """What the files of the runs before the one in a folder begin with there, first to last."""
     count = len([*folder.glob(f'run*-{RECIPE_NAME}')])
-    return [f'run{number}-' for number in range(1, count + 1)]
+    return [run_prefix(number) for number in range(1, count + 1)]
+
+
+def write_earlier_runs(folder: Path, starts: Iterable[Path]) -> None:
+    """Writes beside weights the files of the runs that led to those in `starts`, as `earlier_runs` finds them there."""
+    for number, run in enumerate(earlier_runs(starts), start=1):
+        for name, content in run.items():
+            (folder / f'{run_prefix(number)}{name}').write_bytes(content)
 
 
 def earlier_runs(folders: Iterable[Path]) -> List[Dict[str, bytes]]:

@@ -99,6 +99,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
 
     group = parser.add_argument_group('machine')
     group.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    group.add_argument('--world-size', type=int, default=None, metavar='N',
+                       help='processes that a recipe is for; torchrun starts them, another number is warned of')
     group.add_argument('--threads', type=int, default=0, help='CPU threads, 0 for all')
     group.add_argument('--amp', action='store_true', help='autocast')
     group.add_argument('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16')
