@@ -42,10 +42,11 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from timm_multiexit.cpu_kernels import use_cpu_kernels
+from timm_multiexit.cuda_graph import GraphedStep
 from timm_multiexit.data import InMemoryLoader, load_images, open_dataset, split_indices
 from timm_multiexit.errors import InputError
 from timm_multiexit.lineage import RUN_FILES, write_earlier_runs
-from timm_multiexit.loading import list_networks, load_mean, load_model, require_weights
+from timm_multiexit.loading import load_mean, load_teacher
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.optimize import fold_batch_norm
 from timm_multiexit.precision import muon_in_float32, slow_bfloat16
@@ -71,20 +72,6 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
     if args.initial_checkpoint:
         load_mean(model, args.initial_checkpoint, args.model)
     return model
-
-
-def create_teacher(name: str, checkpoint: str, num_classes: int) -> torch.nn.Module:
-    """A network of --kd-model-name with its weights; MultiExitTask checks that it knows the same classes."""
-    classes = num_classes if checkpoint else None  # pretrained ones keep theirs: a new classifier would be random
-    if name.partition('.')[0] in list_networks():
-        if not checkpoint:
-            require_weights(name)
-        return load_model(name, checkpoint, classes)
-    try:
-        return timm.create_model(name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the teacher '{name}' cannot be loaded ({reason}): choose a teacher of timm's") from error
 
 
 def create_loaders(args: argparse.Namespace, data_config: dict, device: torch.device):
@@ -123,6 +110,8 @@ class Trainer:
         self.args = args
         asked = args.world_size
         self.device = init_distributed_device(args)
+        if args.cuda_graph and args.distributed:
+            raise InputError('--cuda-graph is for one process: leave it out, or start without torchrun')
         if args.rank == 0 and asked not in (None, args.world_size):  # the same batch in all, or other weights
             _logger.warning(f'The recipe asks for processes: {asked}, each of {args.batch_size} images. This run has '
                             f'{args.world_size}: start it by torchrun --nproc_per_node {asked}')
@@ -143,7 +132,7 @@ class Trainer:
         model = create_network(args, num_classes)
         self.data_config = resolve_data_config(model=model)
         model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-        self.num_exits = model.num_exits
+        self.no_metrics = dict.fromkeys([f'top1_exit{k + 1}' for k in range(model.num_exits)] + ['top1_mean'], '')
 
         self.loader, self.loader_eval = create_loaders(args, self.data_config, self.device)
         self.mixup = None
@@ -155,12 +144,14 @@ class Trainer:
         # While mixup is off its targets still come soft and smoothed, so one criterion serves the whole run.
         loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
         files = args.kd_checkpoint or [''] * len(args.kd_model_name)
-        # Folded, a teacher computes the same in less time.
-        teachers = [fold_batch_norm(create_teacher(*pair, num_classes)) for pair in zip(args.kd_model_name, files)]
+        teachers = [fold_batch_norm(load_teacher(*pair, num_classes, args.kd_model_kwargs))  # folded, it runs faster
+                    for pair in zip(args.kd_model_name, files)]
         self.task = MultiExitTask(
             model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
             args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))  # after the task: frozen weights stay out
+        capturable = dict(capturable=True) if args.cuda_graph else {}  # after the task: frozen weights stay out
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **capturable)
+        self.graphed_step = None
         if args.cpu_kernels:
             use_cpu_kernels(model)
         if args.model_ema:
@@ -180,19 +171,27 @@ class Trainer:
 
     def prepare(self, images: torch.Tensor, targets: torch.Tensor):
         images, targets = images.to(self.device), targets.to(self.device)
-        if self.mixup is not None:
-            if len(images) % 2:  # mixup pairs images
-                images, targets = images[:-1], targets[:-1]
-            images, targets = self.mixup(images, targets)
-        return images, targets
+        if self.mixup is None:
+            return images, targets
+        even = len(images) // 2 * 2  # mixup pairs images
+        return self.mixup(images[:even], targets[:even])
 
-    def step(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Forward, backward, update; returns the loss, left on the device."""
+    def gradients(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Forward and backward; returns the loss."""
         with torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16, enabled=bool(self.amp_dtype)):
             loss = self.task(images, targets)['loss']
         loss.backward()
         if self.args.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.args.clip_grad)
+        return loss
+
+    def step(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Forward, backward, update; returns the loss, left on the device."""
+        if self.args.cuda_graph:
+            self.graphed_step = self.graphed_step or GraphedStep(
+                self.gradients, unwrap_model(self.task.get_trainable_module()), self.optimizer, images, targets)
+            return self.graphed_step(images, targets)
+        loss = self.gradients(images, targets)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
@@ -377,9 +376,10 @@ def main(argv=None) -> None:
         if eval_metrics:
             _logger.info(f'Epoch {epoch}: {accuracy_line(eval_metrics)}')
         # The row first: a row of an epoch that is run again is dropped at resume, a missing one could not be made up.
-        update_summary(epoch, train_metrics, eval_metrics, folder / 'summary.csv',
+        update_summary(epoch, train_metrics, trainer.no_metrics | eval_metrics, folder / 'summary.csv',
                        lr=trainer.optimizer.param_groups[0]['lr'])
-        saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))
+        if not (epoch + 1) % args.checkpoint_interval or epoch + 1 == args.epochs:
+            saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))
     if args.update_bn:
         trainer.update_bn()
         eval_metrics = trainer.evaluate()

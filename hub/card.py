@@ -262,7 +262,9 @@ def _branches(starts: List[List[int]]) -> str:
 
 
 def _mean(starts: List[int]) -> str:
-    """Such as: the mean of the weights of runs 4, 5 and 6, where 4 counts 2 times."""
+    """Such as: the mean of the weights of runs 4, 5 and 6, where 4 counts 2 times; or of 2 weights of run 4."""
+    if len(set(starts)) == 1:
+        return f'the mean of {len(starts)} weights of run {starts[0]}'
     often = ', '.join(f'{number} counts {n} times' for number, n in Counter(starts).items() if n > 1)
     return f"the mean of the weights of {_runs(list(dict.fromkeys(starts)))}" + (f', where {often}' if often else '')
 

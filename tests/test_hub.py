@@ -274,6 +274,19 @@ def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
             'and 3, run 6 from the mean of the weights of runs 4 and 5, where 4 counts 2 times.') in card
 
 
+def test_the_mean_of_two_epochs_of_one_run_is_told(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    recipe |= {'epochs': 0, 'initial_checkpoint': ['b/w.safetensors', 'b/epoch7.safetensors']}
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    for k, start in enumerate(([], ['a/w.safetensors']), start=1):
+        (folder / f'run{k}-recipe.yaml').write_text(yaml.safe_dump({'initial_checkpoint': start}))
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'the mean of 2 weights of run 2, with BN statistics' in card
+    assert 'of the one before; only run 3 from the mean of 2 weights of run 2.' in card
+
+
 def test_recipes_without_folders_tell_no_starts():
     assert starting_runs([{}, {'initial_checkpoint': ['model.safetensors']}, {'initial_checkpoint': None}]) == [[]] * 3
     assert starting_runs([{'initial_checkpoint': 'elsewhere/w.pth'}, {'initial_checkpoint': 'mine/w.pth'}]) == [[], [1]]

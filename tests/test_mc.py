@@ -16,9 +16,10 @@ def test_the_last_exit_costs_what_the_figures_show(name, macs):
     assert exit_costs(timm.create_model(name)).macs[-1] == pytest.approx(macs, rel=0.02)
 
 
-@pytest.mark.parametrize('name,layers', [(NAMES[0], 62), (NAMES[1], 52), (NAMES[2], 8)])
-def test_number_of_layers(name, layers):
-    model = timm.create_model(name)
+@pytest.mark.parametrize('name,kwargs,layers', [
+    (NAMES[0], {}, 62), (NAMES[1], {}, 52), (NAMES[2], {}, 8), (NAMES[2], dict(depth=3), 11)])
+def test_number_of_layers(name, kwargs, layers):
+    model = timm.create_model(name, **kwargs)
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1 == layers  # and one linear layer
 
 
@@ -75,6 +76,7 @@ def test_densenet_keeps_what_was_there_and_thins_between_blocks():
     (NAMES[1], dict(num_blocks=2, depth=3, exit_after=(1, 3), growth=4)),
     (NAMES[1], dict(num_blocks=1, depth=2, exit_after=(1,), compression=0.5, base_width=4)),
     (NAMES[2], dict(widths=(8,))), (NAMES[2], dict(stem_width=4, widths=(8, 16, 8, 8))),
+    (NAMES[2], dict(widths=(8, 16), depth=1)), (NAMES[2], dict(widths=(8, 16), depth=4)),
 ])
 def test_other_configurations_train(name, kwargs):
     model = timm.create_model(name, num_classes=7, **kwargs).train()
@@ -92,6 +94,7 @@ def test_other_configurations_train(name, kwargs):
     (NAMES[1], dict(growth=0), 'growth'), (NAMES[1], dict(base_width=0), 'base_width'),
     (NAMES[1], dict(compression=0), 'compression'), (NAMES[1], dict(exit_after=(17,)), 'numbered 1 to 16'),
     (NAMES[2], dict(widths=()), 'resolution'), (NAMES[2], dict(widths=(8, 0)), 'widths'),
+    (NAMES[2], dict(depth=0), 'depth'),
 ])
 def test_impossible_configurations_are_refused(name, kwargs, match):
     with pytest.raises(ValueError, match=match):

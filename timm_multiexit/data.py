@@ -19,6 +19,7 @@ from .errors import InputError
 
 VALIDATION_IMAGES = 5000
 SPLIT_SEED = 0
+Numbers = Union[Sequence[float], torch.Tensor]
 SPLITS = ('train', 'validation', 'train+validation', 'test')
 
 
@@ -103,10 +104,10 @@ def _stack(dataset) -> Tuple[torch.Tensor, torch.Tensor]:
     return images.permute(0, 3, 1, 2).contiguous(), targets.long()
 
 
-def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize(images: torch.Tensor, mean: Numbers, std: Numbers) -> torch.Tensor:
     """uint8 (B, C, H, W) in 0-255 to float32, channels last, each channel less its mean and by its deviation."""
-    mean = torch.tensor(mean, device=images.device).mul_(255.).view(1, -1, 1, 1)
-    scale = torch.tensor(std, device=images.device).mul_(255.).reciprocal_().view(1, -1, 1, 1)
+    mean = torch.as_tensor(mean, device=images.device).mul(255.).view(1, -1, 1, 1)
+    scale = torch.as_tensor(std, device=images.device).mul(255.).reciprocal_().view(1, -1, 1, 1)
     return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).mul_(scale)
 
 
@@ -186,7 +187,8 @@ class InMemoryLoader:
             raise InputError(f"unknown flip '{hflip}': choose random, alternate or none")
         self.num_images = len(images)
         self.batch_size = batch_size
-        self.mean, self.std = mean, std
+        # On the device once: numbers copied there for each batch would wait for the step before.
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
         self.train = train
         self.hflip = hflip
         self.seed = seed

@@ -49,8 +49,9 @@ def starting_runs(recipes: Sequence[Dict[str, Any]]) -> List[List[int]]:
     """The runs whose weights each run began with, where the order of the runs tells it.
 
     Recipes name files of their starts, not runs, and no run's recipe names the file that it wrote. But `earlier_runs`
-    puts each behind all that led to it: a file that is named for the first time is of the latest run that nothing has
-    begun with so far, and several such files are of as many, in their order.
+    puts each behind all that led to it: a folder that is named for the first time is of the latest run that nothing
+    has begun with so far, and several such folders are of as many, in their order. Two files of one folder are of one
+    run, as of its end and of an earlier epoch.
 
     Args:
         recipes: Options of runs 1, 2, ... as train_timm.py writes them.
@@ -64,10 +65,11 @@ def starting_runs(recipes: Sequence[Dict[str, Any]]) -> List[List[int]]:
     for number, recipe in enumerate(recipes, start=1):
         files = recipe.get('initial_checkpoint') or []
         files = [files] if isinstance(files, str) else files  # one may stand alone
-        if all(Path(file).name != str(file) for file in files):
-            new = [file for file in dict.fromkeys(files) if file not in made_by]
+        folders = [str(Path(file).parent) for file in files]
+        if '.' not in folders:
+            new = [folder for folder in dict.fromkeys(folders) if folder not in made_by]
             free = [n for n in range(1, number) if n not in made_by.values()]
             if len(new) <= len(free):
                 made_by.update(zip(new, free[len(free) - len(new):]))
-        starts.append([made_by[file] for file in files] if all(file in made_by for file in files) else [])
+        starts.append([made_by[folder] for folder in folders] if all(f in made_by for f in folders) else [])
     return starts

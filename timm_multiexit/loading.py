@@ -2,7 +2,7 @@
 import difflib
 import pickle
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -34,6 +34,7 @@ def load_model(
         checkpoint: Union[str, Path] = '',
         num_classes: Optional[int] = None,
         device: Union[str, torch.device] = 'cpu',
+        **kwargs: Any,
 ) -> MultiExitNet:
     """A network in eval mode with trained weights.
 
@@ -43,6 +44,7 @@ def load_model(
             train_timm.py, whose EMA weights are preferred).
         num_classes: Number of classes; None for the checkpoint's or the cfg's.
         device: Where to put it.
+        **kwargs: Further arguments of the network.
 
     Raises:
         InputError: unknown name or tag, no exits, no weights, or weights that cannot be read or do not fit.
@@ -50,7 +52,8 @@ def load_model(
     check_name(name)
     if not checkpoint:
         _require_safetensors(name)
-    kwargs = {} if num_classes is None else dict(num_classes=num_classes)
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
     try:
         model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
     except _LOAD_ERRORS as error:
@@ -62,6 +65,34 @@ def load_model(
     if checkpoint:
         _load_checkpoint(model, Path(checkpoint), name)
     return model.to(device).eval()
+
+
+def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str, Any]) -> torch.nn.Module:
+    """A finished network of this package or any other of timm's, to teach.
+
+    Args:
+        name: A name from timm's registry.
+        checkpoint: File with its weights; '' for the pretrained ones, which keep their classifier whatever it knows.
+        num_classes: Number of classes.
+        kwargs: Further arguments of the network.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    classes = num_classes if checkpoint else None  # pretrained ones keep theirs: a new classifier would be random
+    own = name.partition('.')[0] in list_networks()
+    if own and not checkpoint:
+        require_weights(name)
+    try:
+        if own:
+            return load_model(name, checkpoint, classes, **kwargs)
+        return timm.create_model(
+            name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes, **kwargs)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the teacher '{name}' cannot be loaded ({_first_line(error)}): choose a teacher of timm's"
+                         ) from error
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,6 @@
 """Training of all exits at once, as a timm training task: EMA, compilation, DDP and checkpoints are timm's."""
 import math
-from typing import Dict, Optional, Sequence, Union
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -89,21 +89,28 @@ class MultiExitTask(ClassificationTask):
         super().__init__(model, **kwargs)
         self.frozen = [modules[name] for name in frozen]
         self.exit_weights = [w / sum(weights) for w in weights]
+        self.register_buffer('loss_weights', torch.tensor(self.exit_weights, device=self.device), persistent=False)
         self.distill_weight = distill_weight
         self.distill_temperature = distill_temperature
         self.task_loss_weight = task_loss_weight
         self.kd_temperature = kd_temperature
         self.kd_draw = kd_draw
         self.teachers = torch.nn.ModuleList()
+        self.renormalized: List[Optional[Tuple[torch.Tensor, torch.Tensor]]] = []
         for each in teachers:
             if isinstance(each, MultiExitNet) and kd_exits == 'mean':
                 each = _AllExits(each)
             each.to(self.device).requires_grad_(False)
             self.teachers.append(DistillationTeacher(each, device=self.device))
         if teachers:
-            for name in ('mean', 'std'):
-                value = torch.tensor(model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
-                self.register_buffer(f'student_{name}', value, persistent=False)
+            mean, std = (torch.tensor(model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
+                         for name in ('mean', 'std'))
+            for teacher in self.teachers:
+                # Once, and not in every step as timm's normalize_input compares: each time the device would be waited
+                # for.
+                same = torch.equal(mean, teacher.mean_kd) and torch.equal(std, teacher.std_kd)
+                self.renormalized.append(None if same else (
+                    std / teacher.std_kd, (mean - teacher.mean_kd) / teacher.std_kd))
 
     def train(self, mode: bool = True) -> 'MultiExitTask':
         """Sets the network's mode; teachers and frozen modules stay in evaluation mode."""
@@ -128,7 +135,7 @@ class MultiExitTask(ClassificationTask):
             c, taught = self.task_loss_weight, self._teacher_log_probabilities(input)
             kd = torch.stack([self._divergence(x, taught, self.kd_temperature) for x in logits])
             losses = c * losses + (1. - c) * kd
-        loss = (losses * losses.new_tensor(self.exit_weights)).sum()
+        loss = (losses * self.loss_weights).sum()
         if self.distill_weight > 0.:
             t = self.distill_temperature
             taught = F.log_softmax(logits[-1].detach() / t, 1)
@@ -143,11 +150,11 @@ class MultiExitTask(ClassificationTask):
         A first run's exits together were a better teacher than its last one, on CIFAR-100 by 0.8 points; of three
         finished networks the last exits together, by 0.9 points.
         """
-        teachers, taught = self.teachers, []
+        teachers, taught = list(zip(self.teachers, self.renormalized)), []
         if self.kd_draw:
             teachers = [teachers[int(torch.randint(len(teachers), ()))]]
-        for teacher in teachers:
-            logits = teacher(teacher.normalize_input(input, self.student_mean, self.student_std)).float()
+        for teacher, change in teachers:
+            logits = teacher(input if change is None else input * change[0] + change[1]).float()
             log_probabilities = F.log_softmax(logits / self.kd_temperature, -1)
             if logits.ndim == 3:
                 log_probabilities = log_probabilities.logsumexp(0) - math.log(len(logits))

@@ -51,6 +51,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
                             'all, of a multi-exit one the mean of its exits')
     group.add_argument('--kd-checkpoint', default=[], nargs='+', metavar='FILE',
                        help='the weights of each, default: the pretrained ones')
+    group.add_argument('--kd-model-kwargs', nargs='*', default={}, action=ParseKwargs,
+                       help='arguments of these networks, where they are not the registered ones')
     group.add_argument('--task-loss-weight', type=float, default=0.5, metavar='C',
                        help='share of the classification loss; the rest is the distillation from those networks')
     group.add_argument('--kd-temperature', type=float, default=2.)
@@ -107,6 +109,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     group.add_argument('--channels-last', action='store_true')
     group.add_argument('--torchcompile', nargs='?', const='inductor', default=None, metavar='BACKEND')
     group.add_argument('--torchcompile-mode', default=None)
+    group.add_argument('--cuda-graph', action='store_true',
+                       help='on a CUDA device: each step by one call, without waiting for Python; one process')
     group.add_argument('--cpu-kernels', action='store_true',
                        help='train by kernels of this package, on a CPU with AVX-512 and bfloat16; they are compiled '
                             'once, which needs a C++ compiler and ninja')
@@ -121,6 +125,7 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
                        help="checkpoint to go on from; 'auto': the run's last one if there is one")
     group.add_argument('--log-interval', type=int, default=50, metavar='STEPS')
     group.add_argument('--eval-interval', type=int, default=1, metavar='EPOCHS')
+    group.add_argument('--checkpoint-interval', type=int, default=1, metavar='EPOCHS')
     group.add_argument('--checkpoint-hist', type=int, default=1, help='best checkpoints to keep beside the last')
 
     if known.config:
@@ -143,6 +148,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     if args.cpu_kernels and (args.torchcompile or args.device != 'cpu' or not args.channels_last
                              or not args.amp or args.amp_dtype != 'bfloat16'):
         parser.error('--cpu-kernels go with --amp --channels-last --device cpu, in bfloat16 and not compiled')
+    if args.cuda_graph and (torch.device(args.device).type != 'cuda' or args.kd_draw):
+        parser.error('--cuda-graph goes with --device cuda and without --kd-draw: a graph cannot draw')
     if args.epochs < 1 and not (args.initial_checkpoint and args.update_bn):
         parser.error(f'--epochs {args.epochs} trains nothing: give 1 or more, or --initial-checkpoint and --update-bn')
     args.config = known.config

@@ -48,7 +48,7 @@ class ResidualConv(nn.Module):
 
 
 class VGGMC(MultiExitNet):
-    """VGG^MC of 2 * len(widths) + 2 layers, with an exit at each resolution.
+    """VGG^MC of depth * len(widths) + 2 layers, with an exit at each resolution.
 
     Args:
         num_classes: Classes, 0 for no classifier.
@@ -56,12 +56,13 @@ class VGGMC(MultiExitNet):
         global_pool: timm's pooling type, '' for none.
         stem_width: Channels at the image's resolution.
         widths: Channels at each further resolution; each has half the size of the one before.
+        depth: Convolutions at each of them.
         drop_rate: Dropout before the classifiers.
         act_layer: Activation.
         norm_layer: Normalisation.
 
     Raises:
-        ValueError: no resolution, or one without channels.
+        ValueError: no resolution, or one without channels or convolutions.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class VGGMC(MultiExitNet):
             global_pool: str = 'avg',
             stem_width: int = 32,
             widths: Sequence[int] = (64, 256, 256),
+            depth: int = 2,
             drop_rate: float = 0.,
             act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
             norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
@@ -79,12 +81,14 @@ class VGGMC(MultiExitNet):
     ):
         if not widths or min(widths) < 1:
             raise ValueError(f'widths={tuple(widths)}: give one number for each resolution, at least one, 1 or more')
+        if depth < 1:
+            raise ValueError(f'depth={depth}: give 1 convolution or more for each resolution')
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         chs = stem_width
         layers: List[nn.Module] = [ConvStem(in_chans, chs, **kwargs)]
         stages, exits, feature_info = [], [], []
         for resolution, width in enumerate(widths):
-            layers += [PooledConv(chs, width, **kwargs), ResidualConv(width, **kwargs)]
+            layers += [PooledConv(chs, width, **kwargs), *(ResidualConv(width, **kwargs) for _ in range(depth - 1))]
             chs = width
             feature_info.append(dict(num_chs=chs, reduction=2 ** (resolution + 1), module=f'stages.{resolution}'))
             stages.append(Stage(layers))
