@@ -1,7 +1,7 @@
 """A whole training step as one CUDA graph: on a fast GPU thousands of small kernels would wait for Python.
 
-Muon alone orthogonalises msfuse_cifar's 132 matrices one by one, in some 20 kernels each. A graph launches the kernels of
-a step by one call; what the schedule changes, the learning rates, lies in tensors on the device.
+Muon alone orthogonalises msfuse_cifar's 132 matrices one by one, in some 20 kernels each. A graph launches the kernels
+of a step by one call; what the schedule changes, the learning rates, lies in tensors on the device.
 """
 from itertools import cycle
 from typing import Any, Callable, Dict, List, Sequence
