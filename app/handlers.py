@@ -93,8 +93,12 @@ def reread(reading: Optional[Reading], mode: str, budget: float, confidence: flo
 
 
 @clear_errors
-def choose_example(name: str, event: gr.EventData):
-    return read_example(name, parse_position(str(int(event.index) + 1), len(stored_for(name)[1].examples)))
+def choose_example(name: str, answered: int, event: gr.EventData):
+    """A reading of the chosen card and the choice's number; nothing new for one made before that already answered."""
+    if event.order < answered:
+        return gr.skip(), gr.skip()
+    position = parse_position(str(int(event.index) + 1), len(stored_for(name)[1].examples))
+    return read_example(name, position), event.order
 
 
 @clear_errors

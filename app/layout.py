@@ -19,7 +19,8 @@ element.addEventListener('click', (event) => {
   const card = event.target.closest('button[data-index]');
   if (!card) return;
   element.querySelectorAll('button').forEach(b => b.setAttribute('aria-pressed', String(b === card)));
-  trigger('click', {index: Number(card.dataset.index)});
+  window.choices = (window.choices || 0) + 1;
+  trigger('click', {index: Number(card.dataset.index), order: window.choices});
 });"""
 _HEAD = """
 <div class="mx head"><h1>See a network make up its mind</h1>
@@ -67,6 +68,7 @@ def build_page(names: List[str]) -> gr.Blocks:
     again = dict(queue=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private')
     with gr.Blocks(title='See a network make up its mind') as page:
         reading = gr.State()
+        choices = gr.State(0)  # the number of the card's choice that was answered last
         with gr.Row(elem_classes='mx-top'):
             with gr.Column(scale=3, min_width=320):
                 _picture(value=_HEAD)
@@ -121,11 +123,13 @@ def build_page(names: List[str]) -> gr.Blocks:
 
         page.load(open_page, None, everything, **quiet).success(**read_again)
         # A choice while the one before is being answered would be dropped by default. The last one counts; of clicks
-        # all are sent, in order, since one that waited would have forgotten its card.
+        # all are sent, since one that waited would have forgotten its card, and numbered: on a busy machine the second
+        # can come first.
         network.input(
             handlers.open_network, network, everything, trigger_mode='always_last', **quiet).success(**read_again)
         cards.click(
-            handlers.choose_example, network, reading, trigger_mode='multiple', **quiet).success(**read_again)
+            handlers.choose_example, [network, choices], [reading, choices], trigger_mode='multiple',
+            **quiet).success(**read_again)
         image.input(
             handlers.choose_file, [network, image], [reading, cards], trigger_mode='always_last',
             **quiet).success(**read_again)
