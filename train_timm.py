@@ -132,7 +132,7 @@ class Trainer:
         model = create_network(args, num_classes)
         self.data_config = resolve_data_config(model=model)
         model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-        self.no_metrics = dict.fromkeys([f'top1_exit{k + 1}' for k in range(model.num_exits)] + ['top1_mean'], '')
+        self.metrics = [*(f'top1_exit{k + 1}' for k in range(model.num_exits)), 'top1_mean']
 
         self.loader, self.loader_eval = create_loaders(args, self.data_config, self.device)
         self.mixup = None
@@ -149,8 +149,8 @@ class Trainer:
         self.task = MultiExitTask(
             model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
             args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
-        capturable = dict(capturable=True) if args.cuda_graph else {}  # after the task: frozen weights stay out
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **capturable)
+        capturable = dict(capturable=True) if args.cuda_graph else {}
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **capturable)  # after the task's freezing
         self.graphed_step = None
         if args.cpu_kernels:
             use_cpu_kernels(model)
@@ -254,8 +254,8 @@ class Trainer:
         """Top-1 accuracy in percent of every exit, and their mean, of the EMA if one is kept."""
         network = self.task.get_trainable_module(ema=self.task.has_ema())
         accuracies = exit_accuracies(network, self.loader_eval, self.amp_dtype).tolist()
-        metrics = {f'top1_exit{k + 1}': round(a, 3) for k, a in enumerate(accuracies)}
-        return {**metrics, 'top1_mean': round(sum(accuracies) / len(accuracies), 3)}
+        values = [*accuracies, sum(accuracies) / len(accuracies)]
+        return {name: round(value, 3) for name, value in zip(self.metrics, values)}
 
 
 def accuracy_line(metrics: dict) -> str:
@@ -376,7 +376,7 @@ def main(argv=None) -> None:
         if eval_metrics:
             _logger.info(f'Epoch {epoch}: {accuracy_line(eval_metrics)}')
         # The row first: a row of an epoch that is run again is dropped at resume, a missing one could not be made up.
-        update_summary(epoch, train_metrics, trainer.no_metrics | eval_metrics, folder / 'summary.csv',
+        update_summary(epoch, train_metrics, dict.fromkeys(trainer.metrics, '') | eval_metrics, folder / 'summary.csv',
                        lr=trainer.optimizer.param_groups[0]['lr'])
         if not (epoch + 1) % args.checkpoint_interval or epoch + 1 == args.epochs:
             saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))

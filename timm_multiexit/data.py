@@ -19,8 +19,8 @@ from .errors import InputError
 
 VALIDATION_IMAGES = 5000
 SPLIT_SEED = 0
-Numbers = Union[Sequence[float], torch.Tensor]
 SPLITS = ('train', 'validation', 'train+validation', 'test')
+Numbers = Union[Sequence[float], torch.Tensor]
 
 
 def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -> Tuple[torch.Tensor, torch.Tensor]:
