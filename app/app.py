@@ -17,7 +17,7 @@ if importlib.util.find_spec('gradio') is None:
     sys.exit("the app needs gradio: pip install 'timm-multiexit[app]'")
 
 from layout import STYLE, build_page, theme  # noqa: E402 - gradio must see the setting above
-from networks import available_networks, get_network  # noqa: E402
+from served import available_networks, get_network  # noqa: E402
 
 from timm_multiexit.errors import InputError  # noqa: E402
 

@@ -3,17 +3,17 @@ import functools
 import math
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-import charts
+import dataset_view
 import gradio as gr
-import pictures
-from networks import Network, get_network
-from reading import BY_BUDGET, BY_CONFIDENCE, Answer, Reading, answer_by_confidence, answer_within_budget, describe
-from reading import status_text as answer_text
-from stored import Assets, Curve, load_assets, load_curve, parse_position, require_examples
+import image_view
+from answers import BY_BUDGET, BY_CONFIDENCE, Answer, Reading, answer_by_confidence, answer_within_budget, describe
+from answers import status_text as answer_text
+from examples import Assets, Curve, load_assets, load_curve, parse_position, require_examples
+from served import Network, get_network
 
-from timm_multiexit.costs import parse_macs
 from timm_multiexit.errors import InputError
-from timm_multiexit.images import read_image
+from timm_multiexit.inference.images import read_image
+from timm_multiexit.stopping.costs import parse_macs
 
 MEGA = 1e6
 CONFIDENCE = 0.9
@@ -77,7 +77,7 @@ def answer_for(reading: Reading, mode: str, budget: float, confidence: float, ca
 
 def cards(name: str, chosen: Optional[int]) -> str:
     _, assets, _ = stored_for(name)
-    return pictures.example_cards([(e.image, e.true_class, e.lesson) for e in assets.examples], chosen)
+    return image_view.example_cards([(e.image, e.true_class, e.lesson) for e in assets.examples], chosen)
 
 
 # What the page's events call
@@ -89,7 +89,7 @@ def reread(reading: Optional[Reading], mode: str, budget: float, confidence: flo
     if reading is None:
         return gr.skip(), gr.skip()
     answer = answer_for(reading, mode, budget, confidence, calibrated)
-    return pictures.anytime_view(reading, answer), answer_text(reading, answer)
+    return image_view.anytime_view(reading, answer), answer_text(reading, answer)
 
 
 @clear_errors
@@ -124,11 +124,11 @@ def budget_page(name: str, average_budget: Optional[float]):
         raise InputError('there is no budget: give one in millions of MACs')
     macs = network.costs.macs
     budget = min(max(average_budget * MEGA, macs[0]), macs[-1])  # the slider's steps end just beyond the costs
-    return charts.budget_view(curve, network.config, assets, budget), charts.status_text(curve, budget)
+    return dataset_view.budget_view(curve, network.config, assets, budget), dataset_view.status_text(curve, budget)
 
 
 def reliability(name: str, calibrated: bool) -> str:
-    return charts.reliability_diagrams(stored_for(name)[1], calibrated)
+    return dataset_view.reliability_diagrams(stored_for(name)[1], calibrated)
 
 
 @clear_errors
@@ -141,7 +141,7 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
     budget = limit if mode == BY_BUDGET and limit is not None else middle
     confidence = limit if mode == BY_CONFIDENCE and limit is not None else CONFIDENCE
     reading = read_example(name, position)
-    ruler = pictures.ruler(macs, low * MEGA, high * MEGA)
+    ruler = image_view.ruler(macs, low * MEGA, high * MEGA)
     page, _ = budget_page(name, middle)
     return (
         name, reading, cards(name, position), mode,
@@ -149,7 +149,7 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
         gr.update(value=ruler, visible=mode == BY_BUDGET),
         gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
         gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None), ruler,
-        page, charts.sprite_style(assets), reliability(name, True),
+        page, dataset_view.sprite_style(assets), reliability(name, True),
         gr.update(value=True, visible=bool(assets.reliability)), None)
 
 

@@ -4,9 +4,9 @@ from typing import List
 
 import gradio as gr
 import handlers
+from answers import BY_BUDGET, BY_CONFIDENCE
 from handlers import CONFIDENCE
-from networks import display_name
-from reading import BY_BUDGET, BY_CONFIDENCE
+from served import display_name
 
 STYLE = Path(__file__).resolve().parent / 'style.css'
 # The region stays in the page and only its text changes; screen readers announce nothing else.

@@ -5,10 +5,10 @@ from itertools import groupby
 from typing import Any, Dict, List, Sequence, Union
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from network import Network
+from model_repo import Network
 
-from timm_multiexit.costs import format_macs
-from timm_multiexit.lineage import RUN_FILES, run_prefix, starting_runs
+from timm_multiexit.stopping.costs import format_macs
+from timm_multiexit.training.lineage import RUN_FILES, run_prefix, starting_runs
 
 # The Hub's ids of the data sets, by torchvision's names in timm.
 HUB_DATASETS = {
@@ -177,7 +177,7 @@ with torch.inference_mode():
         if probability > 0.9:
             break  # nothing deeper was computed
 """,
-    'Budgeted classification': """from timm_multiexit.store import load_exit_config
+    'Budgeted classification': """from timm_multiexit import load_exit_config
 
 model = timm.create_model('{place}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)

@@ -15,15 +15,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Callable, List, Optional, Sequence
 
-from folder import build_folder, check_folder
 from huggingface_hub import HfApi
-from network import ORGANISATION, Network, packaged_networks, read_network
-from space import SPACE, build_space, check_space
+from model_repo import ORGANISATION, Network, packaged_networks, read_network
+from publication import build_folder, check_folder
+from space_repo import SPACE, build_space, check_space
 from upload import Change, Target, compare, remote_files, require_token, send, verify_files, verify_network
 
 from timm_multiexit import __version__
 from timm_multiexit.errors import InputError
-from timm_multiexit.hub_files import HUB_ERRORS, explain
+from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

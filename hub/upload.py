@@ -6,16 +6,16 @@ from tempfile import TemporaryDirectory
 from typing import Dict, List, Optional, Tuple
 
 import timm
-from folder import sha256
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
-from network import Network, differences
+from model_repo import Network, differences
+from publication import sha256
 
 from timm_multiexit.errors import InputError
-from timm_multiexit.hub_files import CONFIG_FILE, HUB_ERRORS, explain
-from timm_multiexit.store import ExitConfig
+from timm_multiexit.pretrained.hub_files import CONFIG_FILE, HUB_ERRORS, explain
+from timm_multiexit.stopping.config import ExitConfig
 
 _KEPT = ('.gitattributes',)  # the Hub's own
 

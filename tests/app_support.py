@@ -1,18 +1,13 @@
-"""The launched app for its tests, with the shipped weights. Importing this makes the app's modules importable."""
-import sys
+"""The launched app for its tests, with the shipped weights."""
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from examples import SAMPLES
+from layout import build_page
 from PIL import Image
+from served import available_networks, get_network
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'app'))
-
-from layout import build_page  # noqa: E402
-from networks import available_networks, get_network  # noqa: E402
-from stored import SAMPLES  # noqa: E402
-
-import app as app_module  # noqa: E402
+import app as app_module
 
 IMAGES = sorted(SAMPLES.glob('*.png'))
 

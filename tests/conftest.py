@@ -7,7 +7,7 @@ import timm
 import torch
 
 import timm_multiexit  # noqa: F401 - registers the networks
-from timm_multiexit.loading import list_networks
+from timm_multiexit.pretrained.names import list_networks
 
 pytest.register_assert_rewrite('hub_support')
 PROJECT = Path(__file__).resolve().parent.parent

@@ -15,11 +15,11 @@ from conftest import PROJECT
 from hub_server import HubServer
 from safetensors.torch import save_file
 
-from timm_multiexit.costs import exit_costs
-from timm_multiexit.evaluation import LabelledLogits, evaluate
+from timm_multiexit.evaluation.evaluate import LabelledLogits, evaluate
 from timm_multiexit.files import write_json
-from timm_multiexit.models._cfgs import CIFAR10_CLASSES
-from timm_multiexit.solver import solve_exit_config
+from timm_multiexit.models._costs import exit_costs
+from timm_multiexit.models._pretrained import CIFAR10_CLASSES
+from timm_multiexit.stopping.solve import solve_exit_config
 
 PUSH = PROJECT / 'hub' / 'push.py'
 NAME = 'msfuse_cifar.cifar10'
@@ -59,7 +59,7 @@ class Client:
 
     def load(self, place: str = f'hf-hub:{REPO}', **env: str) -> 'Done':
         return self.code(
-            f"from timm_multiexit.loading import load_model\nmodel = load_model('{place}')\n"
+            f"from timm_multiexit import load_model\nmodel = load_model('{place}')\n"
             "print('loaded', model.num_exits)", **env)
 
     def send(self, folder: Path, **env: str) -> 'Done':

@@ -9,7 +9,7 @@ import pytest
 import timm
 
 import timm_multiexit  # noqa: F401 - registers the networks
-from timm_multiexit.loading import list_networks
+from timm_multiexit.pretrained.names import list_networks
 
 _NAMES = frozenset(list_networks())
 

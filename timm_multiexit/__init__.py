@@ -1,4 +1,31 @@
-"""Multi-exit image classifiers for timm: importing this package registers them in timm's model registry."""
-from . import models as _models  # noqa: F401 - registers the architectures
+"""Multi-exit image classifiers for timm; importing this package registers them in timm's model registry.
+
+The packages, along the way of an image:
+
+    models       the architectures and what their exits cost
+    stopping     when to stop: policies, temperatures, what is stored with weights; arrays only, no network
+    pretrained   networks, weights and their exit configs by name
+    inference    engines, the early-exit and the anytime runner, the image reader
+    evaluation   accuracy, calibration, figures and timing
+    training     everything behind `train_timm.py`
+    cli          the `timm-multiexit` command
+
+`datasets` knows the data sets, `errors`, `files` and `optional` serve all. Each package imports only those above it.
+"""
+from .errors import InputError
+from .inference.anytime import AnytimeRunner
+from .inference.runner import EarlyExitRunner
+from .models import MultiExitNet, exit_costs
+from .pretrained.exit_config import load_exit_config
+from .pretrained.load import load_model
+from .pretrained.names import list_networks
+from .stopping.config import ExitConfig
+from .stopping.costs import ExitCosts
+from .stopping.policy import ExitPolicy
+from .training.task import MultiExitTask
 
 __version__ = '0.1.0'
+__all__ = [
+    'AnytimeRunner', 'EarlyExitRunner', 'ExitConfig', 'ExitCosts', 'ExitPolicy', 'InputError', 'MultiExitNet',
+    'MultiExitTask', '__version__', 'exit_costs', 'list_networks', 'load_exit_config', 'load_model',
+]

@@ -1,24 +1,21 @@
 """`timm-multiexit benchmark MODEL`: time on this machine, of each exit and of policies against the full network."""
 import argparse
 import json
-import platform
-import statistics
-import time
-from dataclasses import replace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from timm.data import resolve_data_config
-from tqdm import tqdm
 
-from ..costs import ExitCosts, exit_costs, format_macs, parse_macs
-from ..data import load_images, normalize
+from ..datasets import load_images, normalize
 from ..errors import InputError
+from ..evaluation.timing import device_name, measure_exits, measure_policies
 from ..files import write_json
-from ..loading import load_model, require_weights
-from ..optimize import ENGINES, make_engine
-from ..policy import NEVER, ExitPolicy
-from ..runner import EarlyExitRunner
+from ..inference.engine import ENGINES, make_engine
+from ..models._costs import exit_costs
+from ..pretrained.load import load_model
+from ..pretrained.names import require_weights
+from ..stopping.costs import ExitCosts, format_macs, parse_macs
+from ..stopping.policy import ExitPolicy
 from . import add_model_options
 from .evaluate import default_dataset
 
@@ -50,122 +47,6 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def spread(values: Sequence[float], digits: int = 4) -> Dict[str, float]:
-    """Median, least and greatest."""
-    return dict(
-        median=round(statistics.median(values), digits), min=round(min(values), digits),
-        max=round(max(values), digits))
-
-
-def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.device, label: str) -> Dict[Any, list]:
-    """Seconds of each task in each round. In every round all tasks run once, each time beginning with another.
-
-    Args:
-        tasks: Run once before, so that nothing is set up in the measured time.
-        rounds: How often.
-        device: Waited for if it is a GPU.
-        label: Of the progress bar.
-    """
-    names = list(tasks)
-    times = {name: [] for name in names}
-    with tqdm(total=(rounds + 1) * len(names), desc=label, leave=False, disable=None) as progress:
-        for number in range(-1, rounds):
-            shift = max(number, 0) % len(names)
-            for name in names[shift:] + names[:shift]:
-                start = time.perf_counter()
-                tasks[name]()
-                if device.type == 'cuda':
-                    torch.cuda.synchronize(device)
-                if number >= 0:
-                    times[name].append(time.perf_counter() - start)
-                progress.update()
-    return times
-
-
-def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes: int = 20) -> List[Dict[str, Any]]:
-    """Time of the answer of each exit when no earlier exit is asked, on random images.
-
-    Args:
-        engine: See `optimize.make_engine`.
-        costs: Of the exits.
-        batch_size: The large batch.
-        rounds: How often.
-        passes: Forward passes a round at batch 1.
-    """
-    runners = []
-    for k in range(engine.num_exits):
-        thresholds = [NEVER] * engine.num_exits
-        thresholds[k] = 0.
-        runners.append(EarlyExitRunner(engine, ExitPolicy(thresholds, (1.,) * engine.num_exits), costs=costs))
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(batch_size, *costs.input_size, generator=generator).to(engine.device)
-    one = batch[:1]
-    singles = take_turns(
-        {k: lambda r=r: [r.run(one) for _ in range(passes)] for k, r in enumerate(runners)}, rounds, engine.device,
-        'exits, batch 1')
-    batches = take_turns(
-        {k: lambda r=r: r.run(batch, batch_size) for k, r in enumerate(runners)}, rounds, engine.device,
-        f'exits, batch {batch_size}')
-    return [
-        dict(exit=k + 1, macs=costs.macs[k], ms_batch_1=spread([1e3 * t / passes for t in singles[k]]),
-             images_per_s=spread([batch_size / t for t in batches[k]], 1))
-        for k in range(engine.num_exits)
-    ]
-
-
-def measure_policies(
-        engine,
-        costs: ExitCosts,
-        policies: Sequence[ExitPolicy],
-        images: torch.Tensor,
-        targets: torch.Tensor,
-        batch_size: int,
-        rounds: int,
-) -> Dict[str, Any]:
-    """Wall time of the same images under each policy and through the full network.
-
-    Args:
-        engine: See `optimize.make_engine`; all sides share it.
-        costs: Of the exits.
-        policies: The policies.
-        images: Normalised, (N, C, H, W).
-        targets: int64 (N,).
-        batch_size: The large batch.
-        rounds: How often.
-
-    Returns:
-        What the full network and each policy took, and the ratios, round by round.
-    """
-    last = engine.num_exits - 1
-    full = replace(policies[0], thresholds=(NEVER,) * last + (0.,))
-    runners = [EarlyExitRunner(engine, p, costs=costs) for p in (full, *policies)]
-    images = images.to(engine.device)
-    singles = images.split(1)
-    times = {
-        1: take_turns({i: lambda r=r: [r.run(x) for x in singles] for i, r in enumerate(runners)}, rounds,
-                      engine.device, 'policies, batch 1'),
-        batch_size: take_turns({i: lambda r=r: r.run(images, batch_size) for i, r in enumerate(runners)}, rounds,
-                               engine.device, f'policies, batch {batch_size}'),
-    }
-    rows = []
-    for i, runner in enumerate(runners):
-        result = runner.run(images, batch_size)
-        row = dict(
-            budget=runner.policy.budget if i else None, method=runner.policy.method if i else '',
-            average_macs=round(result.average_macs),
-            accuracy=round(result.accuracy(targets), 2),
-            exit_shares=[round(s, 4) for s in result.exit_shares(engine.num_exits)],
-            heads=[k + 1 for _, k in runner.segments])
-        for size, name in ((1, 'batch_1'), (batch_size, f'batch_{batch_size}')):
-            own, whole = times[size][i], times[size][0]
-            row[name] = dict(
-                ms_per_image=spread([1e3 * t / len(images) for t in own]),
-                images_per_s=spread([len(images) / t for t in own], 1),
-                share_of_full_time=spread([a / b for a, b in zip(own, whole)], 3))
-        rows.append(row)
-    return dict(images=len(images), full=rows[0], policies=rows[1:])
-
-
 def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy]:
     """The policies that the options name.
 
@@ -177,7 +58,7 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
     if not policies and not budgets:
         budgets = [costs.macs[-1] / 2]
     if budgets:
-        from ..store import load_exit_config
+        from ..pretrained.exit_config import load_exit_config
         config = load_exit_config(args.model, args.checkpoint)
         for b in budgets:
             policies.append(config.policy_for(b))
@@ -226,20 +107,6 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(results))
     else:
         print_results(results)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return cpu_model() or platform.processor() or platform.machine()
-
-
-def cpu_model() -> Optional[str]:
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next((line.partition(':')[2].strip() for line in file if line.startswith('model name')), None)
-    except OSError:  # not Linux
-        return None
 
 
 def _cell(value: Dict[str, float], form: str) -> str:

@@ -2,11 +2,11 @@
 import argparse
 from pathlib import Path
 
-from ..costs import format_macs
-from ..data import class_names
+from ..datasets import class_names
 from ..errors import InputError
-from ..solver import METHODS, solve_exit_config
-from ..store import FILE_NAME, ExitConfig
+from ..stopping.config import FILE_NAME, ExitConfig
+from ..stopping.costs import format_macs
+from ..stopping.solve import METHODS, solve_exit_config
 from . import add_model_options
 from .evaluate import add_data_options, prepare, split_logits
 

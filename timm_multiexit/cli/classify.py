@@ -8,13 +8,15 @@ from typing import List, Optional, Tuple
 import torch
 from timm.data import create_transform, resolve_data_config
 
-from ..costs import ExitCosts, exit_costs, format_macs, parse_macs
 from ..errors import InputError
-from ..images import read_image
-from ..loading import load_model, require_weights
+from ..inference.images import read_image
 from ..models import MultiExitNet
-from ..policy import ExitPolicy
-from ..store import load_exit_config
+from ..models._costs import exit_costs
+from ..pretrained.exit_config import load_exit_config
+from ..pretrained.load import load_model
+from ..pretrained.names import require_weights
+from ..stopping.costs import ExitCosts, format_macs, parse_macs
+from ..stopping.policy import ExitPolicy
 from . import add_model_options
 
 

@@ -4,9 +4,9 @@ import json
 
 import timm
 
-from ..costs import exit_costs
 from ..errors import InputError
-from ..loading import check_name
+from ..models._costs import exit_costs
+from ..pretrained.names import check_name
 
 
 def add_parser(subparsers) -> None:

@@ -6,15 +6,17 @@ from typing import Tuple
 import torch
 
 from .. import __version__
-from ..costs import ExitCosts, exit_costs, format_macs
-from ..data import VALIDATION_IMAGES, load_images
+from ..datasets import VALIDATION_IMAGES, load_images
 from ..errors import InputError
-from ..evaluation import LabelledLogits, evaluate, exit_logits, write_report
-from ..extras import require_extra
-from ..loading import load_model, require_weights
+from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
 from ..models import MultiExitNet
-from ..policy import MEASURES
-from ..store import load_recipe
+from ..models._costs import exit_costs
+from ..optional import require_extra
+from ..pretrained.exit_config import load_recipe
+from ..pretrained.load import load_model
+from ..pretrained.names import require_weights
+from ..stopping.costs import ExitCosts, format_macs
+from ..stopping.policy import MEASURES
 from . import add_model_options
 
 

@@ -9,9 +9,9 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ._cfgs import cifar_cfg
-from .layers import Bottleneck, ConvChain, strided_convs
-from .multiscale import MultiScaleNet
+from ._blocks import Bottleneck, ConvChain, strided_convs
+from ._multiscale import MultiScaleNet
+from ._pretrained import cifar_cfg
 
 __all__ = ['MSDNet']
 

@@ -14,9 +14,9 @@ from timm.layers import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ._cfgs import cifar_cfg
-from .layers import Bottleneck
-from .multiscale import MultiScaleNet
+from ._blocks import Bottleneck
+from ._multiscale import MultiScaleNet
+from ._pretrained import cifar_cfg
 
 __all__ = ['MSFuse']
 

@@ -14,9 +14,9 @@ from timm.layers import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ._cfgs import cifar_cfg
-from .base import ExitHead, MultiExitNet, Stage
-from .layers import Bottleneck, ConvChain, init_weights, strided_convs
+from ._base import ExitHead, MultiExitNet, Stage
+from ._blocks import Bottleneck, ConvChain, init_weights, strided_convs
+from ._pretrained import cifar_cfg
 
 __all__ = ['RANet']
 

@@ -15,9 +15,9 @@ from timm.layers import ConvNormAct, create_conv2d, get_norm_act_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from ._cfgs import cifar_cfg
-from .base import ExitHead, MultiExitNet, Stage
-from .layers import ConvStem, init_weights
+from ._base import ExitHead, MultiExitNet, Stage
+from ._blocks import ConvStem, init_weights
+from ._pretrained import cifar_cfg
 
 __all__ = ['VGGMC']
 

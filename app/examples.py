@@ -1,0 +1,193 @@
+"""What the app shows without any data set at hand: stored results of a network, and test images chosen in advance."""
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from PIL import Image
+
+import timm_multiexit
+from timm_multiexit.errors import InputError
+from timm_multiexit.files import read_json
+from timm_multiexit.models._pretrained import WEIGHTS_DIR
+from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.stopping.policy import ExitPolicy
+
+ASSETS = Path(__file__).resolve().parent / 'assets'
+SAMPLES = Path(timm_multiexit.__file__).resolve().parent / 'samples'
+EXAMPLES_FILE, SPRITE_FILE = 'examples.json', 'images.png'
+
+
+@dataclass(frozen=True)
+class Example:
+    """A test image to choose: 'at once', 'late', ... say what it teaches; '' if that is not known."""
+
+    image: Image.Image
+    true_class: str
+    lesson: str
+    index: Optional[int] = None
+
+
+@dataclass(frozen=True)
+class GalleryImage:
+    """A test image of the gallery.
+
+    Attributes:
+        tile: Position in the sprite.
+        true_class: Name of the right class.
+        predictions: Class that each exit says.
+        confidences: Confidence of each exit, as the stored policies measure it.
+    """
+
+    tile: int
+    true_class: str
+    predictions: Tuple[str, ...]
+    confidences: Tuple[float, ...]
+
+    def exit_under(self, policy: ExitPolicy) -> int:
+        """Index of the exit at which the image leaves."""
+        last = policy.num_exits - 1
+        return next((k for k in range(last) if self.confidences[k] >= policy.thresholds[k]), last)
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Chosen test images of one network.
+
+    Attributes:
+        examples: For the anytime view.
+        gallery: For the budget view, spread over the exits.
+        reliability: Per exit a dict raw/calibrated of bins (confidence, accuracy, share); empty if not stored.
+        sprite: The gallery's images in rows, as a data URI, or ''.
+        columns: Images in a row of the sprite.
+    """
+
+    examples: Tuple[Example, ...]
+    gallery: Tuple[GalleryImage, ...] = ()
+    reliability: Tuple[Dict[str, Any], ...] = ()
+    sprite: str = ''
+    columns: int = 1
+
+
+def load_assets(name: str, labels: Sequence[str]) -> Assets:
+    """The images chosen for a network by choose_examples.py, or the package's samples where there are none.
+
+    Args:
+        name: 'arch.tag'.
+        labels: Class names of the network; samples of other classes have no right answer there.
+    """
+    folder = ASSETS / name
+    if ':' in name or not (folder / EXAMPLES_FILE).is_file():
+        return Assets(_samples(labels))
+    values = read_json(folder / EXAMPLES_FILE, 'examples')
+    size, columns = values['size'], values['columns']
+    with Image.open(folder / SPRITE_FILE) as image:
+        sprite = image.convert('RGB')
+
+    def tile(i: int) -> Image.Image:
+        x, y = size * (i % columns), size * (i // columns)
+        return sprite.crop((x, y, x + size, y + size))
+
+    examples = tuple(Example(tile(e['tile']), e['true_class'], e['lesson'], e['index']) for e in values['examples'])
+    gallery = tuple(GalleryImage(g['tile'], g['true_class'], tuple(g['predictions']), tuple(g['confidences']))
+                    for g in values['gallery'])
+    encoded = base64.b64encode((folder / SPRITE_FILE).read_bytes()).decode()
+    return Assets(examples, gallery, tuple(values['reliability']), f'data:image/png;base64,{encoded}', columns)
+
+
+def _samples(labels: Sequence[str]) -> Tuple[Example, ...]:
+    examples = []
+    for path in sorted(SAMPLES.glob('*.png')):
+        true_class = path.stem.split('_', 3)[3]  # dataset_split_index_class
+        if true_class in labels:
+            with Image.open(path) as image:
+                examples.append(Example(image.convert('RGB'), true_class, '', int(path.stem.split('_')[2])))
+    return tuple(examples)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one average budget gives: MACs an image, accuracy in percent, share of images leaving at each exit."""
+
+    macs: float
+    accuracy: float
+    shares: Tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against average cost.
+
+    Attributes:
+        images: What it was measured on, in words.
+        budgets: Average budgets in MACs, rising; one point for each.
+        points: What each gives.
+        exits: (MACs, accuracy) of each exit alone, or empty.
+    """
+
+    images: str
+    budgets: Tuple[float, ...]
+    points: Tuple[CurvePoint, ...]
+    exits: Tuple[Tuple[float, float], ...] = ()
+
+    def at(self, budget: float) -> CurvePoint:
+        """What a budget gives, interpolated between its neighbours."""
+        if budget <= self.budgets[0]:
+            return self.points[0]
+        if budget >= self.budgets[-1]:
+            return self.points[-1]
+        k = next(i for i, b in enumerate(self.budgets) if b >= budget)
+        a, b = self.points[k - 1], self.points[k]
+        w = (budget - self.budgets[k - 1]) / (self.budgets[k] - self.budgets[k - 1])
+        return CurvePoint(
+            a.macs + w * (b.macs - a.macs), a.accuracy + w * (b.accuracy - a.accuracy),
+            tuple(x + w * (y - x) for x, y in zip(a.shares, b.shares)))
+
+
+def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
+    """The curve on the test images from results.json beside the weights, else on validation images from the policies.
+
+    None if no policies are stored, or none that say what they gave.
+    """
+    policies = config.policies
+    if not policies:
+        return None
+    path = WEIGHTS_DIR / name / 'results.json'
+    if ':' not in name and path.is_file():
+        return _test_curve(read_json(path, 'results'), policies[0].method)
+    if any(p.expected_macs is None or p.expected_accuracy is None or p.exit_shares is None for p in policies):
+        return None
+    points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy, p.exit_shares) for p in policies)
+    return Curve('the validation images', tuple(p.budget for p in policies), points)
+
+
+def _test_curve(results: Dict[str, Any], method: str) -> Curve:
+    rows: List[Dict[str, Any]] = results['budgeted'].get(method) or next(iter(results['budgeted'].values()))
+    points = tuple(CurvePoint(r['average_macs'], r['accuracy'], tuple(r['exit_shares'])) for r in rows)
+    return Curve(
+        f"{results['test_images']:,} test images", tuple(r['budget'] for r in rows), points,
+        tuple((e['macs'], e['accuracy']) for e in results['exits']))
+
+
+def parse_position(text: Optional[str], count: int) -> int:
+    """Position of an example from a link, where it is counted from 1; the first if there is no such one.
+
+    >>> parse_position('3', 8), parse_position('x', 8), parse_position(None, 8)
+    (2, 0, 0)
+    """
+    try:
+        position = int(text or 1) - 1
+    except ValueError:
+        return 0
+    return position if 0 <= position < count else 0
+
+
+def require_examples(assets: Assets, name: str) -> None:
+    """Checks that there is an image to begin with.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not assets.examples:
+        raise InputError(
+            f"there are no example images for '{name}': make them with python app/tools/choose_examples.py")

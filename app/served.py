@@ -1,0 +1,143 @@
+"""Networks with real weights, each loaded once for all visitors, and the one place where a model runs."""
+import functools
+import re
+import statistics
+import threading
+import time
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from answers import Reading
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torchvision.transforms.functional import to_pil_image
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.models._costs import exit_costs
+from timm_multiexit.pretrained.exit_config import load_exit_config
+from timm_multiexit.pretrained.load import load_model
+from timm_multiexit.pretrained.names import list_networks, require_weights
+from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.stopping.costs import ExitCosts
+
+TIMED_RUNS = 9
+_loading = threading.Lock()
+
+
+class Network:
+    """A network in memory with what is stored beside its weights.
+
+    Args:
+        name: 'arch.tag' in the registry, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+
+    Attributes:
+        config: The stored policies, or None where there are none.
+        milliseconds: Median time until each exit has answered, cumulative, at batch size 1 on this machine.
+
+    Raises:
+        InputError: unknown name, no weights, or stored policies that do not fit.
+    """
+
+    def __init__(self, name: str):
+        require_weights(name)
+        self.name = name
+        self.model = load_model(name)
+        self.config = _stored_config(name)
+        if self.config is not None:
+            self.config.check_network(self.model)
+            self.costs = ExitCosts(self.config.exit_macs, self.config.exit_params, self.config.input_size)
+            self.temperatures = self.config.temperatures
+        else:
+            self.costs = exit_costs(self.model)
+            self.temperatures = (1.,) * self.model.num_exits
+        self.labels = self._labels()
+        data = resolve_data_config(model=self.model)
+        self.size: int = data['input_size'][-1]
+        self._transform = create_transform(**data)
+        self._mean, self._std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+        self.milliseconds = self._measure()
+
+    def _labels(self) -> Tuple[str, ...]:
+        for names in (self.config and self.config.class_names, self.model.pretrained_cfg.get('label_names')):
+            if names and len(names) == self.model.num_classes:
+                return tuple(names)
+        return tuple(f'class {i}' for i in range(self.model.num_classes))
+
+    def _measure(self) -> Tuple[float, ...]:
+        x = torch.zeros(1, *self.costs.input_size)
+        runs = [self._run(x)[1] for _ in range(TIMED_RUNS + 2)][2:]  # the first ones also allocate
+        times = [statistics.median(column) for column in zip(*runs)]
+        return tuple(max(times[:k + 1]) for k in range(len(times)))  # medians of a busy machine may not rise
+
+    @torch.inference_mode()
+    def _run(self, x: torch.Tensor) -> Tuple[List[torch.Tensor], List[float]]:
+        start = time.perf_counter()
+        logits, times = [], []
+        for out in self.model.iter_exits(x):
+            logits.append(out)
+            times.append(1e3 * (time.perf_counter() - start))
+        return logits, times
+
+    def read(
+            self,
+            image: Image.Image,
+            true_class: Optional[str] = None,
+            notes: Sequence[str] = (),
+            example: Optional[int] = None,
+    ) -> Reading:
+        """Runs all exits once on one RGB image."""
+        x = self._transform(image)
+        logits = torch.stack([out[0] for out in self._run(x.unsqueeze(0))[0]]).float().clone()
+        seen = to_pil_image((x * self._std + self._mean).clamp(0., 1.))
+        return Reading(
+            self.name, logits, self.labels, self.costs, self.milliseconds, tuple(self.temperatures), seen, true_class,
+            tuple(notes), example)
+
+
+def _stored_config(name: str) -> Optional[ExitConfig]:
+    try:
+        return load_exit_config(name)
+    except InputError:
+        return None
+
+
+@functools.cache
+def _load(name: str) -> Network:
+    return Network(name)
+
+
+def get_network(name: str) -> Network:
+    """The network of that name; it is loaded at the first call and then kept.
+
+    Raises:
+        InputError: as `Network`.
+    """
+    with _loading:  # two visitors who ask at once must not load it twice
+        return _load(name)
+
+
+def available_networks(extra: str = '') -> List[str]:
+    """Names with real weights: those in the registry, and `extra`, a Hub or folder name or a short one.
+
+    Raises:
+        InputError: there are no weights at all, or none for `extra`.
+    """
+    names = list_networks(pretrained=True)
+    if extra:
+        require_weights(extra)
+        if ':' in extra:
+            names.insert(0, extra)
+        else:
+            full = next(n for n in names if extra in (n, n.partition('.')[0]))
+            names.insert(0, names.pop(names.index(full)))
+    if not names:
+        raise InputError('no network of this installation has trained weights: pass --model hf-hub:ORG/NAME')
+    return names
+
+
+def display_name(name: str) -> str:
+    """'CIFAR-10 · msfuse_cifar' for 'msfuse_cifar.cifar10'."""
+    arch, dot, tag = name.partition('.')
+    if not dot or ':' in name:
+        return name
+    return f"{re.sub(r'^cifar(?=[0-9]+$)', 'CIFAR-', tag)} · {arch}"

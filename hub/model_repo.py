@@ -1,0 +1,174 @@
+"""A trained network as it is published: its weights and all that is stored beside them, read and checked."""
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.files import read_json, read_yaml
+from timm_multiexit.models import MultiExitNet
+from timm_multiexit.models._costs import exit_costs
+from timm_multiexit.models._pretrained import WEIGHTS_DIR
+from timm_multiexit.pretrained.hub_files import WEIGHTS_FILE
+from timm_multiexit.pretrained.names import check_name, list_networks
+from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
+from timm_multiexit.training.lineage import earlier_prefixes
+
+# The one place of the name under which everything is published; `--org` overrides it.
+ORGANISATION = 'timm-multiexit'
+
+_MADE_BY = {
+    WEIGHTS_FILE: 'give the folder final/ of a run of train_timm.py',
+    RECIPE_NAME: 'give the folder final/ of a run of train_timm.py',
+    'summary.csv': 'give the folder final/ of a run of train_timm.py',
+    FILE_NAME: 'make it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
+    'results.json': 'make it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights, from a folder of the package or of a user.
+
+    Attributes:
+        name: 'arch.tag', the repository's name.
+        folder: Holds model.safetensors, multiexit.json, results.json, recipe.yaml and summary.csv.
+        model: With these weights, in eval mode.
+        exits: Costs and policies.
+        results: Of timm-multiexit evaluate.
+        recipe: Options of train_timm.py.
+        earlier: Those of the runs that led to it, first to last.
+        packaged: Whether the weights come with the package.
+    """
+
+    name: str
+    folder: Path
+    model: MultiExitNet
+    exits: ExitConfig
+    results: Dict[str, Any]
+    recipe: Dict[str, Any]
+    earlier: List[Dict[str, Any]]
+    packaged: bool
+
+    @property
+    def tag(self) -> str:
+        return self.name.partition('.')[2]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS_FILE
+
+
+def packaged_networks():
+    """Names 'arch.tag' of the networks whose weights come with the package."""
+    return list_networks(pretrained=True)
+
+
+def read_network(given: str, name: str = '') -> Network:
+    """Reads a network to publish and checks that all that is stored beside the weights belongs to them.
+
+    Args:
+        given: 'arch.tag' of the package, or a folder.
+        name: Repository name in place of the recipe's arch and data set; for folders.
+
+    Raises:
+        InputError: unknown name, something is missing, or does not fit the rest.
+    """
+    folder = Path(given)
+    packaged = not folder.is_dir()
+    if packaged:
+        if '/' in given or '\\' in given:
+            raise InputError(f"'{given}' is no folder: give one with {WEIGHTS_FILE}, or a name like arch.tag")
+        check_name(given)
+        if given not in packaged_networks():
+            trained = ', '.join(packaged_networks()) or 'none so far'
+            raise InputError(f"no weights for '{given}' come with the package: give a folder, or one of {trained}")
+        folder = WEIGHTS_DIR / given
+    for required, remedy in _MADE_BY.items():
+        if not (folder / required).is_file():
+            raise InputError(f"'{folder}' holds no {required}: {remedy}")
+    recipe = _read_recipe(folder / RECIPE_NAME)
+    results = read_json(folder / 'results.json', 'results')
+    exits = ExitConfig.load(folder / FILE_NAME)
+    if packaged:
+        name = given
+    elif not name:
+        name = _default_name(recipe)
+    if not re.fullmatch(r'\w+\.[\w-]+', name):
+        raise InputError(f"repository name '{name}': write it as ARCH.TAG, like msfuse_cifar.flowers")
+    model = _load(folder / WEIGHTS_FILE, name if packaged else str(recipe['model']), recipe, packaged)
+    network = Network(name, folder, model, exits, results, recipe, _read_earlier(folder), packaged)
+    _check(network)
+    return network
+
+
+def _read_recipe(path: Path) -> Dict[str, Any]:
+    recipe = read_yaml(path, 'recipe')
+    if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
+        raise InputError(f"'{path}' is no recipe, it names no model and dataset: give a run's own")
+    return recipe
+
+
+def _read_earlier(folder: Path) -> List[Dict[str, Any]]:
+    recipes = [read_yaml(folder / f'{prefix}{RECIPE_NAME}', 'recipe') for prefix in earlier_prefixes(folder)]
+    return [recipe if isinstance(recipe, dict) else {} for recipe in recipes]
+
+
+def _default_name(recipe: Dict[str, Any]) -> str:
+    kind, _, dataset = str(recipe['dataset']).rpartition('/')
+    if not kind:  # 'folder' says nothing
+        raise InputError(f"data set '{recipe['dataset']}' gives the repository no name: pass --name ARCH.TAG")
+    return f"{str(recipe['model']).partition('.')[0]}.{dataset}"
+
+
+def _load(path: Path, name: str, recipe: Dict[str, Any], packaged: bool) -> MultiExitNet:
+    if ':' in name:
+        raise InputError(f"recipe with model '{name}': train a network of the package")
+    check_name(name)
+    try:
+        state = load_file(path)
+        num_classes = len(state['exits.0.fc.weight'])
+        kwargs = {} if packaged else dict(recipe.get('model_kwargs') or {})
+        # The name that was trained, so that mean and deviation are those of the training.
+        model = timm.create_model(name, **{**kwargs, 'num_classes': num_classes})
+        model.load_state_dict(state)
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"weights '{path}' do not load into {name} ({reason}): check the file and recipe") from error
+    if not isinstance(model, MultiExitNet):
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+    return model.eval()
+
+
+def _check(network: Network) -> None:
+    network.exits.check_network(network.model)
+    costs = exit_costs(network.model, network.exits.input_size)
+    if tuple(costs.macs) != network.exits.exit_macs:
+        raise InputError(f"{FILE_NAME} of '{network.folder}' holds other costs than its network: calibrate it again")
+    results = network.results
+    needed = {'exits', 'budgeted', 'test_images', 'validation_images', 'dataset'}
+    if not isinstance(results, dict) or not needed <= results.keys():
+        raise InputError(f"results.json of '{network.folder}' is not of timm-multiexit evaluate: evaluate it again")
+    if [e['macs'] for e in results['exits']] != list(costs.macs):
+        raise InputError(f"results.json of '{network.folder}' is of another network: evaluate it again")
+
+
+def same_images(model: MultiExitNet, count: int = 4) -> torch.Tensor:
+    """Fixed images (count, C, H, W) to compare two copies of a network on."""
+    size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    return torch.rand((count, *size), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def differences(ours: MultiExitNet, theirs: torch.nn.Module) -> int:
+    """Number of exits whose logits differ in any bit between two copies of a network."""
+    images = same_images(ours)
+    if not isinstance(theirs, MultiExitNet) or theirs.num_exits != ours.num_exits:
+        return ours.num_exits
+    pairs = zip(ours.eval().forward_exits(images), theirs.eval().forward_exits(images))
+    return sum(not torch.equal(a, b) for a, b in pairs)

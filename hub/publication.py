@@ -1,0 +1,142 @@
+"""The folder that becomes a model repository: built from what is stored beside the weights, then checked."""
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict
+
+import timm
+import yaml
+from card import build_card
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from model_repo import Network, differences
+from timm.models._hub import (
+    save_config_for_hf,  # private: save_for_hf would write the weights anew, in single precision
+)
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.files import write_json
+from timm_multiexit.optional import require_extra
+from timm_multiexit.pretrained.exit_config import load_exit_config
+from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
+from timm_multiexit.stopping.config import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CARD = 'README.md'
+
+
+def build_folder(network: Network, folder: Path, organisation: str) -> Path:
+    """Writes the repository of a network: the same bytes for the same network, so that pushing it again is no change.
+
+    Args:
+        network: What to publish.
+        folder: Where; it is made if need be.
+        organisation: In whose name, for the snippets of the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the figures cannot be drawn, matplotlib is not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
+    for summary in sorted(network.folder.glob('*summary.csv')):  # with those of the runs it started from
+        shutil.copyfile(summary, folder / summary.name)
+    for recipe in sorted(network.folder.glob('*recipe.yaml')):
+        (folder / recipe.name).write_text(_portable_recipe(recipe), encoding='utf-8')
+    write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
+    write_json(folder / 'results.json', network.results)
+    for name, figure in _figures(network.results).items():
+        figure.savefig(folder / name, dpi=150, metadata={'Software': None})
+    (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')
+    return folder
+
+
+def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
+    """timm's config.json with our one key.
+
+    Args:
+        network: What to publish.
+        scratch: File that timm writes on the way.
+    """
+    cfg = dict(tag=network.tag, classifier=[f'exits.{k}.fc' for k in range(network.model.num_exits)])
+    extra = {CONFIG_KEY: network.exits.to_dict()}
+    if network.exits.class_names:
+        extra['label_names'] = list(network.exits.class_names)
+    save_config_for_hf(network.model, str(scratch), model_config=dict(pretrained_cfg=cfg, **extra))
+    config = json.loads(scratch.read_text(encoding='utf-8'))
+    if not network.exits.class_names and not network.packaged:
+        config['pretrained_cfg'].pop('label_names', None)  # those of the architecture's cfg, not of the user's data
+    return config
+
+
+def _figures(results: Dict[str, Any]) -> Dict[str, 'Figure']:
+    """The figures of a repository, by file name; raises InputError where matplotlib is not installed."""
+    require_extra('plots', 'a model repository')  # the Space has no figures and does without
+    from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
+    return {'anytime.png': anytime_figure(results), 'budgeted.png': budgeted_figure(results)}
+
+
+def _portable_recipe(path: Path) -> str:
+    """The recipe as it stands, unless it names files of the machine it ran on: their names alone are published."""
+    text = path.read_text(encoding='utf-8')
+    recipe = yaml.safe_load(text)
+    portable = {k: _without_folder(v) for k, v in recipe.items()}
+    return text if portable == recipe else yaml.safe_dump(portable, sort_keys=False)
+
+
+def _without_folder(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_folder(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def check_folder(network: Network, folder: Path) -> str:
+    """Loads the folder back as a user would, compares the logits, and has the card checked.
+
+    Returns:
+        A note if the Hub's validator could not be asked, else ''.
+
+    Raises:
+        InputError: what is in the folder is not the network, or the card is not valid.
+    """
+    place = f'local-dir:{folder}'
+    differing = differences(network.model, timm.create_model(place, pretrained=True))
+    if differing:
+        raise InputError(f'{network.name} loaded from its folder differs in the logits of {differing} exits: '
+                         'its config.json does not describe these weights')
+    if load_exit_config(place) != network.exits:
+        raise InputError(f'{network.name}: the policies in its config.json are not the stored ones')
+    card = ModelCard.load(folder / CARD)
+    parsed = card.data.eval_results or []
+    measured = [e['accuracy'] for e in network.results['exits']]
+    if [r.metric_value for r in parsed] != measured:
+        raise InputError(f'the model-index in the card of {network.name} does not hold the measured accuracies')
+    return validate_card(card)
+
+
+def validate_card(card: ModelCard, repo_type: str = 'model') -> str:
+    """Asks the Hub's own validator.
+
+    Returns:
+        A note if it could not be asked, else ''.
+
+    Raises:
+        InputError: it refuses the card.
+    """
+    try:
+        card.validate(repo_type=repo_type)
+    except (HfHubHTTPError, HTTPError) as error:
+        return f"the card was not checked by the Hub's validator: {explain(error)}"
+    except ValueError as error:
+        raise InputError(f'the Hub refuses the front matter of the card: {error}') from error
+    return ''
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,335 @@
+"""The app's pure functions: which exit answers, where things stand in the pictures, what is read from stored files."""
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.evaluation.evaluate import LabelledLogits
+from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.stopping.costs import ExitCosts
+from timm_multiexit.stopping.policy import ExitPolicy
+from timm_multiexit.stopping.simulate import simulate
+
+pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
+
+import choose_examples  # noqa: E402
+import dataset_view  # noqa: E402
+import examples  # noqa: E402
+import handlers  # noqa: E402
+import image_view  # noqa: E402
+import served  # noqa: E402
+from answers import Reading, answer_by_confidence, answer_within_budget, describe, status_text  # noqa: E402
+
+MACS = (10_000_000, 20_000_000, 24_000_000, 40_000_000)
+VOID = {'img', 'line', 'rect', 'circle', 'polyline', 'path'}
+
+
+def make_reading(logits=None, **kwargs) -> Reading:
+    if logits is None:  # says 0, 0, 1, 1, ever surer
+        logits = torch.tensor([[1., 0., 0.], [2., 1., 0.], [1., 3., 0.], [0., 6., 0.]])
+    values = dict(
+        network='net.data', logits=logits, labels=('cat', 'dog', 'pickup_truck'),
+        costs=ExitCosts(MACS, (1, 2, 3, 4), (3, 32, 32)),
+        milliseconds=(1., 2., 2.5, 4.), temperatures=(1., 1., 2., 0.5), seen=Image.new('RGB', (32, 32), 'navy'),
+        true_class='dog')
+    return Reading(**{**values, **kwargs})
+
+
+class Tree(HTMLParser):
+    """Checks that every element is closed, and collects start tags and text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ''
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def classes(self, tag):
+        return [attrs.get('class', '') for name, attrs in self.tags if name == tag]
+
+
+@pytest.mark.parametrize('budget, exit_index', [
+    (10e6, 0), (19.99e6, 0), (20e6, 1), (24e6, 2), (39.9e6, 2), (40e6, 3), (1e30, 3), (math.inf, 3)])
+def test_the_deepest_exit_within_a_budget_answers(budget, exit_index):
+    assert answer_within_budget(make_reading(), budget).exit_index == exit_index
+
+
+@pytest.mark.parametrize('budget', [0, -1e6, 9.99e6, math.nan, None, 'much'])
+def test_budgets_that_no_exit_keeps(budget):
+    with pytest.raises(InputError, match='below the first exit|give a number'):
+        answer_within_budget(make_reading(), budget)
+
+
+def test_a_rising_budget_never_goes_back():
+    reading = make_reading()
+    exits = [answer_within_budget(reading, 1e5 * b).exit_index for b in range(100, 420)]
+    assert exits == sorted(exits) and set(exits) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize('calibrated', [True, False])
+def test_confidence_mode_is_the_policy_of_the_package(calibrated):
+    torch.manual_seed(0)
+    for _ in range(20):
+        reading = make_reading(torch.randn(4, 3) * 2)
+        temperatures = reading.temperatures if calibrated else (1.,) * 4
+        for threshold in (0.4, 0.7, 0.9, 1.):
+            policy = ExitPolicy((threshold,) * 3 + (0.,), temperatures)
+            expected = simulate(policy, reading.logits.unsqueeze(1), MACS).exit_index.item()
+            answer = answer_by_confidence(reading, threshold, calibrated)
+            assert answer.exit_index == expected
+            sure = reading.probabilities(calibrated)[expected].max()
+            assert ('no exit is' in answer.reason) == bool(sure < threshold)
+
+
+@pytest.mark.parametrize('threshold', [0, -0.1, 1.01, math.nan, None, 'sure'])
+def test_confidences_that_are_none(threshold):
+    with pytest.raises(InputError, match='give a'):
+        answer_by_confidence(make_reading(), threshold)
+
+
+def test_describe_tells_what_ran():
+    reading = make_reading(notes=('shrunk',))
+    said = describe(reading, answer_within_budget(reading, 24e6))
+    assert (said['exit'], said['num_exits'], said['label'], said['macs']) == (3, 4, 'dog', 24_000_000)
+    assert [e['ran'] for e in said['exits']] == [True, True, True, False]
+    assert said['share_of_full_cost'] == 0.6 and said['notes'] == ['shrunk']
+    for row, p in zip(said['exits'], reading.probabilities()):
+        assert sum(t['probability'] for t in row['top']) == pytest.approx(1., abs=1e-4)
+        assert row['top'][0]['probability'] == pytest.approx(float(p.max()), abs=1e-4)
+
+
+def test_status_text_is_spoken():
+    reading = make_reading(true_class='pickup_truck')
+    assert status_text(reading, answer_within_budget(reading, 10e6)) == (
+        'Exit 1 of 4 answers cat, 58% sure, but it is pickup truck. 75% of the cost saved.')
+
+
+def test_exit_states():
+    assert image_view.exit_states(4, 0) == ['answered', 'not-run', 'not-run', 'not-run']
+    assert image_view.exit_states(4, 2) == ['ran', 'ran', 'answered', 'not-run']
+    assert image_view.exit_states(1, 0) == ['answered']
+
+
+@pytest.mark.parametrize('macs', [MACS, (1,), (15, 31, 44, 50, 60, 63, 89, 94), tuple(range(100, 120)), (98, 99, 100)])
+@pytest.mark.parametrize('gap', [0., 0.05, 0.2, 0.9])
+def test_exit_positions(macs, gap):
+    positions = image_view.exit_positions(macs, gap)
+    steps = [b - a for a, b in zip([0., *positions], positions)]
+    assert positions[-1] == pytest.approx(1.)
+    assert min(steps) >= min(gap, 1. / len(macs)) - 1e-5 and min(steps) > 0.
+    if gap == 0.:
+        assert positions == pytest.approx([m / macs[-1] for m in macs], abs=1e-5)
+    ends = [image_view.at_cost(m, macs, positions) for m in macs]
+    assert ends == pytest.approx(positions)
+    costs = [image_view.at_cost(macs[-1] * i / 50, macs, positions) for i in range(60)]
+    assert costs == sorted(costs) and costs[0] == 0. and costs[-1] == 1.
+
+
+@pytest.mark.parametrize('mode', ['budget', 'confidence'])
+def test_the_picture_tells_states_and_marks(mode):
+    reading = make_reading()
+    answer = answer_within_budget(reading, 21e6) if mode == 'budget' else answer_by_confidence(reading, 0.6)
+    assert answer.exit_index == 1
+    tree = Tree(image_view.anytime_view(reading, answer))
+    exits = [c for c in tree.classes('li') if c.startswith('exit ')]
+    assert exits == ['exit ran', 'exit answered', 'exit not-run', 'exit not-run']
+    assert tree.tags[0][1]['data-exit'] == '2'
+    assert ('flag' in ' '.join(tree.classes('div'))) == (mode == 'budget')
+    assert 'Exit 2 of 4 answers' in tree.text and 'true class: dog' in tree.text and '50 %' in tree.text
+    assert [c.split()[1] for c in tree.classes('span') if c.startswith('mark ')][:3] == ['wrong', 'wrong', 'wrong']
+
+
+def test_labels_of_others_are_not_markup():
+    evil = '<img src=x onerror=alert(1)>'
+    reading = make_reading(labels=(evil, evil, evil), true_class=evil, notes=(evil,))
+    views = image_view.anytime_view(reading, answer_within_budget(reading, 40e6)) + image_view.example_cards(
+        [(reading.seen, evil, evil)], 0)
+    assert '<img src=x' not in views
+    Tree(views)
+
+
+def test_cards_group_the_lessons():
+    image = Image.new('RGB', (32, 32))
+    tree = Tree(image_view.example_cards([(image, 'cat', 'a'), (image, 'dog', 'a'), (image, 'cat', 'b')], 1))
+    buttons = [attrs for tag, attrs in tree.tags if tag == 'button']
+    assert [b['data-index'] for b in buttons] == ['0', '1', '2']
+    assert [b['aria-pressed'] for b in buttons] == ['false', 'true', 'false']
+    assert len([t for t, _ in tree.tags if t == 'h3']) == 2
+
+
+def test_links_lead_back():
+    reading = make_reading(example=2)
+    assert 'href="?network=net.data&amp;image=3&amp;stop=budget&amp;at=21.5"' in image_view.permalink(
+        reading, answer_within_budget(reading, 21.5e6))
+    assert image_view.permalink(make_reading(), answer_within_budget(reading, 21e6)) == ''
+
+
+@pytest.mark.parametrize('p, text', [(0., '0 %'), (0.574, '57 %'), (0.996, '>99 %'), (1., '100 %')])
+def test_percent(p, text):
+    assert image_view.percent(p) == text
+
+
+@pytest.mark.parametrize('macs', [(15_260_000, 64_220_000), (7_420_000, 52_650_000), (615_000_000, 3_240_000_000),
+                                  (100_000, 150_000), (5_000_000, 5_000_000)])
+def test_the_slider_reaches_every_exit(macs):
+    low, high, step = handlers.slider_range(macs)
+    assert macs[0] <= low * 1e6 < macs[0] + 1.0001e6 * step and macs[1] <= high * 1e6 < macs[1] + 1.0001e6 * step
+    assert (high - low) / step <= 101
+
+
+def test_display_names():
+    assert served.display_name('msfuse_cifar.cifar10') == 'CIFAR-10 · msfuse_cifar'
+    assert served.display_name('msfuse_cifar.flowers') == 'flowers · msfuse_cifar'
+    assert served.display_name('hf-hub:a/b.c') == 'hf-hub:a/b.c'
+
+
+@pytest.mark.parametrize('name', ['no_such_net', 'resnet18', 'msdnet_cifar'])
+def test_networks_without_weights_are_not_shown(name):
+    assert name not in [n.partition('.')[0] for n in served.available_networks()]
+    with pytest.raises(InputError):
+        served.available_networks(name)
+
+
+def make_config():
+    policies = [
+        ExitPolicy(t, (1., 1., 2., .5), budget=b, expected_macs=b, expected_accuracy=a, exit_shares=s)
+        for t, b, a, s in [((0., 0., 0., 0.), 10e6, 70., (1., 0., 0., 0.)),
+                           ((.9, .8, .7, 0.), 20e6, 80., (.5, .2, .2, .1)),
+                           ((2., 2., 2., 0.), 40e6, 82., (0., 0., 0., 1.))]]
+    return ExitConfig(MACS, (1, 2, 3, 4), (3, 32, 32), (1., 1., 2., .5), policies, ('cat', 'dog', 'pickup_truck'))
+
+
+def test_the_curve_meets_the_stored_policies_and_is_straight_between():
+    curve = examples.load_curve('no.results', make_config())
+    assert curve.images == 'the validation images'
+    assert curve.at(20e6).accuracy == 80. and curve.at(1.).accuracy == 70. and curve.at(1e12).accuracy == 82.
+    between = curve.at(15e6)
+    assert (between.macs, between.accuracy, between.shares) == (15e6, 75., (.75, .1, .1, .05))
+    low, high = dataset_view.accuracy_range(curve)
+    assert low < 70. and high > 82.
+
+
+def test_the_gallery_leaves_where_the_policy_says():
+    torch.manual_seed(1)
+    logits, policy = torch.randn(4, 60, 3) * 2, make_config().policies[1]
+    sure = torch.stack([policy.confidence(k, x) for k, x in enumerate(logits)])
+    images = [examples.GalleryImage(i, 'cat', ('dog',) * 4, tuple(sure[:, i].tolist())) for i in range(60)]
+    groups = dataset_view.gallery_by_exit(images, policy)
+    expected = simulate(policy, logits, MACS).exit_index
+    for k, group in enumerate(groups):
+        assert sorted(g.tile for g in group) == (expected == k).nonzero().flatten().tolist()
+        assert [g.confidences[k] for g in group] == sorted((g.confidences[k] for g in group), reverse=True)
+
+
+def test_the_budget_view_is_whole():
+    config = make_config()
+    curve = examples.load_curve('no.results', config)
+    bins = dict(calibration_error=3., bins=[{'from': .9, 'to': 1., 'confidence': .95, 'accuracy': .9, 'share': 1.}])
+    assets = examples.Assets(
+        (), (examples.GalleryImage(0, 'cat', ('dog',) * 4, (.95, .9, .9, .9)),),
+        (dict(raw=bins, calibrated={**bins, 'calibration_error': 1.}),) * 4, 'data:image/png;base64,', 16)
+    for budget in (10e6, 15e6, 40e6):
+        tree = Tree(dataset_view.budget_view(curve, config, assets, budget))
+        assert len([c for c in tree.classes('div') if c == 'leaving']) == 4
+        assert f'{curve.at(budget).accuracy:.1f} %' in tree.text
+    assert 'off by 3.0 %' in Tree(dataset_view.reliability_diagrams(assets, False)).text
+    assert 'off by 1.0 %' in Tree(dataset_view.reliability_diagrams(assets, True)).text
+
+
+def test_lessons_teach_what_they_say():
+    def sure(*said):  # logits of 6 exits, each surely of one class
+        return torch.stack([8. * torch.eye(4)[c] for c in said])
+
+    paths = {'right at once': (0,) * 6, 'right only late': (1, 1, 1, 1, 0, 0), 'a change of mind': (0, 1, 0, 1, 0, 1),
+             'never right': (3,) * 6}
+    probabilities = torch.stack([sure(*p) for p in paths.values()], 1).softmax(2)
+    scores = choose_examples.lessons(probabilities, torch.zeros(4, dtype=torch.long))
+    for i, lesson in enumerate(paths):
+        taught = [name for name, score in scores.items() if score[i] > -math.inf]
+        assert taught == [lesson]
+
+
+def test_examples_are_of_many_classes():
+    scores = {'a': torch.tensor([9., 8., 7., -math.inf]), 'b': torch.tensor([1., 2., 3., 4.]),
+              'c': torch.full((4,), -math.inf)}
+    chosen = choose_examples.choose(scores, torch.tensor([0, 0, 1, 2]))
+    assert [(c['index'], c['lesson']) for c in chosen] == [(0, 'a'), (2, 'a'), (3, 'b'), (2, 'b')]
+
+
+def test_assets_are_written_and_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, 'ASSETS', tmp_path)
+    monkeypatch.setattr(choose_examples, 'ASSETS', tmp_path)
+    torch.manual_seed(2)
+    targets = torch.randint(3, (300,))
+    logits = torch.randn(4, 300, 3) + 2. * torch.eye(3)[targets]
+    images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
+    config = make_config()
+    choose_examples.make_assets('net.data', config.class_names, config, images, LabelledLogits(logits, targets))
+    assets = examples.load_assets('net.data', config.class_names)
+    assert {e.lesson for e in assets.examples} >= {'right at once', 'right only late'}
+    for example in assets.examples:
+        pixels = torch.from_numpy(numpy.array(example.image))
+        assert torch.equal(pixels.permute(2, 0, 1), images[example.index])
+        assert example.true_class == config.class_names[targets[example.index]]
+    assert len(assets.gallery) == choose_examples.GALLERY and len(assets.reliability) == 4
+    sureness = [sum(g.confidences) for g in assets.gallery]
+    assert sureness == sorted(sureness, reverse=True)
+    for row in assets.reliability:
+        for values in row.values():
+            assert sum(b['share'] for b in values['bins']) == pytest.approx(1., abs=1e-3)
+
+
+def test_without_chosen_examples_there_are_the_samples():
+    assets = examples.load_assets('net.nothing', ('cat', 'ship'))
+    assert {e.true_class for e in assets.examples} == {'cat', 'ship'} and assets.gallery == ()
+    with pytest.raises(InputError, match='choose_examples'):
+        examples.require_examples(examples.load_assets('net.nothing', ('tulip',)), 'net.nothing')
+
+
+@pytest.mark.parametrize('text, position', [('1', 0), ('8', 7), ('9', 0), ('0', 0), ('-1', 0), ('x', 0), (None, 0)])
+def test_positions_in_links(text, position):
+    assert examples.parse_position(text, 8) == position
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--model', 'no_such_net'], "unknown network 'no_such_net'"),
+    (['--model', 'resnet18'], 'has no exits'),
+    (['--model', 'local-dir:/no/such/folder'], 'cannot be read')])
+def test_the_command_says_what_is_wrong(args, message):
+    import app
+    with pytest.raises(SystemExit, match=message):
+        app.main(args)
+
+
+def test_mcp_without_its_package_is_an_error(monkeypatch):
+    import app
+    find_spec = app.importlib.util.find_spec
+    monkeypatch.setattr(app.importlib.util, 'find_spec', lambda name: None if name == 'mcp' else find_spec(name))
+    with pytest.raises(SystemExit, match='gradio\\[mcp\\]'):
+        app.main(['--mcp'])
+
+
+def test_the_front_matter_names_the_networks_with_weights():
+    text = (Path(examples.__file__).parent / 'README.md').read_text(encoding='utf-8')
+    models = yaml.safe_load(text.split('---')[1])['models']
+    assert sorted(m.rpartition('/')[2] for m in models) == sorted(served.available_networks())

@@ -1,0 +1,325 @@
+"""hub/push.py and loading from the Hub: the real client against a small Hub on a real socket."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hub_server import HubServer
+from hub_support import NAME, PUSH, REPO, SHAPE, copy_of
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load_file, save_file
+
+from timm_multiexit.files import write_json
+from timm_multiexit.models._pretrained import WEIGHTS_DIR
+from timm_multiexit.pretrained.names import list_networks
+from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.training.lineage import starting_runs
+
+pytest_plugins = ['hub_support']  # its fixtures
+
+
+def test_push_load_back_and_push_again(client, server, final):
+    done = client.push(final).ok()
+    assert f'{REPO}: published' in done.out and HubServer.token not in done.out + done.err
+    first, commit = server.commits(REPO)
+    assert not first.files and set(commit.files) == {
+        'README.md', 'anytime.png', 'budgeted.png', 'config.json', 'model.safetensors', 'recipe.yaml', 'results.json',
+        'summary.csv'}
+    stored = server.contents(REPO)
+    assert stored['model.safetensors'] == (final / 'model.safetensors').read_bytes()
+    config = json.loads(stored['config.json'])
+    assert config['architecture'] == 'msfuse_cifar' and config['pretrained_cfg']['tag'] == 'cifar10'
+    assert ExitConfig.from_dict(config['multiexit']) == ExitConfig.load(final / 'multiexit.json')
+    for text in ('README.md', 'config.json', 'recipe.yaml', 'results.json'):
+        assert str(final).encode() not in stored[text] and b'/somewhere/of/mine' not in stored[text]
+
+    again = client.push(final).ok()
+    assert 'unchanged, no commit made' in again.out
+    assert len(server.commits(REPO)) == 2
+
+    client.code(f"""
+import timm, torch
+from timm_multiexit import ExitConfig, load_exit_config
+torch.manual_seed(1)
+x = torch.randn(2, 3, 32, 32)
+ours = timm.create_model('msfuse_cifar', **{SHAPE}).eval()
+from safetensors.torch import load_file
+ours.load_state_dict(load_file('{final}/model.safetensors'))
+theirs = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
+assert all(torch.equal(a, b) for a, b in zip(ours.forward_exits(x), theirs.forward_exits(x)))
+stored = ExitConfig.load('{final}/multiexit.json')
+assert load_exit_config('hf-hub:{REPO}') == stored
+assert load_exit_config('hf-hub:{REPO}@{commit.oid}') == stored
+other = timm.create_model('hf-hub:{REPO}', pretrained=True, num_classes=4, in_chans=1).eval()
+assert [l.shape for l in other.forward_exits(x[:, :1])] == [(2, 4)] * 3
+kept, name = theirs.state_dict(), 'stages.1.layers.0.'
+same = [torch.equal(v, kept[k]) for k, v in other.state_dict().items() if k.startswith(name)]
+assert same and all(same)
+""").ok()
+
+
+def test_new_weights_make_one_commit_and_stale_files_go(client, server, final, built, tmp_path):
+    server.put(REPO, {**built, '.gitattributes': b'*.png filter=lfs', 'old.txt': b'stale'})
+    changed = copy_of(final, tmp_path)
+    state = load_file(changed / 'model.safetensors')
+    state['exits.0.fc.bias'] += 1
+    save_file(state, changed / 'model.safetensors')
+    shown = client.push(changed, '--dry-run').ok().out
+    assert re.search(r'replace .* model.safetensors', shown) and re.search(r'delete .* old.txt', shown)
+    assert re.search(r'keep .* config.json', shown) and 'would be sent: 1 files' in shown
+    before = len(server.commits(REPO))
+    client.push(changed).ok()
+    assert len(server.commits(REPO)) == before + 1
+    now = server.contents(REPO)
+    assert 'old.txt' not in now and '.gitattributes' in now
+    assert now['model.safetensors'] == (changed / 'model.safetensors').read_bytes()
+
+
+def test_second_revision_stands_beside_main(client, server, final, built, tmp_path):
+    server.put(REPO, built)
+    changed = copy_of(final, tmp_path)
+    config = json.loads((changed / 'multiexit.json').read_text())
+    config['policies'] = config['policies'][:1]
+    write_json(changed / 'multiexit.json', config)
+    client.push(changed, '--revision', 'trial').ok()
+    assert len(server.commits(REPO)) == 2 and len(server.commits(REPO, 'trial')) == 3
+    client.code(f"""
+from timm_multiexit import load_exit_config
+assert len(load_exit_config('hf-hub:{REPO}').policies) > 1
+assert len(load_exit_config('hf-hub:{REPO}@trial').policies) == 1
+""").ok()
+    client.load(f'hf-hub:{REPO}@trial').ok()
+    client.load(f'hf-hub:{REPO}@none').refused('no such revision', 'none')
+
+
+def test_snapshot_and_offline_from_the_cache(client, server, built):
+    server.put(REPO, built)
+    client.load().ok()
+    client.code(f"""
+from huggingface_hub import snapshot_download
+from timm_multiexit.pretrained.load import load_model
+from timm_multiexit import load_exit_config
+folder = snapshot_download('{REPO}')
+assert load_model('local-dir:' + folder).num_exits == 3
+assert load_exit_config('local-dir:' + folder) == load_exit_config('hf-hub:{REPO}')
+""").ok()
+    server.requests.clear()
+    client.load().ok()
+    assert not [r for r in server.requests if r.startswith('GET') and 'model.safetensors' in r]  # from the cache
+    server.stop()
+    assert 'loaded 3' in client.load().ok().out
+
+
+def test_offline_variable(client, server, built):
+    """HF_HUB_OFFLINE is read when the client is imported: a process of its own."""
+    server.put(REPO, built)
+    code = "import sys\nfrom timm_multiexit import InputError, load_model\n" \
+           "try:\n    print(load_model(sys.argv[1]).num_exits)\nexcept InputError as error:\n    sys.exit(str(error))\n"
+    env = {**client.env, 'HF_HUB_OFFLINE': '1'}
+    client.load().ok()
+    found = subprocess.run([sys.executable, '-c', code, f'hf-hub:{REPO}'], env=env, capture_output=True, text=True)
+    assert found.stdout.strip() == '3', found.stderr
+    client.clear_cache()
+    server.requests.clear()
+    done = subprocess.run([sys.executable, '-c', code, f'hf-hub:{REPO}'], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and 'HF_HUB_OFFLINE' in done.stderr and 'Traceback' not in done.stderr
+    assert not server.requests
+
+
+def test_dry_run_shows_what_would_be_sent_and_sends_nothing(client, server, final, built):
+    import hashlib
+    shown = client.push(final, '--dry-run', HF_TOKEN='').ok().out
+    digest = hashlib.sha256((final / 'model.safetensors').read_bytes()).hexdigest()
+    size = (final / 'model.safetensors').stat().st_size
+    assert re.search(rf'add +{size:,}  {digest}  model.safetensors', shown) and 'not there yet' in shown
+    assert not server.repositories and not [r for r in server.requests if 'create' in r or 'commit/' in r]
+    sent = dict(built)
+    for line in shown.splitlines()[1:-1]:
+        action, size, digest, path = line.split()
+        content = sent.pop(path)
+        assert action == 'add' and hashlib.sha256(content).hexdigest() == digest
+        assert len(content) == int(size.replace(',', ''))
+    assert not sent
+    server.stop()
+    assert 'compared with nothing' in client.push(final, '--dry-run').ok().out
+
+
+def test_private_and_name(client, server, final):
+    client.push(final, '--private', '--name', 'msfuse_cifar.mine').ok()
+    assert server.repositories['me/msfuse_cifar.mine'].private
+    client.load('hf-hub:me/msfuse_cifar.mine').ok()
+    client.clear_cache()
+    client.load('hf-hub:me/msfuse_cifar.mine', HF_TOKEN='').refused('no such repository', 'HF_TOKEN')
+
+
+# Published networks
+
+@pytest.mark.parametrize('name', [NAME, *list_networks(pretrained=True)])
+def test_published_network(client, server, final, built, request, name):
+    """The card parses, its model-index holds the measured accuracies, its snippets run; the first is not packaged."""
+    packaged = request.node.callspec.indices['name'] > 0
+    beside = WEIGHTS_DIR / name if packaged else final
+    if packaged:
+        client.push(name).ok()
+    else:
+        server.put(f'me/{name}', built)
+    content = server.contents(f'me/{name}')
+    assert content['model.safetensors'] == (beside / 'model.safetensors').read_bytes()
+    text = content['README.md'].decode()
+    card = ModelCard(text, ignore_metadata_errors=False)
+    raw = yaml.safe_load(text.split('---')[1])
+    title, measured = model_index_to_eval_results(raw['model-index'])
+    results = json.loads((beside / 'results.json').read_text())
+    assert title == name and [m.metric_value for m in measured] == [e['accuracy'] for e in results['exits']]
+    assert raw['library_name'] == 'timm' and raw['license'] == 'apache-2.0'
+    assert raw['pipeline_tag'] == 'image-classification' and raw['metrics'] == ['accuracy']
+    assert raw['datasets'] == [f"uoft-cs/{name.split('.')[1]}"]
+    for e in results['exits']:
+        assert re.search(rf"\| {e['exit']} \| {e['macs'] / 1e6:.2f} M \|.*\| {e['accuracy']:.2f} \|", card.text)
+    links = re.findall(r'\]\((?!http)(.*?)\)', card.text)
+    assert links and set(links) <= set(content)
+    snippets = re.findall(r'```python\n(.*?)```', card.text, re.S)
+    assert len(snippets) == 5 and all(s.startswith('import timm_multiexit') for s in snippets)
+    client.code('\n'.join(snippets)).ok()
+    if packaged:
+        client.code(f"""
+import timm, torch, timm_multiexit
+from timm_multiexit import load_exit_config
+ours = timm.create_model('{name}', pretrained=True).eval()
+theirs = timm.create_model('hf-hub:me/{name}', pretrained=True).eval()
+x = torch.randn(2, 3, 32, 32)
+assert all(torch.equal(a, b) for a, b in zip(ours.forward_exits(x), theirs.forward_exits(x)))
+assert load_exit_config('hf-hub:me/{name}') == load_exit_config('{name}')
+assert list(ours.pretrained_cfg['label_names']) == list(theirs.pretrained_cfg['label_names'])
+""").ok()
+
+
+def test_space(client, server):
+    shown = client.push('--space').ok().out
+    assert 'published' in shown
+    files = server.commits('me/timm-multiexit-app')[-1].files
+    assert {'README.md', 'app.py', 'requirements.txt', 'timm_multiexit/__init__.py', 'LICENSE'} <= set(files)
+    assert not [f for f in files if '__pycache__' in f or f.endswith('.pyi')]
+    assert server.repositories['me/timm-multiexit-app'].kind == 'space'
+    requirements = server.objects[files['requirements.txt'][0]].decode()
+    assert 'timm' in requirements and 'extra ==' not in requirements
+    front = yaml.safe_load(server.objects[files['README.md'][0]].decode().split('---')[1])
+    assert front['models'] == [f'me/{name}' for name in list_networks(pretrained=True)]
+    assert front['title'] and front['app_file'] == 'app.py'
+    again = client.push('--space').ok().out
+    now = server.commits('me/timm-multiexit-app')[-1].files
+    assert not {p for p in files.keys() | now.keys() if files.get(p) != now.get(p)}
+    assert 'unchanged' in again
+
+
+def test_the_runs_behind_the_weights_are_published(client, server, final, built, tmp_path):
+    assert 'run1-' not in built['README.md'].decode() and not any(name.startswith('run') for name in built)
+    folder = copy_of(final, tmp_path)
+    for k in (1, 2):
+        (folder / f'run{k}-recipe.yaml').write_text(
+            f'epochs: {k}\ninitial_checkpoint: /somewhere/of/mine/model.safetensors\n')
+        (folder / f'run{k}-summary.csv').write_text(f'epoch,train_loss\n0,{k}.2\n')
+        client.push(folder).ok()
+        stored = server.contents(REPO)
+        assert stored[f'run{k}-recipe.yaml'] == f'epochs: {k}\ninitial_checkpoint: model.safetensors\n'.encode()
+        assert stored[f'run{k}-summary.csv'] == (folder / f'run{k}-summary.csv').read_bytes()
+        assert f'(run{k}-recipe.yaml)'.encode() in stored['README.md']
+        assert (b'an earlier run' if k == 1 else b'run 3 of a line') in stored['README.md']
+
+
+def test_a_run_that_started_where_another_did_is_told_from_the_line(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    for k, start in enumerate(("''", 'output/a/final/model.safetensors', 'output/b/final/model.safetensors',
+                               '[output/b/final/model.safetensors]'), start=1):
+        (folder / f'run{k}-recipe.yaml').write_text(f'initial_checkpoint: {start}\n')
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'of the one before; only run 4 from the weights of run 2.' in card
+    (folder / 'run4-recipe.yaml').write_text('initial_checkpoint: [output/c/final/model.safetensors]\n')
+    client.push(folder).ok()
+    assert 'of the one before.' in server.contents(REPO)['README.md'].decode()
+
+
+def test_the_card_names_the_processes_a_batch_is_for(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    for processes, told in ((1, False), (2, True)):
+        recipe |= {'epochs': 4, 'batch_size': 64, 'world_size': processes, 'sched': 'poly'}
+        (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+        client.push(folder).ok()
+        card = server.contents(REPO)['README.md'].decode()
+        assert '4 epochs, ' in card and '`batch-size: 64`' in card
+        assert ('`sched: poly`, in 2 processes of `torchrun`' in card) is told and ('processes' in card) is told
+
+
+def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    recipe |= {'epochs': 0, 'initial_checkpoint': ['c/w.safetensors', 'c/w.safetensors', 'd/w.safetensors']}
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'the mean of the weights of several runs' in card and '0 epochs' not in card  # their recipes are not there
+    starts = [[], ['a/w.safetensors'], ['a/w.safetensors'], ['a/w.safetensors', 'b1/w.safetensors', 'b2/w.safetensors'],
+              ['c/w.safetensors']]
+    for k, start in enumerate(starts, start=1):
+        (folder / f'run{k}-recipe.yaml').write_text(yaml.safe_dump({'initial_checkpoint': start}))
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'the mean of the weights of runs 4 and 5, where 4 counts 2 times, with BN statistics' in card
+    assert ('of the one before; only run 3 from the weights of run 1, run 4 from the mean of the weights of runs 1, 2 '
+            'and 3, run 6 from the mean of the weights of runs 4 and 5, where 4 counts 2 times.') in card
+
+
+def test_the_mean_of_two_epochs_of_one_run_is_told(client, server, final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    recipe |= {'epochs': 0, 'initial_checkpoint': ['b/w.safetensors', 'b/epoch7.safetensors']}
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    for k, start in enumerate(([], ['a/w.safetensors']), start=1):
+        (folder / f'run{k}-recipe.yaml').write_text(yaml.safe_dump({'initial_checkpoint': start}))
+    client.push(folder).ok()
+    card = server.contents(REPO)['README.md'].decode()
+    assert 'the mean of 2 weights of run 2, with BN statistics' in card
+    assert 'of the one before; only run 3 from the mean of 2 weights of run 2.' in card
+
+
+def test_recipes_without_folders_tell_no_starts():
+    assert starting_runs([{}, {'initial_checkpoint': ['model.safetensors']}, {'initial_checkpoint': None}]) == [[]] * 3
+    assert starting_runs([{'initial_checkpoint': 'elsewhere/w.pth'}, {'initial_checkpoint': 'mine/w.pth'}]) == [[], [1]]
+
+
+@pytest.mark.parametrize('names, text', [
+    ('msfuse_cifar.cifar10', 'learnt from `msfuse_cifar.cifar10`, too'),
+    (['a', 'b'], 'learnt from the mean of `a` and `b`, too'),
+    (['a', 'a', 'b'], 'learnt from the mean of 2 runs of `a` and `b`, too'),
+    (['a', 'a'], 'learnt from the mean of 2 runs of `a`, too'),
+    (['a', 'b', 'c'], 'learnt from the mean of `a`, `b` and `c`, too'),
+])
+def test_teachers_are_named_without_their_files(client, server, final, tmp_path, names, text):
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    files = [f'/somewhere/of/mine/{i}.safetensors' for i in range(2)] + ['output/c.safetensors']
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump({**recipe, 'kd_model_name': names, 'kd_checkpoint': files}))
+    client.push(folder).ok()
+    stored = server.contents(REPO)
+    assert text in stored['README.md'].decode()
+    assert yaml.safe_load(stored['recipe.yaml'])['kd_checkpoint'] == [
+        '0.safetensors', '1.safetensors', 'output/c.safetensors']
+
+
+def test_without_the_plots_extra_a_network_is_refused_and_the_space_goes(client, server, final):
+    code = ("import runpy, sys; sys.modules['matplotlib'] = None; "  # as if it were not installed
+            f"sys.argv, sys.path[0] = sys.argv[1:], '{PUSH.parent}'; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+    def push(*args):
+        return subprocess.run([sys.executable, '-c', code, PUSH, *args, '--org', 'me', '--dry-run'],
+                              env=client.env, capture_output=True, text=True)
+
+    refused = push(str(final))
+    assert refused.returncode == 2 and 'Traceback' not in refused.stderr
+    assert "needs matplotlib: pip install 'timm-multiexit[plots]'" in refused.stderr
+    assert push('--space').returncode == 0

@@ -1,0 +1,106 @@
+"""Image files of every kind, good and bad."""
+import numpy as np
+import pytest
+from conftest import SAMPLES
+from PIL import Image
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.inference.images import read_image
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.open(sorted(SAMPLES.glob('*_frog.png'))[0])
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_plain_image_comes_back_unchanged(picture, tmp_path):
+    picture.save(tmp_path / 'a.png')
+    image, notes = read_image(tmp_path / 'a.png')
+    assert image.mode == 'RGB' and notes == []
+    assert (pixels(image) == pixels(picture)).all()
+
+
+def test_greyscale_is_repeated_over_the_channels(picture, tmp_path):
+    picture.convert('L').save(tmp_path / 'a.png')
+    image, _ = read_image(tmp_path / 'a.png')
+    assert image.mode == 'RGB'
+    for channel in range(3):
+        assert (pixels(image)[..., channel] == pixels(picture.convert('L'))).all()
+
+
+def test_transparency_is_laid_over_white(picture, tmp_path):
+    rgba = picture.convert('RGBA')
+    rgba.putalpha(Image.new('L', rgba.size, 0))
+    rgba.save(tmp_path / 'a.png')
+    image, notes = read_image(tmp_path / 'a.png')
+    assert (pixels(image) == 255).all() and 'transparent' in notes[0]
+
+
+def test_opaque_rgba_has_nothing_to_note(picture, tmp_path):
+    picture.convert('RGBA').save(tmp_path / 'a.png')
+    image, notes = read_image(tmp_path / 'a.png')
+    assert notes == [] and (pixels(image) == pixels(picture)).all()
+
+
+def test_sixteen_bits_are_scaled_not_clipped(picture, tmp_path):
+    grey = pixels(picture.convert('L'))
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / 'a.png')
+    image, notes = read_image(tmp_path / 'a.png')
+    assert (pixels(image)[..., 0] == grey).all() and '8 bits' in notes[0]
+
+
+def test_first_frame_of_an_animation(picture, tmp_path):
+    frames = [picture, picture.rotate(90), picture.rotate(180)]
+    frames[0].save(tmp_path / 'a.webp', save_all=True, append_images=frames[1:], lossless=True)
+    image, notes = read_image(tmp_path / 'a.webp')
+    assert '3 frames' in notes[0] and (pixels(image) == pixels(picture)).all()
+
+
+def test_photo_is_turned_upright(tmp_path):
+    photo = Image.new('RGB', (40, 20))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # the camera was turned
+    photo.save(tmp_path / 'a.jpg', exif=exif)
+    assert read_image(tmp_path / 'a.jpg')[0].size == (20, 40)
+
+
+def test_huge_photo_is_decoded_small(tmp_path):
+    Image.new('RGB', (12_000, 9_000), 'red').save(tmp_path / 'a.jpg')
+    image, notes = read_image(tmp_path / 'a.jpg')
+    assert max(image.size) <= 2048 and 'shrunk from 12000 x 9000' in notes[-1]
+
+
+def truncated(tmp_path):
+    source = sorted(SAMPLES.glob('*.png'))[0].read_bytes()
+    (tmp_path / 'cut.png').write_bytes(source[:len(source) // 2])
+    return tmp_path / 'cut.png'
+
+
+def text(tmp_path):
+    (tmp_path / 'notes.png').write_text('not an image')
+    return tmp_path / 'notes.png'
+
+
+def empty(tmp_path):
+    (tmp_path / 'empty.png').touch()
+    return tmp_path / 'empty.png'
+
+
+def bomb(tmp_path):
+    Image.new('1', (20_000, 20_000)).save(tmp_path / 'bomb.png')
+    return tmp_path / 'bomb.png'
+
+
+@pytest.mark.parametrize('make, message', [
+    (truncated, 'cut off'), (text, 'not an image'), (empty, 'not an image'), (bomb, 'shrink it'),
+    (lambda p: p, 'is a folder'), (lambda p: p / 'none.png', 'does not exist'),
+])
+def test_bad_files_are_named(make, message, tmp_path):
+    path = make(tmp_path)
+    with pytest.raises(InputError, match=message) as error:
+        read_image(path)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)

@@ -1,0 +1,172 @@
+"""Policies: confidence measures, the decision to stop, saving and loading, and what is refused."""
+import math
+
+import pytest
+import torch
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.files import written_beside
+from timm_multiexit.stopping.policy import MEASURES, NEVER, ExitPolicy, check_average_budget, confidence
+from timm_multiexit.stopping.simulate import simulate
+
+MACS = (10_000_000, 25_000_000, 40_000_000)
+
+
+def log_of(*rows):
+    return torch.tensor(rows).log()
+
+
+def random_logits(images=500, classes=5, exits=3, seed=0):
+    return 2. * torch.randn(exits, images, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def test_measures_on_known_probabilities():
+    logits = log_of((0.7, 0.2, 0.1), (0.4, 0.4, 0.2))
+    torch.testing.assert_close(confidence(logits), torch.tensor([0.7, 0.4]))
+    torch.testing.assert_close(confidence(logits, 'margin'), torch.tensor([0.5, 0.]), atol=1e-6, rtol=0)
+    entropy = [-sum(p * math.log(p) for p in row) for row in ((0.7, 0.2, 0.1), (0.4, 0.4, 0.2))]
+    torch.testing.assert_close(confidence(logits, 'entropy'), torch.tensor([1. - e / math.log(3) for e in entropy]))
+
+
+@pytest.mark.parametrize('measure', MEASURES)
+def test_measures_end_at_certainty_and_fall_with_temperature(measure):
+    certain = torch.tensor([[200., 0., 0.]])
+    assert float(confidence(certain, measure)) == pytest.approx(1.)
+    logits = random_logits()[0]
+    sharp, flat = confidence(logits, measure, 1.), confidence(logits, measure, 3.)
+    assert (flat < sharp).all() and (flat >= 0).all()
+    lowest = float(confidence(torch.zeros(1, 4), measure))
+    assert lowest == pytest.approx(0.25 if measure == 'max_softmax' else 0., abs=1e-6)
+
+
+def test_bfloat16_logits_are_measured_in_float32():
+    logits = random_logits()[0].bfloat16()
+    assert confidence(logits).dtype == torch.float32
+    assert torch.equal(confidence(logits), confidence(logits.float()))
+
+
+@pytest.mark.parametrize('logits, words', [
+    (torch.zeros(0, 10), 'empty batch'),
+    (torch.zeros(4, 1), 'two or more classes'),
+    (torch.zeros(10), 'two or more classes'),
+    (torch.tensor([[0., float('nan')], [0., 1.]]), '1 of 2 images have NaN'),
+    (torch.tensor([[0., float('inf')]]), 'NaN or infinite'),
+])
+def test_logits_without_a_confidence_are_refused(logits, words):
+    for measure in MEASURES:
+        with pytest.raises(InputError, match=words):
+            confidence(logits, measure)
+
+
+def test_unknown_measure_is_refused():
+    with pytest.raises(InputError, match="'sharpness': choose one of max_softmax"):
+        confidence(torch.zeros(2, 3), 'sharpness')
+
+
+@pytest.mark.parametrize('measure', MEASURES)
+def test_simulation_is_a_walk_through_the_exits_image_by_image(measure):
+    logits = random_logits()
+    policy = ExitPolicy((0.6, 0.5, 0.), (0.8, 1.3, 1.), measure)
+    result = simulate(policy, list(logits), MACS)
+    assert {0, 1, 2} == set(result.exit_index.tolist())
+    for n in range(logits.shape[1]):
+        for k in range(3):
+            c = confidence(logits[k, n:n + 1], measure, policy.temperatures[k])
+            if k == 2 or float(c) >= policy.thresholds[k]:
+                break
+        assert result.exit_index[n] == k and result.macs[n] == MACS[k]
+        assert result.prediction[n] == logits[k, n].argmax()
+        assert float(result.confidence[n]) == pytest.approx(float(c), abs=1e-6)
+    counts = [(result.exit_index == k).sum().item() for k in range(3)]
+    assert result.exit_shares(3) == pytest.approx([c / 500 for c in counts])
+    assert result.average_macs == pytest.approx(sum(c * m for c, m in zip(counts, MACS)) / 500)
+    targets = result.prediction.clone()
+    targets[:50] = (targets[:50] + 1) % 5
+    assert result.accuracy(targets) == pytest.approx(90.)
+
+
+def test_a_threshold_above_one_is_never_reached_and_zero_always():
+    certain = torch.tensor([[100., 0.], [50., 0.]])
+    assert not ExitPolicy((NEVER, 0.), (1., 1.)).stops(0, certain).any()
+    assert ExitPolicy((0., 0.), (1., 1.)).stops(0, torch.zeros(3, 2)).all()
+    assert ExitPolicy((NEVER, NEVER), (1., 1.)).stops(1, certain).all()  # the last exit takes all
+
+
+def test_a_policy_for_another_network_is_refused():
+    policy = ExitPolicy((0.6, 0.), (1., 1.))
+    with pytest.raises(InputError, match='2 thresholds does not fit a network with 3 exits'):
+        simulate(policy, random_logits(), MACS)
+    with pytest.raises(InputError, match='3 thresholds does not fit a network with 2 exits'):
+        simulate(ExitPolicy((0.6, 0.5, 0.), (1.,) * 3), random_logits(exits=2), MACS[:2])
+    with pytest.raises(InputError, match='does not fit'):
+        simulate(policy, random_logits(exits=2), MACS)
+
+
+@pytest.mark.parametrize('values, words', [
+    (dict(thresholds=(), temperatures=()), 'one number of 0 or more per exit'),
+    (dict(thresholds=(float('nan'), 0.), temperatures=(1., 1.)), 'thresholds'),
+    (dict(thresholds=(-0.1, 0.), temperatures=(1., 1.)), 'thresholds'),
+    (dict(thresholds=('high', 0.), temperatures=(1., 1.)), 'give numbers'),
+    (dict(thresholds=(0.5, 0.), temperatures=(1.,)), '2 numbers above 0'),
+    (dict(thresholds=(0.5, 0.), temperatures=(1., 0.)), 'above 0'),
+    (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), exit_shares=(1.,)), '1 exit shares for 2'),
+    (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), measure='luck'), "'luck'"),
+    (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), budget='much'), 'give numbers'),
+])
+def test_values_that_are_no_policy_are_refused(values, words):
+    with pytest.raises(InputError, match=words):
+        ExitPolicy(**values)
+
+
+FULL = ExitPolicy(
+    (0.912345678901, NEVER, 0.), (0.8, 1.1, 1.05), 'margin', 25e6, 24.9e6, 93.21, (0.5, 0., 0.5), 'search')
+
+
+def test_saved_policies_come_back_the_same(tmp_path):
+    for policy in (FULL, ExitPolicy([0.9, 0], [1, 1])):
+        path = tmp_path / 'policies' / 'policy.json'
+        policy.save(path)
+        assert ExitPolicy.load(path) == policy
+        assert [p.name for p in path.parent.iterdir()] == ['policy.json']
+
+
+def test_a_policy_reads_well():
+    text = str(FULL)
+    assert '25.00 M' in text and '93.21 % right' in text and 'margin' in text
+    rows = [line.split() for line in text.splitlines()[2:]]
+    assert rows == [['1', '0.9123', '0.800', '50.0%'], ['2', 'never', '1.100', '0.0%'], ['3', 'all', '1.050', '50.0%']]
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"thresholds": [1]}', 'null', '{"thresholds": [0.5, 0], "x": 1}'])
+def test_files_that_are_no_policy_are_refused(tmp_path, text):
+    path = tmp_path / 'policy.json'
+    path.write_text(text)
+    with pytest.raises(InputError):
+        ExitPolicy.load(path)
+    with pytest.raises(InputError, match='cannot be read'):
+        ExitPolicy.load(tmp_path / 'none.json')
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'policy.json'
+    FULL.save(path)
+    with pytest.raises(KeyboardInterrupt), written_beside(path) as partial:
+        partial.write_text('{"thresholds": [0.')
+        raise KeyboardInterrupt
+    assert ExitPolicy.load(path) == FULL
+    assert [p.name for p in tmp_path.iterdir()] == ['policy.json']
+
+
+def test_a_place_that_cannot_be_written_is_an_input_error(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(InputError, match='cannot be written'):
+        FULL.save(tmp_path / 'file' / 'policy.json')
+
+
+def test_average_budgets_lie_between_the_cheapest_exit_and_the_full_cost():
+    assert check_average_budget(25e6, MACS) == 25e6
+    assert check_average_budget(9.995e6, MACS) == 10e6  # what rounding in print may have cut off
+    assert check_average_budget(40.03e6, MACS) == 40e6
+    for budget in (9.9e6, 40.1e6, 0., -1., float('nan'), float('inf')):
+        with pytest.raises(InputError, match='from 10.00 M .* to 40.00 M'):
+            check_average_budget(budget, MACS)

@@ -1,0 +1,112 @@
+"""Training by the package's CPU kernels against PyTorch's own, in float32, layer by layer and as a network."""
+import copy
+import shutil
+
+import pytest
+import timm
+import torch
+from timm.layers import ConvNormAct
+
+import timm_multiexit.training.cpu_kernels
+from timm_multiexit.errors import InputError
+from timm_multiexit.training.cpu_kernels import cpu_kernels_supported, use_cpu_kernels
+from timm_multiexit.training.options import parse_train_args
+
+needs_kernels = pytest.mark.skipif(
+    not (cpu_kernels_supported() and shutil.which('c++') and shutil.which('ninja')),
+    reason='no processor with AVX-512 and bfloat16, no C++ compiler, or no ninja')
+
+
+def gradients(layer, x, weight):
+    """Output and all gradients of a layer whose output is concatenated with its input, as in the networks."""
+    x = x.detach().clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    inputs = [x[:, :, :y.shape[2], :y.shape[3]], y]
+    (torch.cat(inputs, 1).float() * weight).sum().backward()
+    return {'y': y.detach().float(), 'x': x.grad, 'mean': layer.bn.running_mean, 'var': layer.bn.running_var,
+            **{k: p.grad for k, p in layer.named_parameters()}}
+
+
+@needs_kernels
+@pytest.mark.parametrize('in_chs, out_chs, kernel, stride, size', [
+    (12, 24, 3, 2, 16), (20, 40, 3, 2, 7), (72, 17, 3, 2, 4), (48, 12, 1, 1, 9), (116, 33, 1, 1, 2), (12, 12, 3, 1, 16),
+    (128, 128, 1, 1, 2), (3, 32, 3, 1, 32), (40, 16, 3, 2, 2),
+])
+def test_a_layer_is_pytorchs(in_chs, out_chs, kernel, stride, size):
+    torch.manual_seed(in_chs)
+    # The reference is float32 on numbers that bfloat16 holds exactly, so that only what is computed is rounded. A ReLU
+    # whose input is about 0 turns by that, for PyTorch's own kernels too: they give the measure.
+    plain = ConvNormAct(in_chs, out_chs, kernel, stride=stride)
+    torch.nn.init.uniform_(plain.bn.weight, 0.5, 1.5)
+    torch.nn.init.normal_(plain.bn.bias, std=0.3)
+    plain.conv.weight.data = plain.conv.weight.data.bfloat16().float()
+    rounded, fast = (copy.deepcopy(plain).to(memory_format=torch.channels_last) for _ in range(2))
+    assert use_cpu_kernels(fast) >= 1
+    x = torch.randn(8, in_chs, size, size).bfloat16().float()
+    out_size = -(-size // stride)
+    weight = torch.randn(8, in_chs + out_chs, out_size, out_size)
+    expected = gradients(plain, x, weight)
+    with torch.autocast('cpu', torch.bfloat16):
+        usual, found = gradients(rounded, x, weight), gradients(fast, x, weight)
+    assert fast.bn.num_batches_tracked == 1
+    for name, value in expected.items():
+        error, usual_error = ((g[name] - value).norm() / value.norm() for g in (found, usual))
+        assert error < 0.1 and error < 0.005 + 1.2 * usual_error, name
+
+
+def small_network(**kwargs):
+    torch.manual_seed(3)
+    return timm.create_model(
+        'msfuse_cifar', **{'steps': (1, 2, 1), 'base_width': 40, 'growth': 6, 'head_width': 32, **kwargs})
+
+
+@needs_kernels
+def test_a_network_trains_and_answers_as_before():
+    plain, fast = small_network(), small_network()
+    names = list(fast.state_dict())
+    assert use_cpu_kernels(fast) > 30
+    assert use_cpu_kernels(fast) == 0  # nothing is left to change
+    assert list(fast.state_dict()) == names
+    images, targets = torch.randn(64, 3, 32, 32), torch.arange(64) % 10
+    losses = {}
+    for name, model in (('plain', plain), ('fast', fast)):
+        model.train().to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses[name] = []
+        for _ in range(8):
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(model(images).float(), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+    assert losses['fast'][-1] < 0.8 * losses['fast'][0]
+    assert losses['fast'] == pytest.approx(losses['plain'], rel=0.05)
+    plain.load_state_dict(fast.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(fast.eval()(images), plain.eval()(images), rtol=0, atol=0)
+
+
+@needs_kernels
+def test_layers_that_do_not_fit_are_left_alone():
+    network = small_network(act_layer=torch.nn.GELU)
+    use_cpu_kernels(network)
+    kinds = {type(m).__name__ for m in network.modules()}
+    assert '_FastConv' in kinds and '_FastNormAct' not in kinds
+    assert type(network.stages[0].layers[0].conv2.conv) is torch.nn.Conv2d  # depthwise
+
+
+def test_another_processor(monkeypatch):
+    monkeypatch.setattr(timm_multiexit.training.cpu_kernels, 'cpu_kernels_supported', lambda: False)
+    with pytest.raises(InputError, match='leave out --cpu-kernels'):
+        use_cpu_kernels(small_network())
+
+
+@pytest.mark.parametrize('extra', [
+    [], ['--amp'], ['--amp', '--channels-last', '--amp-dtype', 'float16'],
+    ['--amp', '--channels-last', '--device', 'cuda'], ['--amp', '--channels-last', '--torchcompile'],
+])
+def test_options_that_do_not_go_with_the_kernels(extra, capsys):
+    with pytest.raises(SystemExit):
+        parse_train_args('', ['--cpu-kernels', '--device', 'cpu', *extra])
+    assert '--amp --channels-last --device cpu' in capsys.readouterr().err

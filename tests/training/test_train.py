@@ -1,0 +1,320 @@
+"""train_timm.py as a user runs it: it learns, resumes bit for bit after a kill, and runs in several processes."""
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import PROJECT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_multiexit.datasets import normalize
+from timm_multiexit.training.options import parse_train_args
+
+SCRIPT = PROJECT / 'train_timm.py'
+RECIPES = sorted((PROJECT / 'timm_multiexit' / 'recipes').glob('*.yaml'))
+
+
+@pytest.fixture(scope='module')
+def folder_dataset(tmp_path_factory, cifar_root) -> Path:
+    """Real CIFAR images as a folder data set: 440 for training, of two classes that differ, and 100 for testing."""
+    from torchvision.datasets import CIFAR10
+    root = tmp_path_factory.mktemp('images')
+    for split, train, per_class in (('train', True, 220), ('validation', False, 50)):
+        dataset = CIFAR10(cifar_root, train=train)
+        for target in (1, 6):
+            folder = root / split / dataset.classes[target]
+            folder.mkdir(parents=True)
+            chosen = [i for i, t in enumerate(dataset.targets) if t == target][:per_class]
+            for i in chosen:
+                dataset[i][0].save(folder / f'{i:05d}.png')
+    return root
+
+
+def command(data: Path, output: Path, *extra: str, epochs: int = 3):
+    return [
+        sys.executable, str(SCRIPT), '--data-dir', str(data), '--dataset', 'folder', '--output', str(output),
+        '--experiment', 'run', '--model-kwargs', 'steps=(1,1,1)', 'base_width=8', 'growth=4', 'head_width=16',
+        '--num-classes', '2', '--batch-size', '40', '--validation-images', '40', '--epochs', str(epochs),
+        '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '0.5', '--reprob', '0.25', '--aa',
+        'rand-m5-n1', '--drop', '0.1', '--threads', '1', '--log-interval', '1', '--device', 'cpu', *extra]
+
+
+def train(*args, **kwargs) -> str:
+    done = subprocess.run(command(*args, **kwargs), capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def weights(output: Path):
+    checkpoint = torch.load(output / 'run' / 'last.pth.tar', map_location='cpu', weights_only=False)
+    return {**{k: v for k, v in checkpoint['state_dict'].items()},
+            **{f'ema.{k}': v for k, v in checkpoint['state_dict_ema'].items()}}
+
+
+def rows(output: Path):
+    with open(output / 'run' / 'summary.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(folder_dataset, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp('whole')
+    train(folder_dataset, output)
+    return output
+
+
+def test_run_leaves_log_summary_and_final_weights(uninterrupted):
+    table = rows(uninterrupted)
+    assert [r['epoch'] for r in table] == ['0', '1', '2']
+    assert {f'eval_top1_exit{k}' for k in (1, 2, 3)} <= set(table[0])
+    assert all(0 <= float(r['eval_top1_exit3']) <= 100 for r in table)
+    assert float(table[-1]['train_loss']) < float(table[0]['train_loss'])
+    final = uninterrupted / 'run' / 'final'
+    state = load_file(final / 'model.safetensors')
+    model = timm.create_model('msfuse_cifar', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4, head_width=16)
+    model.load_state_dict(state)
+    assert state['stages.0.layers.0.conv1.conv.weight'].dtype == torch.float16
+    recipe = yaml.safe_load((final / 'recipe.yaml').read_text())
+    assert recipe['epochs'] == 3 and recipe['model'] == 'msfuse_cifar.cifar10' and 'data_dir' not in recipe
+
+
+def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path):
+    process = subprocess.Popen(
+        command(folder_dataset, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=PROJECT)
+    for line in process.stderr:
+        if 'Train: 1 [   4/' in line:  # in the middle of the second epoch
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stderr.read()
+    assert process.wait() == -signal.SIGKILL
+    assert len(rows(tmp_path)) == 1
+    train(folder_dataset, tmp_path, '--resume', 'auto')
+    expected, resumed = weights(uninterrupted), weights(tmp_path)
+    assert expected.keys() == resumed.keys()
+    assert [k for k in expected if not torch.equal(expected[k], resumed[k])] == []
+    strip = [{k: v for k, v in r.items() if k != 'train_images_per_s'} for r in rows(tmp_path)]
+    assert strip == [{k: v for k, v in r.items() if k != 'train_images_per_s'} for r in rows(uninterrupted)]
+
+
+def test_a_run_that_starts_from_another_one_keeps_its_recipe(uninterrupted, folder_dataset, tmp_path):
+    start = uninterrupted / 'run' / 'final'
+    train(folder_dataset, tmp_path, '--initial-checkpoint', str(start / 'model.safetensors'), '--lr', '0', epochs=1)
+    final = tmp_path / 'run' / 'final'
+    assert sorted(p.name for p in final.iterdir()) == [
+        'model.safetensors', 'recipe.yaml', 'run1-recipe.yaml', 'run1-summary.csv', 'summary.csv']
+    assert (final / 'run1-summary.csv').read_bytes() == (start / 'summary.csv').read_bytes()
+    # A third run keeps both, under the names they had.
+    train(folder_dataset, tmp_path / 'third', '--initial-checkpoint', str(final / 'model.safetensors'), epochs=1)
+    third = tmp_path / 'third' / 'run' / 'final'
+    for k, folder in enumerate((start, final), start=1):
+        for name in ('recipe.yaml', 'summary.csv'):
+            assert (third / f'run{k}-{name}').read_bytes() == (folder / name).read_bytes()
+    assert len(list(third.iterdir())) == 7
+    # It really started there: without a step the weights are still those.
+    name = 'stages.2.layers.0.'
+    before, after = load_file(start / 'model.safetensors'), load_file(final / 'model.safetensors')
+    same = [k for k in before if k.startswith(name) and k.endswith('weight')]
+    assert same and all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in same)
+
+
+def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folder_dataset, tmp_path):
+    first = uninterrupted / 'run' / 'final'
+    train(folder_dataset, tmp_path / 'second', '--initial-checkpoint', str(first / 'model.safetensors'), epochs=2)
+    second = tmp_path / 'second' / 'run' / 'final'
+    log = train(folder_dataset, tmp_path, '--initial-checkpoint', str(first / 'model.safetensors'),
+                str(second / 'model.safetensors'), '--update-bn', '--aa', '', epochs=0)
+    final = tmp_path / 'run' / 'final'
+    a, b, mean = (load_file(folder / 'model.safetensors') for folder in (first, second, final))
+    statistics = [k for k in mean if k.endswith(('running_mean', 'running_var'))]
+    weights = [k for k in mean if k not in statistics and mean[k].is_floating_point()]
+    assert all(torch.allclose(mean[k].float(), (a[k].float() + b[k].float()) / 2, rtol=2e-3, atol=1e-4)
+               for k in weights)
+    assert any(not torch.equal(a[k], b[k]) for k in weights)
+    assert all(mean[k] == 10 for k in mean if k.endswith('num_batches_tracked'))  # 400 images by 40
+    # The first convolution's statistics can be told from its weights: a crop has the mean of the whole, about.
+    model = timm.create_model('msfuse_cifar.cifar10', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4,
+                              head_width=16)
+    model.load_state_dict({k: v.float() for k, v in mean.items()})
+    files = sorted((folder_dataset / 'train').rglob('*.png'))
+    images = torch.stack([pil_to_tensor(Image.open(f)) for f in files])
+    x = normalize(images, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
+    conv, norm = next((c, n) for c, n in zip(model.modules(), list(model.modules())[1:])
+                      if isinstance(c, torch.nn.Conv2d) and isinstance(n, torch.nn.BatchNorm2d))
+    seen = []
+    conv.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    model.eval()(x)
+    expected = seen[0].mean((0, 2, 3))
+    assert (norm.running_mean - expected).norm() < 0.05 * expected.norm()
+    assert (norm.running_mean - expected).norm() < (
+        (a[name_of(model, norm)].float() + b[name_of(model, norm)].float()) / 2 - expected).norm()
+    (row,) = rows(tmp_path)
+    line = ' '.join(f"{float(row[f'eval_top1_exit{k}']):.2f}" for k in (1, 2, 3))
+    assert f'With new BN statistics: top-1 per exit {line}' in log
+    assert {p.name for p in final.iterdir()} == {'model.safetensors', *(
+        f'{run}{name}' for run in ('', 'run1-', 'run2-') for name in ('recipe.yaml', 'summary.csv'))}
+    assert (final / 'run2-recipe.yaml').read_bytes() == (second / 'recipe.yaml').read_bytes()
+    # A further mean keeps what led to any of its parts, and what they share once.
+    third = tmp_path / 'third'
+    shutil.copytree(second, third)
+    (third / 'summary.csv').write_text('epoch,train_loss\n0,1.5\n')
+    train(folder_dataset, tmp_path / 'both', '--initial-checkpoint',
+          *(str(folder / 'model.safetensors') for folder in (first, second, third)), '--update-bn', epochs=0)
+    both = tmp_path / 'both' / 'run' / 'final'
+    for k, folder in enumerate((first, second, third), start=1):
+        assert (both / f'run{k}-summary.csv').read_bytes() == (folder / 'summary.csv').read_bytes()
+    assert len([*both.glob('run*')]) == 6
+
+
+def name_of(model, norm) -> str:
+    return next(f'{name}.running_mean' for name, module in model.named_modules() if module is norm)
+
+
+def test_two_processes(folder_dataset, tmp_path):
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    done = subprocess.run(
+        launch + command(folder_dataset, tmp_path, '--batch-size', '20', epochs=2)[1:],
+        capture_output=True, text=True, cwd=PROJECT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    table = rows(tmp_path)
+    assert len(table) == 2
+    assert len([line for line in done.stderr.splitlines() if line.startswith('Train: 1 [   1/')]) == 1
+    # Accuracies are over all 40 held-out images, each counted once.
+    assert all(float(r['eval_top1_exit1']) * 40 / 100 == pytest.approx(round(float(r['eval_top1_exit1']) * .4), abs=.01)
+               for r in table)
+
+
+def test_a_recipe_for_two_processes_says_so_to_one(folder_dataset, tmp_path):
+    """A batch is that of one process: alone it would be half of what the recipe means."""
+    recipe = tmp_path / 'two.yaml'
+    recipe.write_text('world-size: 2\n')
+    out = train(folder_dataset, tmp_path, '--config', str(recipe), epochs=1)
+    assert 'processes: 2, each of 40 images. This run has 1: start it by torchrun --nproc_per_node 2' in out
+    written = yaml.safe_load((tmp_path / 'run' / 'recipe.yaml').read_text())
+    assert (written['world_size'], written['batch_size']) == (1, 40)
+    assert 'processes: ' not in train(folder_dataset, tmp_path, '--world-size', '1', epochs=1)
+
+
+def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
+    out = train(folder_dataset, tmp_path, '--loader', 'timm', '--workers', '0', '--distill-weight', '0.5',
+                '--exit-weights', '1', '2', '3', '--amp', '--channels-last', epochs=1)
+    assert 'Final weights' in out
+
+
+@pytest.mark.parametrize('names, files', [('a', 'b'), ('[a, b]', '[c, d]'), ("''", "''"), ('[a, b]', "''")])
+def test_teachers_in_a_recipe(tmp_path, names, files):
+    """One name alone, as in older recipes, or a list."""
+    (tmp_path / 'r.yaml').write_text(f'kd-model-name: {names}\nkd-checkpoint: {files}\n')
+    args = parse_train_args('', ['--config', str(tmp_path / 'r.yaml')])
+    for value, given in ((args.kd_model_name, names), (args.kd_checkpoint, files)):
+        expected = yaml.safe_load(given)
+        assert value == (expected if isinstance(expected, list) else [expected] if expected else [])
+
+
+def test_a_file_for_each_teacher_or_none(capsys):
+    with pytest.raises(SystemExit):
+        parse_train_args('', ['--kd-model-name', 'msfuse_cifar', 'resnet18', '--kd-checkpoint', 'a.safetensors'])
+    assert '1 --kd-checkpoint for 2 --kd-model-name: give a file for each' in capsys.readouterr().err
+
+
+def test_a_run_with_a_teacher_from_a_file(folder_dataset, tmp_path):
+    teacher = timm.create_model('msfuse_cifar', num_classes=2)
+    save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
+    options = ['--kd-model-name', 'msfuse_cifar.cifar10', '--kd-checkpoint', str(tmp_path / 'teacher.safetensors')]
+    train(folder_dataset, tmp_path, *options, epochs=1)
+    taught = weights(tmp_path)
+    recipe = yaml.safe_load((tmp_path / 'run' / 'final' / 'recipe.yaml').read_text())
+    assert recipe['kd_model_name'] == ['msfuse_cifar.cifar10'] and recipe['task_loss_weight'] == 0.5
+    train(folder_dataset, tmp_path, epochs=1)
+    alone = weights(tmp_path)
+    assert taught.keys() == alone.keys() and any(not torch.equal(taught[k], alone[k]) for k in alone)
+
+
+def test_a_run_with_a_teacher_of_other_widths(folder_dataset, tmp_path):
+    widths = dict(stem_width=4, widths=(4, 8), depth=3)
+    teacher = timm.create_model('vgg8_mc_cifar', num_classes=2, **widths)
+    save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
+    options = ['--kd-model-name', 'vgg8_mc_cifar.cifar10', '--kd-checkpoint', str(tmp_path / 'teacher.safetensors'),
+               '--kd-model-kwargs', *(f'{k}={v}'.replace(' ', '') for k, v in widths.items())]
+    train(folder_dataset, tmp_path, *options, epochs=1)
+    recipe = yaml.safe_load((tmp_path / 'run' / 'final' / 'recipe.yaml').read_text())
+    assert recipe['kd_model_kwargs'] == {'stem_width': 4, 'widths': [4, 8], 'depth': 3}
+
+
+def test_evaluations_and_checkpoints_at_intervals(folder_dataset, tmp_path):
+    out = train(folder_dataset, tmp_path, '--eval-interval', '3', '--checkpoint-interval', '2', epochs=5)
+    table = rows(tmp_path)
+    assert [r['epoch'] for r in table] == ['0', '1', '2', '3', '4'] and None not in table[2]
+    assert [r['eval_top1_mean'] != '' for r in table] == [False, False, True, False, True]
+    assert sorted(table[0]) == sorted(table[4]) and float(table[4]['eval_top1_exit1']) >= 0
+    assert [f'checkpoint-{k}.pth.tar' in out for k in range(5)] == [False, True, False, True, True]
+
+
+def test_a_run_with_a_frozen_stem(folder_dataset, tmp_path):
+    initial = timm.create_model('msfuse_cifar', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4, head_width=16)
+    save_file(initial.state_dict(), tmp_path / 'initial.safetensors')
+    train(folder_dataset, tmp_path, '--initial-checkpoint', str(tmp_path / 'initial.safetensors'), '--freeze',
+          'stages.0.layers.0', epochs=1)
+    state = load_file(tmp_path / 'run' / 'final' / 'model.safetensors')
+    for name, value in initial.state_dict().items():
+        same = torch.equal(state[name].float(), value.half().float())
+        assert same == name.startswith('stages.0.layers.0.'), name
+
+
+def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
+    out = train(folder_dataset, tmp_path, '--benchmark', '3')
+    assert 'bare step on one fixed batch' in out and 'real loop' in out
+
+
+@pytest.mark.parametrize('extra, message', [
+    (['--exit-weights', '1', '2'], 'exit weights'),
+    (['--model', 'resnet18'], 'has no exits'),
+    (['--resume', 'README.md'], 'cannot resume'),
+    (['--kd-model-name', 'msfuse_cifar.cifar10'], 'the teacher knows 10 classes and the network 2'),
+    (['--kd-model-name', 'msfuse'], 'choose a teacher'),
+    (['--kd-model-name', 'msfuse_cifar.cifar10', '--kd-model-kwargs', 'size=3'], "'size'"),
+    (['--kd-model-name', 'ranet_cifar.cifar10'], 'no trained weights'),
+    (['--kd-model-name', 'msfuse_cifar', '--kd-checkpoint', 'none.pt'], "checkpoint 'none.pt' is not a file"),
+    (['--freeze', 'stem'], "cannot freeze 'stem'"),
+    (['--batch-size', '5000'], 'smaller --batch-size'),
+    (['--validation-images', '440'], 'hold out fewer'),
+])
+def test_bad_options_say_what_to_do(folder_dataset, tmp_path, extra, message):
+    args = command(folder_dataset, tmp_path, *extra)
+    if 'resnet18' in extra:
+        i = args.index('--model-kwargs')
+        del args[i:i + 5]
+    done = subprocess.run(args, capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1]
+
+
+def test_unknown_option_in_a_config(tmp_path):
+    (tmp_path / 'bad.yaml').write_text('learning-rate: 1\n')
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), '--config', str(tmp_path / 'bad.yaml')], capture_output=True, text=True)
+    assert done.returncode == 2 and 'learning_rate' in done.stderr
+
+
+@pytest.mark.parametrize('extra', [[], ['--update-bn'], ['--initial-checkpoint', 'model.safetensors']])
+def test_no_epochs_are_for_the_export_of_weights(capsys, extra):
+    with pytest.raises(SystemExit):
+        parse_train_args('', ['--epochs', '0', *extra])
+    assert '--epochs 0 trains nothing' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
+def test_recipes_name_a_network_and_known_options(recipe):
+    args = parse_train_args('', ['--config', str(recipe)])
+    # The tag matters: it gives the mean and deviation that evaluation of these weights will use.
+    assert args.model.endswith(f".{args.dataset.split('/')[1]}")
+    assert recipe.stem in (args.experiment, f"comparison.{args.model.split('.')[1]}")
+    assert args.model in (args.experiment, args.experiment.rpartition('.')[0])      # alone, or with the run's name
+    assert timm.is_model(args.model)

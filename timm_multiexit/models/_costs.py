@@ -1,0 +1,55 @@
+"""What each exit costs: multiply-adds and parameters, cumulative, counted by ptflops on any multi-exit network."""
+from typing import Optional, Tuple
+
+import torch
+from ptflops import get_model_complexity_info
+from torch import nn
+
+from ..errors import InputError
+from ..stopping.costs import ExitCosts
+from ._base import MultiExitNet
+
+
+class _Prefix(nn.Module):
+    """A network up to one exit, with the earlier exits, which also run."""
+
+    def __init__(self, model: MultiExitNet, last: int):
+        super().__init__()
+        self.stages = model.stages[:last + 1]
+        self.exits = model.exits[:last + 1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = [x]
+        for stage, head in zip(self.stages, self.exits):
+            state = stage(state)
+            logits = head(state[-1])
+        return logits
+
+
+def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] = None) -> ExitCosts:
+    """Counts the costs of every exit.
+
+    Args:
+        model: A multi-exit network; its mode is kept.
+        input_size: (C, H, W); None for the size in the network's pretrained cfg.
+
+    Raises:
+        InputError: the network cannot run on that size.
+    """
+    if input_size is None:
+        input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    training = model.training
+    macs, params = [], []
+    try:
+        for k in range(model.num_exits):
+            # The 'aten' backend counts convolutions and linear layers only, as the literature does.
+            count = get_model_complexity_info(
+                _Prefix(model, k), tuple(input_size), as_strings=False, print_per_layer_stat=False, verbose=False,
+                backend='aten')
+            if count[0] is None:
+                raise InputError(f'{type(model).__name__} does not run on images of size {tuple(input_size)}')
+            macs.append(int(count[0]))
+            params.append(int(count[1]))
+    finally:
+        model.train(training)
+    return ExitCosts(tuple(macs), tuple(params), tuple(input_size))

@@ -1,0 +1,163 @@
+"""What MSDNet and MSFuse share: a lattice of layers and scales, with the exits on the coarsest scale.
+
+Paper: `Multi-Scale Dense Networks for Resource Efficient Image Classification`, Huang et al., ICLR 2018 -
+https://arxiv.org/abs/1703.09844
+
+Each layer adds channels to the map of every scale. Towards the end fewer scales are active, since only the coarsest one
+is classified; where a scale is dropped, a transition thins the others.
+"""
+from typing import List, Optional, Sequence, Tuple, Type, Union
+
+import torch
+from timm.layers import ConvNormAct
+from torch import nn
+
+from ._base import ExitHead, MultiExitNet, Stage
+from ._blocks import init_weights
+
+
+class Transition(nn.Module):
+    """1x1 convolution on each scale by itself: (B, in_chs, H, W) to (B, out_chs, H, W)."""
+
+    def __init__(self, in_chs: Sequence[int], out_chs: Sequence[int], **kwargs):
+        super().__init__()
+        self.convs = nn.ModuleList([ConvNormAct(i, o, 1, **kwargs) for i, o in zip(in_chs, out_chs)])
+
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        maps: List[torch.Tensor] = []
+        for i, conv in enumerate(self.convs):
+            maps.append(conv(state[i]))
+        return maps
+
+    @torch.jit.ignore
+    def keep_maps(self, kept: List[int]) -> List[int]:
+        self.convs = self.convs[min(kept):]
+        return list(range(min(kept), 0))
+
+
+def scale_schedule(num_layers: int, num_scales: int) -> Tuple[int, ...]:
+    """Active scales in layer 1 to num_layers: S - floor((l - 1) / ceil(L / S)) (MSDNet paper, section 4)."""
+    block = -(-num_layers // num_scales)
+    return tuple(num_scales - layer // block for layer in range(num_layers))
+
+
+class MultiScaleNet(MultiExitNet):
+    """A lattice of layers and scales.
+
+    The layers 1 to L = sum(steps) are split into as many blocks as there are scales; each block drops the finest
+    scale of the one before, and its first layer is followed by a transition that thins the other scales.
+
+    An architecture names its stem, its layer and its exits' convolutions, and says which maps a layer hands on.
+
+    Args:
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the image.
+        global_pool: timm's pooling type, '' for none.
+        steps: Layers in each stage; an exit follows each.
+        base_width: Width n of the first maps, in units of the scale factors.
+        growth: Growth g per layer, in units of the scale factors.
+        scale_factors: Width factor f of each scale, finest first; their number is the number of scales.
+        bottleneck_factors: Bottleneck factor b of each scale; None for the scale factors.
+        reduction: Share of the width that a transition keeps.
+        head_width: Channels of an exit's convolutions.
+        drop_rate: Dropout before the classifiers.
+        act_layer: Activation.
+        norm_layer: Normalisation.
+
+    Raises:
+        ValueError: a schedule or widths that no network can be built from.
+    """
+
+    # Set by the architecture. `stem_type(in_chans, width, scale_factors, out_scales)` gives the first maps of the
+    # coarsest `out_scales` scales; `layer_type(in_chs, growth_chs, factors, out_scales)` maps those of as many scales
+    # as in_chs has entries to the coarsest `out_scales`.
+    stem_type: Type[nn.Module]
+    layer_type: Type[nn.Module]
+    finest_reduction: int  # image size / size of scale 1
+
+    @staticmethod
+    def held_scales(active: Sequence[int]) -> Tuple[int, ...]:
+        """How many scales' maps, coarsest last, are handed on by the stem and by each layer: L + 1 numbers."""
+        raise NotImplementedError
+
+    @staticmethod
+    def exit_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
+        """An exit's convolutions, from (B, in_chs, H, W) to (B, width, H', W')."""
+        raise NotImplementedError
+
+    def __init__(
+            self,
+            base_width: int,
+            growth: int,
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            steps: Sequence[int] = (4, 2, 2, 2, 2, 2, 2),
+            scale_factors: Sequence[int] = (1, 2, 4),
+            bottleneck_factors: Optional[Sequence[int]] = None,
+            reduction: float = 0.5,
+            head_width: int = 128,
+            drop_rate: float = 0.,
+            act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
+            norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
+            device=None,
+            dtype=None,
+    ):
+        kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
+        factors = scale_factors if bottleneck_factors is None else bottleneck_factors
+        check_lattice(steps, base_width, growth, scale_factors, factors, reduction)
+
+        num_scales = len(scale_factors)
+        active = scale_schedule(sum(steps), num_scales)
+        held = self.held_scales(active)
+        layers: List[nn.Module] = [self.stem_type(in_chans, base_width, scale_factors, held[0], **kwargs)]
+        stages, exits, feature_info = [], [], []
+        n, layer = base_width, 0
+        for k, step in enumerate(steps):
+            for _ in range(step):
+                f, b = scale_factors[-held[layer]:], factors[-held[layer]:]
+                out_scales = held[layer + 1]
+                layers.append(self.layer_type([n * s for s in f], [growth * s for s in f], b, out_scales, **kwargs))
+                n += growth
+                if layer > 0 and active[layer] < active[layer - 1]:
+                    f, thin = f[-out_scales:], max(1, int(n * reduction))
+                    layers.append(Transition([n * s for s in f], [thin * s for s in f], **kwargs))
+                    n = thin
+                layer += 1
+            chs = n * scale_factors[-1]
+            stages.append(Stage(layers))
+            layers = []
+            exits.append(ExitHead(
+                self.exit_convs(chs, head_width, **kwargs), chs, head_width, num_classes, global_pool, drop_rate,
+                device=device, dtype=dtype))
+            feature_info.append(dict(
+                num_chs=chs, reduction=self.finest_reduction * 2 ** (num_scales - 1), module=f'stages.{k}'))
+        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+        self.apply(init_weights)
+
+
+def check_lattice(
+        steps: Sequence[int],
+        base_width: int,
+        growth: int,
+        scale_factors: Sequence[int],
+        bottleneck_factors: Sequence[int],
+        reduction: float,
+) -> None:
+    """Raises ValueError, with one line that says what to do, for numbers that no lattice can be built from."""
+    if not steps or min(steps) < 1:
+        raise ValueError(f'steps={tuple(steps)}: every stage needs at least one layer')
+    if not scale_factors or min(scale_factors) < 1:
+        raise ValueError(f'scale_factors={tuple(scale_factors)}: give a factor of 1 or more for every scale')
+    if len(bottleneck_factors) != len(scale_factors) or min(bottleneck_factors) < 1:
+        raise ValueError(
+            f'bottleneck_factors={tuple(bottleneck_factors)} for {len(scale_factors)} scales: give a factor of 1 or '
+            'more for every scale')
+    if base_width < 1 or growth < 1:
+        raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
+    if growth * min(scale_factors[1:], default=2) < 2:
+        raise ValueError(
+            f'growth={growth} with scale_factors={tuple(scale_factors)}: a coarser scale grows by two branches, so '
+            'growth times its factor must be 2 or more')
+    if not 0 < reduction <= 1:
+        raise ValueError(f'reduction={reduction}: a transition keeps a share of the width in (0, 1]')

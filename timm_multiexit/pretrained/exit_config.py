@@ -1,0 +1,75 @@
+"""The exit config and the recipe stored with weights, by name."""
+from pathlib import Path
+from typing import Any, Dict, List, Union
+
+import timm
+
+from ..errors import InputError, MissingFileError
+from ..files import read_yaml
+from ..models._pretrained import WEIGHTS_DIR
+from ..stopping.config import _HINT, FILE_NAME, RECIPE_NAME, ExitConfig
+from .hub_files import CONFIG_FILE, hub_file
+from .names import check_name
+
+
+def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig:
+    """The exit config stored with weights.
+
+    Args:
+        name: 'arch' or 'arch.tag' (in the package), 'hf-hub:ORG/NAME[@REVISION]' or 'local-dir:PATH' (config.json).
+        checkpoint: File with weights used in place of the named ones: the config is read from beside it.
+
+    Raises:
+        InputError: unknown name, or nothing is stored with these weights.
+    """
+    if not checkpoint:
+        check_name(name)
+    path = _beside_weights(name, checkpoint, FILE_NAME, published=CONFIG_FILE)
+    if checkpoint and not path.is_file():
+        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint}': {_HINT}")
+    if not checkpoint and ':' not in name and not path.is_file():
+        others = ', '.join(list_stored())
+        raise InputError(
+            f"no policies are stored for '{path.parent.name}': {_HINT}"
+            + (f', or choose one of {others}' if others else ''))
+    return ExitConfig.load(path)
+
+
+def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
+    """The options of train_timm.py that made these weights, from `recipe.yaml` beside them; empty if there is none.
+
+    Args:
+        name: As for `load_exit_config`.
+        checkpoint: As for `load_exit_config`.
+
+    Raises:
+        InputError: unknown name, or a recipe that cannot be fetched or read.
+    """
+    if not checkpoint and ':' not in name:
+        check_name(name)
+    try:
+        path = _beside_weights(name, checkpoint, RECIPE_NAME, published=RECIPE_NAME)
+    except MissingFileError:  # a repository that another tool filled
+        return {}
+    recipe = read_yaml(path, 'recipe') if path.is_file() else {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str, published: str) -> Path:
+    """Where `filename` of these weights would lie; in a repository it is called `published`, and fetched."""
+    if checkpoint:
+        return Path(checkpoint).parent / filename
+    source, colon, place = name.partition(':')
+    if colon:
+        return Path(place) / published if source == 'local-dir' else hub_file(place, published)
+    return WEIGHTS_DIR / (name if '.' in name else _with_default_tag(name)) / filename
+
+
+def list_stored() -> List[str]:
+    """Names 'arch.tag' whose policies are in the package."""
+    return sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{FILE_NAME}'))
+
+
+def _with_default_tag(arch: str) -> str:
+    cfg = timm.get_pretrained_cfg(arch)
+    return f'{arch}.{cfg.tag}' if cfg is not None and cfg.tag else arch

@@ -1,0 +1,107 @@
+"""Files of a Hub repository: fetched through the cache, checked against the repository's hash, errors made plain."""
+import hashlib
+import re
+from pathlib import Path
+
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models._hub import download_from_hf  # private: it alone knows timm's 'ORG/NAME@REVISION'
+
+from ..errors import InputError, MissingFileError
+
+WEIGHTS_FILE = 'model.safetensors'
+CONFIG_FILE = 'config.json'
+HUB_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, HTTPError, HFValidationError)
+_LOGIN = 'log in with `hf auth login` or set HF_TOKEN'
+_REASONS = {
+    401: f'the Hub does not accept the token (401): {_LOGIN}',
+    403: f'the token does not allow this (403): use one with the rights for it, {_LOGIN}',
+    404: f'there is no such repository, or it is private (404): check its name, or {_LOGIN}',
+    409: 'the repository was changed by someone else meanwhile (409): run this again',
+    412: 'the repository was changed by someone else meanwhile (412): run this again',
+}
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong with the Hub and what to do, in one line, from an error of its client."""
+    seen = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__
+    for e in seen:
+        if isinstance(e, OfflineModeIsEnabled):
+            return 'it is not in the cache and HF_HUB_OFFLINE forbids fetching it: unset that'
+        if isinstance(e, RevisionNotFoundError):
+            return 'there is no such revision (404): check its name'
+        if isinstance(e, RemoteEntryNotFoundError):
+            return 'the repository does not hold this file (404)'
+        if isinstance(e, HfHubHTTPError) and e.response is not None:
+            status = e.response.status_code
+            if status == 401 and isinstance(e, RepositoryNotFoundError):  # so the Hub answers whoever may not see it
+                return f'there is no such repository, or the token may not see it (401): check its name, or {_LOGIN}'
+            if status == 429:
+                wait = e.response.headers.get('Retry-After')
+                return f'too many requests (429): run this again {f"in {wait} s" if wait else "later"}'
+            if status >= 500:
+                return f'the Hub has a fault ({status}): run this again later'
+            return _REASONS.get(status) or _line(e)
+    if any(isinstance(e, (HTTPError, ConnectionError)) for e in seen):
+        return f'the Hub cannot be reached ({_line(seen[-1])}): check the connection and HF_ENDPOINT, run this again'
+    if 'Consistency check failed' in str(seen[0]):
+        return 'the download was cut off: run this again'
+    return _line(seen[0]) + (f' ({_line(seen[-1])})' if len(seen) > 1 else '')
+
+
+def _line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def hub_file(place: str, filename: str) -> Path:
+    """A file of a repository in the local cache, fetched if need be.
+
+    The client compares sizes only. A file that does not have the hash under which the cache holds it would be found
+    there ever after, so it is removed.
+
+    Args:
+        place: 'ORG/NAME' or 'ORG/NAME@REVISION'.
+        filename: In the repository.
+
+    Raises:
+        MissingFileError: the repository does not hold it.
+        InputError: it cannot be fetched, or arrived damaged.
+    """
+    try:
+        path = Path(download_from_hf(place, filename))
+    except RemoteEntryNotFoundError as error:
+        if filename == WEIGHTS_FILE:
+            raise MissingFileError(
+                f"'hf-hub:{place}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; "
+                'ask its owner for safetensors') from error
+        raise MissingFileError(
+            f"'hf-hub:{place}' holds no {filename}: it is no repository of a timm network") from error
+    except HUB_ERRORS as error:
+        raise InputError(f"'hf-hub:{place}' cannot be read, {filename}: {explain(error)}") from error
+    blob = path.resolve()
+    if _hash_like(blob) != blob.name:
+        path.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
+        raise InputError(f"{filename} of 'hf-hub:{place}' arrived damaged and was removed from the cache: try again")
+    return path
+
+
+def _hash_like(blob: Path) -> str:
+    """The hash of a cached file, of the kind that its name is; its name if that is no hash (a cache of copies)."""
+    if re.fullmatch('[0-9a-f]{64}', blob.name):
+        with blob.open('rb') as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    if re.fullmatch('[0-9a-f]{40}', blob.name):  # git's, of small files
+        content = blob.read_bytes()
+        return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+    return blob.name

@@ -1,0 +1,137 @@
+"""Networks with weights by name, with an error that says what to do for whatever can be wrong with name or weights."""
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Union
+
+import timm
+import torch
+from timm.models import load_checkpoint
+from timm.models._hub import load_model_config_from_path  # private: timm exports only the Hub's twin of it
+
+from ..errors import InputError
+from ..models import MultiExitNet
+from .hub_files import CONFIG_FILE, WEIGHTS_FILE, hub_file
+from .names import LOAD_ERRORS, check_name, first_line, list_networks, require_weights
+
+
+def load_model(
+        name: str,
+        checkpoint: Union[str, Path] = '',
+        num_classes: Optional[int] = None,
+        device: Union[str, torch.device] = 'cpu',
+        **kwargs: Any,
+) -> MultiExitNet:
+    """A network in eval mode with trained weights.
+
+    Args:
+        name: A name from the registry with or without tag, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        checkpoint: File with weights to use in place of the pretrained ones (safetensors, or a checkpoint of
+            train_timm.py, whose EMA weights are preferred).
+        num_classes: Number of classes; None for the checkpoint's or the cfg's.
+        device: Where to put it.
+        **kwargs: Further arguments of the network.
+
+    Raises:
+        InputError: unknown name or tag, no exits, no weights, or weights that cannot be read or do not fit.
+    """
+    check_name(name)
+    if not checkpoint:
+        _require_safetensors(name)
+    if num_classes is not None:
+        kwargs['num_classes'] = num_classes
+    try:
+        model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
+    except LOAD_ERRORS as error:
+        if ':' in name and ('size mismatch' in str(error) or 'Missing key' in str(error)):
+            raise InputError(f"the weights of '{name}' do not fit the network that its {CONFIG_FILE} names") from error
+        raise InputError(f"network '{name}' cannot be loaded: {first_line(error)}") from error
+    if not isinstance(model, MultiExitNet):
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+    if checkpoint:
+        _load_checkpoint(model, Path(checkpoint), name)
+    return model.to(device).eval()
+
+
+def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str, Any]) -> torch.nn.Module:
+    """A finished network of this package or any other of timm's, to teach.
+
+    Args:
+        name: A name from timm's registry.
+        checkpoint: File with its weights; '' for the pretrained ones, which keep their classifier whatever it knows.
+        num_classes: Number of classes.
+        kwargs: Further arguments of the network.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    classes = num_classes if checkpoint else None  # pretrained ones keep theirs: a new classifier would be random
+    own = name.partition('.')[0] in list_networks()
+    if own and not checkpoint:
+        require_weights(name)
+    try:
+        if own:
+            return load_model(name, checkpoint, classes, **kwargs)
+        return timm.create_model(
+            name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes, **kwargs)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the teacher '{name}' cannot be loaded ({first_line(error)}): choose a teacher of timm's"
+                         ) from error
+
+
+def _require_safetensors(name: str) -> None:
+    """Checks that 'hf-hub:' and 'local-dir:' weights come as safetensors: timm would fall back to a pickle.
+
+    Raises:
+        InputError: they do not, or arrived damaged.
+    """
+    source, colon, place = name.partition(':')
+    if not colon:
+        return
+    if source == 'hf-hub':
+        cfg = load_model_config_from_path(hub_file(place, CONFIG_FILE).parent)[0]
+        filename = cfg.get('hf_hub_filename') or WEIGHTS_FILE
+        if filename.endswith('.safetensors'):
+            hub_file(place, filename)
+            return
+    else:
+        filename = WEIGHTS_FILE
+        if (Path(place) / WEIGHTS_FILE).is_file():
+            return
+    raise InputError(
+        f"'{name}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; ask its owner for "
+        'safetensors')
+
+
+def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str) -> None:
+    """Loads the mean of the weights of several runs (Wortsman et al., ICML 2022): good where one began at another's.
+
+    Args:
+        model: Changed in place. Its BN statistics become the mean too, which are not those of the mean weights.
+        paths: Files as for `load_model`; one is loaded as it is.
+        name: Of the network, for errors.
+
+    Raises:
+        InputError: weights that cannot be read or do not fit.
+    """
+    mean: Dict[str, torch.Tensor] = {}
+    for path in paths:
+        _load_checkpoint(model, Path(path), name)
+        for key, value in model.state_dict().items():
+            part = value.double() / len(paths) if value.is_floating_point() else value.clone()
+            mean[key] = mean[key] + part if key in mean and value.is_floating_point() else part
+    model.load_state_dict(mean)
+
+
+def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
+    if not path.is_file():
+        raise InputError(f"checkpoint '{path}' is not a file")
+    try:
+        load_checkpoint(model, str(path), use_ema=True, strict=True, weights_only=True)
+    except LOAD_ERRORS as error:
+        if 'size mismatch' in str(error) or 'Missing key' in str(error) or 'Unexpected key' in str(error):
+            raise InputError(
+                f"checkpoint '{path}' does not fit {name} with {model.num_classes} classes: pass the --model and "
+                '--num-classes that it was trained with') from error
+        raise InputError(f"checkpoint '{path}' cannot be read, it may be cut off: {first_line(error)}") from error
+

@@ -1,0 +1,213 @@
+"""What is stored with weights: costs, temperatures and a family of policies, so that a user needs a budget and no data.
+
+The same content stands in the package as `weights/ARCH.TAG/multiexit.json`, beside a user's own checkpoint under that
+name, and on the Hub under the one key `multiexit` of timm's config.json, which timm itself ignores.
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+from ..errors import InputError
+from ..files import read_json, write_json
+from .costs import format_macs
+from .policy import NEVER, ExitPolicy, check_average_budget
+
+VERSION = 1
+CONFIG_KEY = 'multiexit'
+FILE_NAME = 'multiexit.json'
+RECIPE_NAME = 'recipe.yaml'
+_HINT = 'make one with timm-multiexit calibrate'
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """Exit costs and policies of one set of weights.
+
+    Attributes:
+        exit_macs: Cumulative MACs of each exit for one image.
+        exit_params: Cumulative parameters of each exit.
+        input_size: (C, H, W) of the image that the costs are for.
+        temperatures: One per exit, fitted on validation logits.
+        policies: A family of policies of one method, by rising budget, from the cheapest exit to the full cost.
+        class_names: Names in the order of the logits, or None.
+        fast_policies: A family of the method 'fast': a little less accurate, faster at equal cost. It may be empty.
+        version: Of this layout.
+
+    Raises:
+        InputError: values that do not belong together.
+    """
+
+    exit_macs: Tuple[int, ...]
+    exit_params: Tuple[int, ...]
+    input_size: Tuple[int, int, int]
+    temperatures: Tuple[float, ...]
+    policies: Tuple[ExitPolicy, ...]
+    class_names: Optional[Tuple[str, ...]] = None
+    fast_policies: Tuple[ExitPolicy, ...] = ()
+    version: int = VERSION
+
+    def __post_init__(self):
+        for name in ('exit_macs', 'exit_params', 'input_size', 'temperatures', 'policies', 'class_names',
+                     'fast_policies'):
+            value = getattr(self, name)
+            if value is not None:  # lists too: JSON has no tuples
+                if not isinstance(value, Sequence) or isinstance(value, str):
+                    raise InputError(f'exit config with {name} {value!r}: give a list')
+                object.__setattr__(self, name, tuple(value))
+        if self.version != VERSION:
+            raise InputError(
+                f'exit config of version {self.version}, this package reads version {VERSION}: update timm-multiexit')
+        count = len(self.exit_macs)
+        if count == 0 or len(self.exit_params) != count or len(self.temperatures) != count:
+            raise InputError(
+                f'exit config with {count} costs, {len(self.exit_params)} parameter counts and '
+                f'{len(self.temperatures)} temperatures: give one per exit')
+        if not all(a < b for a, b in zip(self.exit_macs, self.exit_macs[1:])) or not self.exit_macs[0] > 0:
+            raise InputError(f'exit config with costs {self.exit_macs}: they must rise from exit to exit')
+        for family in (self.policies, self.fast_policies):
+            budgets = []
+            for policy in family:
+                policy.check_exits(count)
+                budgets.append(policy.budget)
+            if None in budgets or any(a >= b for a, b in zip(budgets, budgets[1:])):
+                raise InputError('exit config with policies out of order: give each its budget, by rising budget')
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_macs)
+
+    def check_network(self, model) -> None:
+        """Checks that this belongs to a network.
+
+        Raises:
+            InputError: another number of exits or of classes.
+        """
+        if model.num_exits != self.num_exits:
+            raise InputError(
+                f'an exit config for {self.num_exits} exits does not fit a network with {model.num_exits}: {_HINT}')
+        if self.class_names is not None and len(self.class_names) != model.num_classes:
+            raise InputError(
+                f'an exit config for {len(self.class_names)} classes does not fit a network with {model.num_classes}: '
+                f'{_HINT}')
+
+    def policy_for(self, average_budget: float, fast: bool = False) -> ExitPolicy:
+        """The policy for a wanted average cost; between two stored budgets, thresholds are interpolated.
+
+        Neighbours in the family differ little, so that cost and accuracy on validation may be interpolated with them.
+
+        Args:
+            average_budget: Average MACs per image.
+            fast: The policy that asks few exits, which takes less time at equal cost and is a little less accurate.
+
+        Raises:
+            InputError: no policies are stored, or the budget is below the cheapest exit or above the full cost, or the
+                stored policies do not reach that far.
+        """
+        policies = self.fast_policies if fast else self.policies
+        if not policies:
+            raise InputError(f"no {'fast ' * fast}policies are stored with these weights: {_HINT}")
+        budget = check_average_budget(average_budget, self.exit_macs)
+        budgets = [p.budget for p in policies]
+        upper = next((i for i, b in enumerate(budgets) if b >= budget), None)
+        if upper is None or budget < budgets[0]:
+            raise InputError(
+                f'policies are stored for average budgets from {format_macs(budgets[0])} to '
+                f'{format_macs(budgets[-1])}, not for {format_macs(budget)}: choose one between, or {_HINT}')
+        low, high = policies[max(upper - 1, 0)], policies[upper]
+        if budget == high.budget:
+            return high
+        weight = (budget - low.budget) / (high.budget - low.budget)
+        return _interpolate(low, high, weight, budget)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain values for JSON. What all policies share (temperatures, measure, method) is written once."""
+        policies, fast = ([p.to_dict() for p in family] for family in (self.policies, self.fast_policies))
+        shared = {}
+        for name, family in (('measure', policies + fast), ('method', policies), ('method', fast)):
+            values = {p.pop(name, '') for p in family}
+            if len(values) > 1:
+                raise InputError(
+                    f'exit config with policies of several kinds, {name} {sorted(values)}: store one family')
+            shared.setdefault(name, next(iter(values), ''))
+        for p in policies + fast:
+            if tuple(p.pop('temperatures')) != tuple(self.temperatures):
+                raise InputError('exit config with policies of other temperatures: store one family')
+        return dict(
+            version=self.version,
+            exit_macs=list(self.exit_macs),
+            exit_params=list(self.exit_params),
+            input_size=list(self.input_size),
+            temperatures=list(self.temperatures),
+            class_names=None if self.class_names is None else list(self.class_names),
+            **shared,
+            policies=policies,
+            fast_policies=fast)
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> 'ExitConfig':
+        """The value of `to_dict`.
+
+        Raises:
+            InputError: not an exit config, or of another version.
+        """
+        if not isinstance(values, dict):
+            raise InputError(f'not an exit config but {type(values).__name__}: {_HINT}')
+        values = dict(values)
+        if values.get('version') != VERSION:
+            raise InputError(
+                f"exit config of version {values.get('version')}, this package reads version {VERSION}: "
+                'update timm-multiexit')
+        shared = {k: v for k, v in ((k, values.pop(k, '')) for k in ('measure', 'method')) if v}
+        known = {f.name for f in dataclasses.fields(cls)}
+        missing = known - {'class_names', 'fast_policies'} - values.keys()
+        if missing or values.keys() - known:
+            raise InputError(
+                f"exit config without {', '.join(sorted(missing)) or 'gaps'} and with unknown "
+                f"{', '.join(sorted(values.keys() - known)) or 'nothing'}: {_HINT}")
+        shared['temperatures'] = values['temperatures']
+        for name, method in (('policies', {}), ('fast_policies', {'method': 'fast'})):
+            policies = values.pop(name, [])
+            if not isinstance(policies, (list, tuple)) or not all(isinstance(p, dict) for p in policies):
+                raise InputError(f'exit config whose {name} are no list of policies: {_HINT}')
+            values[name] = tuple(ExitPolicy.from_dict({**shared, **method, **p}) for p in policies)
+        return cls(**values)
+
+    def save(self, path: Union[str, Path]) -> None:
+        """Writes JSON."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Union[str, Path]) -> 'ExitConfig':
+        """Reads what `save` wrote, or a config.json that holds it under the key `multiexit`.
+
+        Raises:
+            InputError: no such file, or neither of the two.
+        """
+        values = read_json(path, 'exit config')
+        if isinstance(values, dict) and 'architecture' in values:  # timm's config.json
+            if CONFIG_KEY not in values:
+                raise InputError(f"'{path}' holds no policies: {_HINT}")
+            values = values[CONFIG_KEY]
+        return cls.from_dict(values)
+
+
+def _interpolate(low: ExitPolicy, high: ExitPolicy, weight: float, budget: float) -> ExitPolicy:
+    def between(a, b):
+        return None if a is None or b is None else a + weight * (b - a)
+
+    def row(a, b):
+        return None if a is None or b is None else tuple(between(x, y) for x, y in zip(a, b))
+
+    def threshold(a, b):
+        if min(a, b) > 1.:
+            return NEVER
+        return between(min(a, 1.), min(b, 1.))  # no confidence is above 1: from there on a threshold does nothing
+
+    return dataclasses.replace(
+        high,
+        thresholds=tuple(threshold(a, b) for a, b in zip(low.thresholds, high.thresholds)),
+        budget=budget,
+        expected_macs=between(low.expected_macs, high.expected_macs),
+        expected_accuracy=between(low.expected_accuracy, high.expected_accuracy),
+        exit_shares=row(low.exit_shares, high.exit_shares))

@@ -1,0 +1,190 @@
+"""Training of all exits at once, as a timm training task: EMA, compilation, DDP and checkpoints are timm's."""
+import math
+from typing import Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask, DistillationTeacher
+from timm.utils import unwrap_model
+
+from ..errors import InputError
+from ..models import MultiExitNet
+
+KD_EXITS = ('mean', 'last')
+
+
+class _AllExits(torch.nn.Module):
+    """A network whose output is every exit's logits, (num_exits, B, num_classes), as a teacher's."""
+
+    def __init__(self, model: MultiExitNet):
+        super().__init__()
+        self.model = model
+        self.num_classes, self.pretrained_cfg = model.num_classes, model.pretrained_cfg
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.model.forward_exits(x))
+
+
+class MultiExitTask(ClassificationTask):
+    """Weighted mean of the exits' losses, with distillation from the last exit or from finished networks if wanted.
+
+    Loss: sum_k w_k L_k / sum_k w_k (MSDNet paper, section 4, with w_k = 1) + distill_weight * mean over k < last of
+    T^2 KL(softmax(last / T) || softmax(exit k / T)), where the last exit's logits take no gradient
+    (Phuong and Lampert, ICCV 2019). L_k is the classification loss of exit k, or with a teacher
+    c CE_k + (1 - c) T_t^2 KL(teacher || softmax(exit k / T_t)), c the `task_loss_weight` (Hinton et al., 2015).
+
+    Args:
+        model: The network to train.
+        exit_weights: One weight per exit, None for equal ones.
+        distill_weight: Weight of the distillation from the last exit, 0 for none.
+        distill_temperature: T.
+        teacher: A finished network for the same classes, multi-exit or not; or several, which teach the mean of their
+            probabilities; or None. They see the same augmented images, and their parameters are frozen.
+        task_loss_weight: c, the share of the classification loss beside a teacher, from 0 to 1.
+        kd_temperature: T_t.
+        kd_exits: What a multi-exit teacher teaches, 'mean' of its exits' probabilities or its 'last' exit's.
+        kd_draw: Of several teachers one is drawn for each batch: the gradient has the same mean, at the cost of one.
+        frozen: Names of modules of the network that keep their weights and BN statistics.
+        **kwargs: As ClassificationTask (criterion, criterion_kwargs, device, dtype, verbose).
+
+    Raises:
+        InputError: not one non-negative weight per exit, or all zero; a share outside 0 to 1; a teacher for another
+            number of classes; a name that is no module.
+    """
+
+    def __init__(
+            self,
+            model: MultiExitNet,
+            exit_weights: Optional[Sequence[float]] = None,
+            distill_weight: float = 0.,
+            distill_temperature: float = 2.,
+            teacher: Union[torch.nn.Module, Sequence[torch.nn.Module], None] = None,
+            task_loss_weight: float = 0.5,
+            kd_temperature: float = 2.,
+            kd_exits: str = 'mean',
+            kd_draw: bool = False,
+            frozen: Sequence[str] = (),
+            **kwargs,
+    ):
+        weights = list(exit_weights) if exit_weights else [1.] * model.num_exits
+        if len(weights) != model.num_exits or min(weights) < 0 or sum(weights) == 0:
+            raise InputError(
+                f'exit weights {weights}: give {model.num_exits} numbers, none negative, not all zero, one per exit')
+        if not 0. <= task_loss_weight <= 1.:
+            raise InputError(f'task loss weight {task_loss_weight}: it is a share, from 0 to 1')
+        if kd_exits not in KD_EXITS:
+            raise InputError(f"unknown exits of a teacher '{kd_exits}': choose one of {', '.join(KD_EXITS)}")
+        modules = dict(model.named_modules())
+        if unknown := [name for name in frozen if name not in modules]:
+            raise InputError(f"cannot freeze '{unknown[0]}', the network has no module of that name: give names as "
+                             "in model.named_modules(), 'stages.0.layers.0' for the stem")
+        teachers = [teacher] if isinstance(teacher, torch.nn.Module) else list(teacher or ())
+        for each in teachers:
+            if each.num_classes != model.num_classes:
+                raise InputError(f'the teacher knows {each.num_classes} classes and the network {model.num_classes}: '
+                                 'choose a teacher of the same data set')
+        model.set_exit_training(True)
+        for name in frozen:
+            modules[name].requires_grad_(False)
+        super().__init__(model, **kwargs)
+        self.frozen = [modules[name] for name in frozen]
+        self.exit_weights = [w / sum(weights) for w in weights]
+        self.register_buffer('loss_weights', torch.tensor(self.exit_weights, device=self.device), persistent=False)
+        self.distill_weight = distill_weight
+        self.distill_temperature = distill_temperature
+        self.task_loss_weight = task_loss_weight
+        self.kd_temperature = kd_temperature
+        self.kd_draw = kd_draw
+        self.teachers = torch.nn.ModuleList()
+        self.renormalized: List[Optional[Tuple[torch.Tensor, torch.Tensor]]] = []
+        for each in teachers:
+            if isinstance(each, MultiExitNet) and kd_exits == 'mean':
+                each = _AllExits(each)
+            each.to(self.device).requires_grad_(False)
+            self.teachers.append(DistillationTeacher(each, device=self.device))
+        if teachers:
+            mean, std = (torch.tensor(model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
+                         for name in ('mean', 'std'))
+            for teacher in self.teachers:
+                # Once, and not in every step as timm's normalize_input compares: each time the device would be waited
+                # for.
+                same = torch.equal(mean, teacher.mean_kd) and torch.equal(std, teacher.std_kd)
+                self.renormalized.append(None if same else (
+                    std / teacher.std_kd, (mean - teacher.mean_kd) / teacher.std_kd))
+
+    def train(self, mode: bool = True) -> 'MultiExitTask':
+        """Sets the network's mode; teachers and frozen modules stay in evaluation mode."""
+        super().train(mode)
+        self.teachers.eval()
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs) -> torch.nn.Module:
+        """Compiles the network and its teachers; returns the compiled network."""
+        for teacher in self.teachers:
+            teacher.compile(backend=backend, mode=mode, **compile_kwargs)
+        return super().compile(backend=backend, mode=mode, **compile_kwargs)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Images (B, C, H, W) and targets, int64 (B,) or soft (B, num_classes), to the loss and the last logits."""
+        # Losses in float32: a softmax over bfloat16 logits would round the gradient of confident images away.
+        logits = [x.float() for x in self.trainable_module(input)]
+        losses = torch.stack([self.criterion(x, target) for x in logits])
+        if self.teachers:
+            c, taught = self.task_loss_weight, self._teacher_log_probabilities(input)
+            kd = torch.stack([self._divergence(x, taught, self.kd_temperature) for x in logits])
+            losses = c * losses + (1. - c) * kd
+        loss = (losses * self.loss_weights).sum()
+        if self.distill_weight > 0.:
+            t = self.distill_temperature
+            taught = F.log_softmax(logits[-1].detach() / t, 1)
+            terms = torch.stack([self._divergence(x, taught, t) for x in logits[:-1]])
+            loss = loss + self.distill_weight * terms.mean()
+        return {'loss': loss, 'output': logits[-1], 'exit_losses': losses.detach()}
+
+    @torch.no_grad()
+    def _teacher_log_probabilities(self, input: torch.Tensor) -> torch.Tensor:
+        """(B, num_classes), at the teachers' temperature; of several, and of a teacher's exits, the mean probability.
+
+        A first run's exits together were a better teacher than its last one, on CIFAR-100 by 0.8 points; of three
+        finished networks the last exits together, by 0.9 points.
+        """
+        teachers, taught = list(zip(self.teachers, self.renormalized)), []
+        if self.kd_draw:
+            teachers = [teachers[int(torch.randint(len(teachers), ()))]]
+        for teacher, change in teachers:
+            logits = teacher(input if change is None else input * change[0] + change[1]).float()
+            log_probabilities = F.log_softmax(logits / self.kd_temperature, -1)
+            if logits.ndim == 3:
+                log_probabilities = log_probabilities.logsumexp(0) - math.log(len(logits))
+            taught.append(log_probabilities)
+        return torch.stack(taught).logsumexp(0) - math.log(len(taught))
+
+    @staticmethod
+    def _divergence(logits: torch.Tensor, taught: torch.Tensor, t: float) -> torch.Tensor:
+        """t^2 KL(taught || softmax(logits / t)), the mean over the batch; `taught` are log probabilities."""
+        return t * t * F.kl_div(F.log_softmax(logits / t, 1), taught, reduction='batchmean', log_target=True)
+
+
+@torch.inference_mode()
+def exit_accuracies(model: torch.nn.Module, loader, amp_dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """Top-1 accuracy of every exit in percent over a loader, float64 (num_exits,), summed over processes.
+
+    Args:
+        model: A multi-exit network, possibly wrapped (DDP, compiled, EMA).
+        loader: Yields (images, targets); processes of a group may get different numbers of images.
+        amp_dtype: Autocast dtype, None for none.
+    """
+    model = unwrap_model(model)
+    model.eval()
+    right = None
+    for images, targets in loader:
+        with torch.autocast(images.device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+            logits = torch.stack(model.forward_exits(images))
+        hits = (logits.argmax(-1) == targets).sum(1)
+        counts = torch.cat([hits, hits.new_tensor([len(targets)])])
+        right = counts if right is None else right + counts
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(right)
+    return 100. * right[:-1].double().cpu() / right[-1].item()
