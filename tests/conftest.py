@@ -1,13 +1,18 @@
-"""Fixtures. Real CIFAR files lie in the folder that TIMM_MULTIEXIT_DATA names, else in .data, else they are fetched."""
+"""Fixtures, seeds and the check of skips.
+
+Real CIFAR files lie in the folder that TIMM_MULTIEXIT_DATA names, else in .data, else torchvision downloads them.
+"""
 import os
+import random
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
-import timm_multiexit  # noqa: F401 - registers the networks
-from timm_multiexit.pretrained.names import list_networks
+import timm_multiexit
 
 pytest.register_assert_rewrite('hub_support')
 PROJECT = Path(__file__).resolve().parent.parent
@@ -15,6 +20,61 @@ SAMPLES = PROJECT / 'timm_multiexit' / 'samples'
 
 # Small, and still with every part of the real thing: three scales, two transitions, an exit in each block.
 SMALL = dict(steps=(2, 2, 2), base_width=8, growth=4, head_width=16)
+
+
+def pytest_addoption(parser):
+    parser.addoption('--strict-skips', action='store_true', help='fail on a skip that tests/skips.txt does not list')
+
+
+def seed_everything(seed: int = 0) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test starts from the same random state, alone or after any other."""
+    seed_everything()
+
+
+def pytest_fixture_setup(fixturedef):
+    """Shared fixtures are built before `seeded` runs, in the first test that needs them: they start from it too."""
+    if fixturedef.scope != 'function':
+        seed_everything()
+
+
+class SkipCheck:
+    """Collects skips and fails the session on those that tests/skips.txt does not list."""
+
+    def __init__(self):
+        lines = (PROJECT / 'tests' / 'skips.txt').read_text().splitlines()
+        self.accepted = [line.split('  # ')[0].strip() for line in lines if line and not line.startswith('#')]
+        self.unexpected = []
+
+    def note(self, report) -> None:
+        if report.skipped and not hasattr(report, 'wasxfail'):
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            skip = f'{report.nodeid}: {reason.removeprefix("Skipped: ")}'
+            if not any(re.search(pattern, skip) for pattern in self.accepted):
+                self.unexpected.append(skip)
+
+    pytest_runtest_logreport = pytest_collectreport = note
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
+        if self.unexpected and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        for skip in self.unexpected:
+            terminalreporter.write_line(f'UNLISTED SKIP {skip}: mend it, or list it in tests/skips.txt', red=True)
+
+
+def pytest_configure(config):
+    # Reports of all workers reach the controller; a worker does not judge.
+    if config.getoption('--strict-skips') and not hasattr(config, 'workerinput'):
+        config.pluginmanager.register(SkipCheck())
 
 
 @pytest.fixture(scope='session')
@@ -31,7 +91,7 @@ def cifar_root() -> str:
             try:
                 dataset(root, download=True)
             except OSError as error:
-                pytest.skip(f'CIFAR is not in {root} and cannot be fetched ({error}); set TIMM_MULTIEXIT_DATA')
+                pytest.skip(f'CIFAR is not in {root} and cannot be downloaded ({error}); set TIMM_MULTIEXIT_DATA')
     return root
 
 
@@ -42,7 +102,7 @@ def small_msfuse():
     return timm.create_model('msfuse_cifar', **SMALL).eval()
 
 
-@pytest.fixture(params=list_networks())
+@pytest.fixture(params=timm_multiexit.list_networks())
 def network(request):
     """Every registered network of the package, with fixed random weights, in eval mode."""
     torch.manual_seed(0)

@@ -1,0 +1,16 @@
+"""The README's Python snippets run, in their order and in one namespace, as a reader would paste them."""
+import re
+
+from conftest import PROJECT
+
+
+def test_snippets_run_in_order(tmp_path, monkeypatch):
+    text = (PROJECT / 'README.md').read_text(encoding='utf-8')
+    snippets = list(re.finditer(r'^```python\n(.*?)^```', text, re.MULTILINE | re.DOTALL))
+    assert snippets
+    (tmp_path / 'timm_multiexit').symlink_to(PROJECT / 'timm_multiexit')  # paths are written from the clone's root
+    monkeypatch.chdir(tmp_path)
+    namespace = {'__name__': 'readme'}
+    for snippet in snippets:
+        line = text.count('\n', 0, snippet.start(1))
+        exec(compile('\n' * line + snippet[1], 'README.md', 'exec'), namespace)
