@@ -1,6 +1,6 @@
-"""What a network said about one image, exit by exit, and which exit answers under a budget or a confidence threshold.
+"""The outputs of all exits for one image, and which exit answers within a budget or at a confidence threshold.
 
-All exits have run once when a `Reading` exists. Everything here only reads it again; no model is called.
+The network runs once for each image; moving a control only picks another exit from the stored outputs.
 """
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
@@ -16,19 +16,19 @@ BY_BUDGET, BY_CONFIDENCE = 'budget', 'confidence'
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One image as all exits of a network saw it.
+class ExitOutputs:
+    """What all exits of a network output for one image.
 
     Attributes:
-        network: Its name, 'arch.tag'.
+        network: Name, 'arch.tag'.
         logits: float32 (num_exits, num_classes).
         labels: Class names in the order of the logits.
         costs: Costs of the exits for one image.
-        milliseconds: Until each exit has answered, cumulative, measured on this machine.
-        temperatures: One per exit, stored with the weights; 1 where none are stored.
-        seen: The image at the size at which the network saw it, before normalization.
-        true_class: Name of the right class, if it is known.
-        notes: What a reader should know about the answer (the photo was shrunk, ...).
+        milliseconds: Cumulative time to each exit on this machine.
+        temperatures: One per exit, stored with the weights; 1 if none are stored.
+        input_image: The image at the network's input size, before normalization.
+        true_class: Name of the true class, if known.
+        notes: Remarks about the input (downscaled, first frame of an animation, ...).
         example: Position among the examples, for links; None for a visitor's own image.
     """
 
@@ -38,7 +38,7 @@ class Reading:
     costs: ExitCosts
     milliseconds: Tuple[float, ...]
     temperatures: Tuple[float, ...]
-    seen: Image.Image
+    input_image: Image.Image
     true_class: Optional[str] = None
     notes: Tuple[str, ...] = ()
     example: Optional[int] = None
@@ -48,26 +48,26 @@ class Reading:
         return len(self.logits)
 
     def probabilities(self, calibrated: bool = True) -> torch.Tensor:
-        """Class probabilities of every exit, float32 (num_exits, num_classes); calibrated by the temperatures."""
+        """Class probabilities of every exit, float32 (num_exits, num_classes), with or without the temperatures."""
         if not calibrated:
             return self.logits.softmax(1)
         return (self.logits / torch.tensor(self.temperatures).unsqueeze(1)).softmax(1)
 
     def top_classes(self, count: int, calibrated: bool = True) -> List[int]:
-        """Classes worth following from exit to exit: the largest probability that each reaches anywhere decides."""
+        """The classes with the largest probability at any exit, best first."""
         best = self.probabilities(calibrated).amax(0)
         return best.topk(min(count, len(best))).indices.tolist()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Which exit answers, and why that one.
+    """Which exit answers, and why.
 
     Attributes:
         exit_index: From 0.
         mode: 'budget' or 'confidence'.
-        limit: The budget in MACs, or the confidence.
-        calibrated: Whether probabilities are divided by the temperatures first.
+        limit: The budget in MACs, or the confidence threshold.
+        calibrated: Whether probabilities use the temperatures.
         reason: In words.
     """
 
@@ -78,40 +78,40 @@ class Answer:
     reason: str
 
 
-def answer_within_budget(reading: Reading, budget: float, calibrated: bool = True) -> Answer:
-    """The deepest exit that a budget allows (anytime prediction).
+def answer_within_budget(outputs: ExitOutputs, budget: float, calibrated: bool = True) -> Answer:
+    """The deepest exit within a budget (anytime prediction, MSDNet paper, section 3).
 
     Args:
-        reading: The image.
+        outputs: Of the image.
         budget: MACs for this image.
-        calibrated: Only kept for showing; the choice does not depend on it.
+        calibrated: Only affects the probabilities shown, not which exit answers.
 
     Raises:
-        InputError: no number, or below the first exit.
+        InputError: not a number, or below the cost of the first exit.
     """
-    exit_index = reading.costs.deepest_within(_number(budget, 'budget'))
-    if exit_index == reading.num_exits - 1:
-        reason = 'the budget pays for the whole network'
+    exit_index = outputs.costs.deepest_within(_number(budget, 'budget'))
+    if exit_index == outputs.num_exits - 1:
+        reason = 'the budget covers the whole network'
     else:
-        reason = f'exit {exit_index + 2} would need {format_macs(reading.costs.macs[exit_index + 1])} MACs'
+        reason = f'exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs'
     return Answer(exit_index, BY_BUDGET, budget, calibrated, reason)
 
 
-def answer_by_confidence(reading: Reading, threshold: float, calibrated: bool = True) -> Answer:
+def answer_by_confidence(outputs: ExitOutputs, threshold: float, calibrated: bool = True) -> Answer:
     """The first exit whose largest probability reaches a threshold.
 
     Raises:
-        InputError: no probability.
+        InputError: the threshold is not a probability.
     """
     if not 0. < _number(threshold, 'confidence') <= 1.:
-        raise InputError(f'a confidence of {threshold} cannot be asked for: give a probability above 0 and up to 1')
-    last = reading.num_exits - 1
-    temperatures = reading.temperatures if calibrated else (1.,) * reading.num_exits
+        raise InputError(f'a confidence of {threshold} is out of range: give a probability above 0 and up to 1')
+    last = outputs.num_exits - 1
+    temperatures = outputs.temperatures if calibrated else (1.,) * outputs.num_exits
     policy = ExitPolicy((float(threshold),) * last + (0.,), temperatures)
-    exit_index = next(k for k in range(last + 1) if bool(policy.stops(k, reading.logits[k:k + 1])))
-    reached = float(reading.probabilities(calibrated)[exit_index].max()) >= threshold
-    reason = f'the first exit that is at least {threshold:.0%} sure' if reached else (
-        f'no exit is {threshold:.0%} sure, so the last one answers')
+    exit_index = next(k for k in range(last + 1) if bool(policy.stops(k, outputs.logits[k:k + 1])))
+    reached = float(outputs.probabilities(calibrated)[exit_index].max()) >= threshold
+    reason = f'the first exit to reach {threshold:.0%} confidence' if reached else (
+        f'no exit reaches {threshold:.0%} confidence, so the last one answers')
     return Answer(exit_index, BY_CONFIDENCE, float(threshold), calibrated, reason)
 
 
@@ -122,46 +122,46 @@ def _number(value: object, what: str) -> float:
         raise InputError(f"'{value}' is not a {what}: give a number") from None
 
 
-def describe(reading: Reading, answer: Answer) -> dict:
-    """The answer as plain values, for programs."""
-    probabilities = reading.probabilities(answer.calibrated)
-    full = reading.costs.macs[-1]
+def describe(outputs: ExitOutputs, answer: Answer) -> dict:
+    """The answer as plain values, for the API."""
+    probabilities = outputs.probabilities(answer.calibrated)
+    full = outputs.costs.macs[-1]
     exits = []
     for k, row in enumerate(probabilities):
         top = row.topk(min(5, len(row)))
         exits.append(dict(
             exit=k + 1,
-            macs=reading.costs.macs[k],
-            milliseconds=round(reading.milliseconds[k], 3),
+            macs=outputs.costs.macs[k],
+            milliseconds=round(outputs.milliseconds[k], 3),
             ran=k <= answer.exit_index,
-            top=[dict(label=reading.labels[i], probability=round(p, 5))
+            top=[dict(label=outputs.labels[i], probability=round(p, 5))
                  for p, i in zip(top.values.tolist(), top.indices.tolist())]))
     chosen = exits[answer.exit_index]
     return dict(
-        network=reading.network,
+        network=outputs.network,
         label=chosen['top'][0]['label'],
         probability=chosen['top'][0]['probability'],
         exit=chosen['exit'],
-        num_exits=reading.num_exits,
+        num_exits=outputs.num_exits,
         reason=answer.reason,
         macs=chosen['macs'],
         share_of_full_cost=round(chosen['macs'] / full, 4),
-        notes=list(reading.notes),
+        notes=list(outputs.notes),
         exits=exits)
 
 
-def status_text(reading: Reading, answer: Answer) -> str:
+def status_text(outputs: ExitOutputs, answer: Answer) -> str:
     """One sentence for screen readers."""
     k = answer.exit_index
-    probability, index = reading.probabilities(answer.calibrated)[k].max(0)
-    saved = 1. - reading.costs.macs[k] / reading.costs.macs[-1]
-    text = f'Exit {k + 1} of {reading.num_exits} answers {spoken(reading.labels[int(index)])}, {probability:.0%} sure'
-    if reading.true_class is not None:
-        text += ', which is right' if reading.labels[int(index)] == reading.true_class else (
-            f', but it is {spoken(reading.true_class)}')
-    return f'{text}. {saved:.0%} of the cost saved.'
+    probability, index = outputs.probabilities(answer.calibrated)[k].max(0)
+    label = outputs.labels[int(index)]
+    saved = 1. - outputs.costs.macs[k] / outputs.costs.macs[-1]
+    text = f'Exit {k + 1} of {outputs.num_exits} answers {spoken(label)} with {probability:.0%} confidence'
+    if outputs.true_class is not None:
+        text += ', correctly' if label == outputs.true_class else f'; the true class is {spoken(outputs.true_class)}'
+    return f'{text}. {saved:.0%} of the compute saved.'
 
 
 def spoken(label: str) -> str:
-    """A class name as people write it: 'pickup truck' for 'pickup_truck'."""
+    """A class name for display: 'pickup truck' for 'pickup_truck'."""
     return label.replace('_', ' ')

@@ -1,9 +1,9 @@
-"""The app: see a network make up its mind, exit by exit, under a budget.
+"""The app: see a network make up its mind, exit by exit.
 
     python app/app.py [--model MODEL] [--port N] [--share] [--mcp]
 
-The model runs once for each image, in `networks`. What a slider moves is read again from what all exits said, which
-is kept for each visitor in `gr.State`; visitors share networks and stored results, which nobody changes.
+The network runs once for each image, in `served`. The outputs of all exits are kept per visitor in `gr.State`; moving a
+slider only picks another exit from them. Visitors share the networks and stored results, which are never modified.
 """
 import argparse
 import importlib.util
@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, Dict
 
-os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # works without a connection, and counts nobody
+os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # no network access, no tracking
 
 if importlib.util.find_spec('gradio') is None:
     sys.exit("the app needs gradio: pip install 'timm-multiexit[app]'")
@@ -23,8 +23,8 @@ from timm_multiexit.errors import InputError  # noqa: E402
 
 
 def launch_options() -> Dict[str, Any]:
-    """What `launch` needs for the page to look and work as meant."""
-    # The style goes into the head: what comes as css= is rewritten by gradio and loses its container queries.
+    """Arguments of `launch` for the page's look and behaviour."""
+    # In the head, because gradio rewrites css= and drops container queries.
     return dict(
         theme=theme(), head=f'<style>{STYLE.read_text(encoding="utf-8")}</style>', show_error=True, ssr_mode=False,
         footer_links=['api', 'settings'], max_file_size='50mb')
@@ -32,10 +32,10 @@ def launch_options() -> Dict[str, Any]:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog='app.py', description='Opens a page on which a network makes up its mind, exit by exit.')
-    parser.add_argument('--model', default='', help='network to show first: a name in the registry, hf-hub:... or '
-                                                    'local-dir:... (default: the first one with weights)')
-    parser.add_argument('--port', type=int, help='port to listen on (default: the first free one from 7860)')
+        prog='app.py', description='Serves a page that shows a multi-exit network decide, exit by exit.')
+    parser.add_argument('--model', default='', help='network to show first: a registered name, hf-hub:... or '
+                                                    'local-dir:... (default: the first with weights)')
+    parser.add_argument('--port', type=int, help='port to listen on (default: the first free port from 7860)')
     parser.add_argument('--share', action='store_true', help='also open a public link through gradio.live')
     parser.add_argument('--mcp', action='store_true', help='also serve the API as tools over MCP')
     return parser.parse_args(argv)
@@ -45,13 +45,13 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     try:
         if args.mcp and importlib.util.find_spec('mcp') is None:
-            # gradio itself would start without it and not say so.
-            raise InputError("--mcp needs another package: pip install 'gradio[mcp]'")
+            # gradio would start without it and say nothing.
+            raise InputError("--mcp needs an extra package: pip install 'gradio[mcp]'")
         names = available_networks(args.model)
-        get_network(names[0])  # before the first visitor comes
+        get_network(names[0])  # load it before the first visitor arrives
         page = build_page(names)
         page.launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
-    except (InputError, OSError) as error:  # OSError: gradio's word for a port that is taken
+    except (InputError, OSError) as error:  # OSError: the port is taken
         sys.exit(f'app.py: error: {error}')
 
 

@@ -1,4 +1,4 @@
-"""The budget view as HTML: what thresholds do for a data set as a whole. Pure functions of stored results."""
+"""The dataset view as HTML: accuracy and exits under an average budget. Pure functions of stored results."""
 import math
 from html import escape
 from typing import List, Sequence, Tuple
@@ -13,7 +13,7 @@ from timm_multiexit.stopping.policy import NEVER, ExitPolicy
 
 
 def accuracy_range(curve: Curve) -> Tuple[float, float]:
-    """Lower and upper end of the accuracy axis in percent, whole numbers with all points inside."""
+    """Ends of the accuracy axis in percent, whole numbers around all points."""
     values = [p.accuracy for p in curve.points] + [a for _, a in curve.exits]
     low, high = min(values), max(values)
     margin = max(0.08 * (high - low), 0.1)
@@ -34,33 +34,33 @@ def _ticks(low: float, high: float, count: int = 4) -> List[float]:
 def status_text(curve: Curve, budget: float) -> str:
     """One sentence for screen readers."""
     point = curve.at(budget)
-    return (f'At {format_macs(budget)} MACs on average, {point.accuracy:.1f} % are right; '
-            f'{point.shares[0]:.0%} leave at the first exit, {point.shares[-1]:.0%} need the last.')
+    return (f'At an average budget of {format_macs(budget)} MACs, accuracy is {point.accuracy:.1f}%; '
+            f'{point.shares[0]:.0%} of images leave at the first exit, {point.shares[-1]:.0%} reach the last.')
 
 
 def headline(curve: Curve, budget: float, full: float) -> str:
-    """What the budget gives, in large type."""
+    """Accuracy and savings at the budget, in large type."""
     point = curve.at(budget)
     loss = curve.points[-1].accuracy - point.accuracy
-    versus = 'as many as the whole network' if abs(loss) < 0.05 else (
-        f'{abs(loss):.1f} points {"below" if loss > 0 else "above"} the whole network')
+    versus = 'same as the full network' if abs(loss) < 0.05 else (
+        f'{abs(loss):.1f} points {"below" if loss > 0 else "above"} the full network')
     return f"""
 <div class="verdict alone">
   <div class="says">
-    <p class="who">{format_macs(budget)} MACs an image on average</p>
-    <p class="what">{point.accuracy:.1f} % <span class="sure">right, {versus}</span></p>
+    <p class="who">Average budget: {format_macs(budget)} MACs per image</p>
+    <p class="what">{point.accuracy:.1f}% <span class="aside">accuracy, {versus}</span></p>
     <p class="why">measured on {escape(curve.images)}</p>
   </div>
   <dl class="savings">
     <div><dt>saved</dt><dd><b>{percent(max(0., 1. - point.macs / full))}</b> of the full cost</dd></div>
-    <div><dt>really spent</dt><dd><b>{format_macs(point.macs)}</b> MACs an image</dd></div>
-    <div><dt>leave at exit 1</dt><dd><b>{percent(point.shares[0])}</b> of the images</dd></div>
+    <div><dt>measured cost</dt><dd><b>{format_macs(point.macs)}</b> MACs per image</dd></div>
+    <div><dt>leave at exit 1</dt><dd><b>{percent(point.shares[0])}</b> of images</dd></div>
   </dl>
 </div>"""
 
 
 def curve_chart(curve: Curve, budget: float, full: float) -> str:
-    """Accuracy against average cost, with a cursor at the budget and each exit alone as a ring."""
+    """Accuracy against average cost, with a cursor at the budget and a ring for each exit on its own."""
     low, high = accuracy_range(curve)
     left = 0.9 * curve.points[0].macs
 
@@ -74,19 +74,20 @@ def curve_chart(curve: Curve, budget: float, full: float) -> str:
     path = ' '.join(f'{x(p.macs):.2f},{y(p.accuracy):.2f}' for p in curve.points)
     rules = ''.join(
         f'<line class="rule" x1="0" x2="100%" y1="{y(t):.2f}%" y2="{y(t):.2f}%"/>'
-        f'<text class="tick" x="-8" y="{y(t):.2f}%" text-anchor="end" dy=".35em">{t:g} %</text>'
+        f'<text class="tick" x="-8" y="{y(t):.2f}%" text-anchor="end" dy=".35em">{t:g}%</text>'
         for t in _ticks(low, high))
     marks = ''.join(
         f'<text class="tick" x="{x(t):.2f}%" y="100%" dy="1.5em" text-anchor="middle">{t / 1e6:.0f} M</text>'
         for t in (1e6 * t for t in _ticks(left / 1e6, full / 1e6, 5)))
-    rings = ''.join(f'<circle class="ring" cx="{x(m):.2f}%" cy="{y(a):.2f}%" r="4.5"><title>exit {k + 1} for every '
-                    f'image: {a:.2f} % at {format_macs(m)}</title></circle>' for k, (m, a) in enumerate(curve.exits))
-    key = '<span class="ring-key">one exit for every image</span>' if curve.exits else ''
+    rings = ''.join(f'<circle class="ring" cx="{x(m):.2f}%" cy="{y(a):.2f}%" r="4.5"><title>exit {k + 1} for all '
+                    f'images: {a:.2f}% at {format_macs(m)} MACs</title></circle>'
+                    for k, (m, a) in enumerate(curve.exits))
+    key = '<span class="ring-key">one exit for all images</span>' if curve.exits else ''
     return f"""
 <section class="panel chart">
-  <h3>Right answers against average cost</h3>
+  <h3>Accuracy and average cost</h3>
   <div class="plot">
-    <svg role="img" aria-label="Accuracy rises from {curve.points[0].accuracy:.1f} to {curve.points[-1].accuracy:.1f} %
+    <svg role="img" aria-label="Accuracy rises from {curve.points[0].accuracy:.1f}% to {curve.points[-1].accuracy:.1f}%
       as the average cost rises to {format_macs(full)} MACs">
       {rules}{marks}
       <line class="cursor" x1="{x(now.macs):.2f}%" x2="{x(now.macs):.2f}%" y1="0" y2="100%"/>
@@ -94,12 +95,12 @@ def curve_chart(curve: Curve, budget: float, full: float) -> str:
       {rings}<circle class="here" cx="{x(now.macs):.2f}%" cy="{y(now.accuracy):.2f}%" r="7"/>
     </svg>
   </div>
-  <p class="key"><span class="line-key">each image stops when sure enough</span>{key}</p>
+  <p class="key"><span class="line-key">early exits by confidence</span>{key}</p>
 </section>"""
 
 
 def shares_picture(curve: Curve, config: ExitConfig, budget: float) -> str:
-    """The network from left to right with the stream of images: how many are left, and how many leave at each exit."""
+    """The network from left to right: how many images reach each exit, and how many leave there."""
     point = curve.at(budget)
     policy = config.policy_for(budget)
     n, macs = config.num_exits, config.exit_macs
@@ -107,31 +108,31 @@ def shares_picture(curve: Curve, config: ExitConfig, budget: float) -> str:
     left, items = 1., []
     for k, share in enumerate(point.shares):
         start = positions[k - 1] if k else 0.
-        threshold = 'all that are left' if k == n - 1 else (
-            f'if {policy.thresholds[k]:.1%} sure' if policy.thresholds[k] <= 1. else 'never')
-        short = 'rest' if k == n - 1 else f'≥ {policy.thresholds[k]:.3f}' if policy.thresholds[k] <= 1. else 'never'
+        threshold = policy.thresholds[k]
+        short, words = ('rest', 'all remaining images') if k == n - 1 else ('off', 'not used') if threshold > 1. else (
+            f'≥ {threshold:.3f}', f'at a confidence of {threshold:.1%} or more')
         items.append(f"""
 <li class="exit ran" style="--from:{100 * start:.2f};--to:{100 * positions[k]:.2f};--left:{max(left, 0.):.4f};
   --p:{100 * share:.2f};--share:{share:.4f}">
   <span class="pipe"></span><span class="stem"></span><span class="node">{k + 1}</span>
   <div class="door"><span class="bar" aria-hidden="true"><span></span></span>
-    <span class="p">{100 * share:.0f} %</span><span class="cost" title="{threshold}">{short}</span>
-    <span class="unseen">leave, {threshold}</span></div>
+    <span class="p">{100 * share:.0f}%</span><span class="cost" title="{words}">{short}</span>
+    <span class="unseen">leave, {words}</span></div>
 </li>""")
         left -= share
     x = 100 * at_cost(point.macs, macs, positions)
     return f"""
 <section class="panel stream">
-  <h3>Where images leave, and how sure an exit must be</h3>
+  <h3>Where images leave, and the confidence threshold of each exit</h3>
   <div class="picture" style="--n:{n}"><div class="field">
     <div class="flag{" end" if x > 75 else ""}" style="--x:{x:.2f}"><span>average {format_macs(point.macs)}</span></div>
-    <ol class="exits" aria-label="Share of images leaving at each exit">{''.join(items)}</ol>
+    <ol class="exits" aria-label="Share of images that leave at each exit">{''.join(items)}</ol>
   </div></div>
 </section>"""
 
 
 def gallery_by_exit(images: Sequence[GalleryImage], policy: ExitPolicy) -> List[List[GalleryImage]]:
-    """The gallery's images by the exit at which they leave under a policy, most confident first."""
+    """The gallery's images grouped by the exit that answers under a policy, most confident first."""
     groups: List[List[GalleryImage]] = [[] for _ in range(policy.num_exits)]
     for image in images:
         groups[image.exit_under(policy)].append(image)
@@ -141,41 +142,40 @@ def gallery_by_exit(images: Sequence[GalleryImage], policy: ExitPolicy) -> List[
 
 
 def gallery(assets: Assets, policy: ExitPolicy) -> str:
-    """Some test images under the exit at which they leave, easy ones left, hard ones right."""
+    """A sample of test images under the exit that answers them, easy ones left, hard ones right."""
     if not assets.gallery:
         return ''
     columns = []
     for k, group in enumerate(gallery_by_exit(assets.gallery, policy)):
         tiles = []
         for image in group:
-            said = image.predictions[k]
-            right = said == image.true_class
-            text = f'{spoken(said)}, {image.confidences[k]:.0%} sure' + (
-                '' if right else f', wrong: it is {spoken(image.true_class)}')
+            correct = image.predictions[k] == image.true_class
+            text = f'{spoken(image.predictions[k])}, {image.confidences[k]:.0%} confidence' + (
+                '' if correct else f'; wrong, true class: {spoken(image.true_class)}')
             x, y = image.tile % assets.columns, image.tile // assets.columns
-            tiles.append(f'<li><span class="tile{"" if right else " wrong"}" role="img" style="--tx:{x};--ty:{y}" '
+            tiles.append(f'<li><span class="tile{"" if correct else " wrong"}" role="img" style="--tx:{x};--ty:{y}" '
                          f'title="{escape(text)}" aria-label="{escape(text)}"></span></li>')
-        none = 'not asked' if policy.thresholds[k] >= NEVER else 'none of these'
+        none = 'not used' if policy.thresholds[k] >= NEVER else 'none of these'
         body = f'<ul>{"".join(tiles)}</ul>' if tiles else f'<p>{none}</p>'
         columns.append(f'<div class="leaving" data-exit="{k + 1}"><h4>exit {k + 1}</h4>{body}</div>')
     return f"""
 <section class="panel gallery" style="--n:{policy.num_exits};--columns:{assets.columns}">
-  <h3>From easy to hard: {len(assets.gallery)} test images under the exit at which they leave</h3>
+  <h3>From easy to hard: {len(assets.gallery)} test images, by the exit that answers</h3>
   <div class="columns">{''.join(columns)}</div>
-  <p class="key"><span class="wrong-key">wrong answer</span> at equal steps from the surest to the least sure of all;
-    the exact shares stand above</p>
+  <p class="key"><span class="wrong-key">wrong prediction</span> Sampled evenly by mean confidence over the
+    test set; exact shares above.</p>
 </section>"""
 
 
 def sprite_style(assets: Assets) -> str:
-    """A style element with the gallery's images, sent once per network and not with every move of the slider."""
+    """A style element with the gallery's images, sent once per network, not with every move of the slider."""
     if not assets.sprite:
         return '<style></style>'
     return f'<style>.mx .gallery .tile {{ background-image: url({assets.sprite}); }}</style>'
 
 
 def reliability_diagrams(assets: Assets, calibrated: bool) -> str:
-    """One small diagram per exit: how often it is right against how sure it is. On the diagonal it knows itself."""
+    """A reliability diagram per exit: accuracy against confidence."""
     if not assets.reliability:
         return ''
     plots = []
@@ -187,23 +187,23 @@ def reliability_diagrams(assets: Assets, calibrated: bool) -> str:
             f'opacity="{0.35 + 0.65 * min(1., 4. * b["share"]):.2f}"/>' for b in values['bins'])
         error = values['calibration_error']
         plots.append(f"""
-<figure><svg role="img" aria-label="Exit {k + 1}: calibration error {error:.1f} %">
+<figure><svg role="img" aria-label="Exit {k + 1}: calibration error {error:.1f}%">
   <rect class="frame" width="100%" height="100%"/>{bars}<line x1="0" y1="100%" x2="100%" y2="0"/></svg>
-  <figcaption><b>exit {k + 1}</b> error {error:.1f} %</figcaption></figure>""")
+  <figcaption><b>exit {k + 1}</b> error {error:.1f}%</figcaption></figure>""")
     mean = sum(r['calibrated' if calibrated else 'raw']['calibration_error'] for r in assets.reliability)
     mean /= len(assets.reliability)
-    how = 'with its temperature' if calibrated else 'as trained'
+    how = 'with temperature scaling' if calibrated else 'as trained'
     return f"""
 <div class="mx"><section class="panel reliability">
-  <h3>Does an exit know how sure it may be? <span>{how}: off by {mean:.1f} % on average</span></h3>
+  <h3>Calibration <span>{how}, mean calibration error {mean:.1f}%</span></h3>
   <div class="diagrams" style="--n:{len(assets.reliability)}">{''.join(plots)}</div>
-  <p class="key">across: how sure the exit is; up: how often it is right then, on test images; on the line, both agree;
-    fuller colour: more images</p>
+  <p class="key">x: confidence; y: accuracy on test images; dashed: perfect calibration; stronger colour:
+    more images</p>
 </section></div>"""
 
 
 def budget_view(curve: Curve, config: ExitConfig, assets: Assets, budget: float) -> str:
-    """Everything that a move of the average-budget slider changes, as one piece."""
+    """Everything that the average-budget slider changes, in one piece."""
     policy = config.policy_for(budget)
     full = config.exit_macs[-1]
     return (f'<div class="mx budget" data-limit="{budget / 1e6:g}">{headline(curve, budget, full)}<div class="pair">'

@@ -1,4 +1,4 @@
-"""What the app shows without any data set at hand: stored results of a network, and test images chosen in advance."""
+"""What the app shows without a dataset: a network's stored results and the test images chosen for it."""
 import base64
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ EXAMPLES_FILE, SPRITE_FILE = 'examples.json', 'images.png'
 
 @dataclass(frozen=True)
 class Example:
-    """A test image to choose: 'at once', 'late', ... say what it teaches; '' if that is not known."""
+    """A test image to choose; `lesson` is what it illustrates ('Correct from the start', ...), '' if unknown."""
 
     image: Image.Image
     true_class: str
@@ -34,9 +34,9 @@ class GalleryImage:
 
     Attributes:
         tile: Position in the sprite.
-        true_class: Name of the right class.
-        predictions: Class that each exit says.
-        confidences: Confidence of each exit, as the stored policies measure it.
+        true_class: Name of the true class.
+        predictions: Class predicted by each exit.
+        confidences: Confidence of each exit, in the measure of the stored policies.
     """
 
     tile: int
@@ -52,12 +52,12 @@ class GalleryImage:
 
 @dataclass(frozen=True)
 class Assets:
-    """Chosen test images of one network.
+    """Test images and reliability of one network.
 
     Attributes:
-        examples: For the anytime view.
-        gallery: For the budget view, spread over the exits.
-        reliability: Per exit a dict raw/calibrated of bins (confidence, accuracy, share); empty if not stored.
+        examples: For the view of one image.
+        gallery: For the dataset view.
+        reliability: Per exit the bins (confidence, accuracy, share), raw and calibrated; empty if not stored.
         sprite: The gallery's images in rows, as a data URI, or ''.
         columns: Images in a row of the sprite.
     """
@@ -70,11 +70,11 @@ class Assets:
 
 
 def load_assets(name: str, labels: Sequence[str]) -> Assets:
-    """The images chosen for a network by choose_examples.py, or the package's samples where there are none.
+    """The images that choose_examples.py chose for a network, else the package's sample images.
 
     Args:
         name: 'arch.tag'.
-        labels: Class names of the network; samples of other classes have no right answer there.
+        labels: Class names of the network; samples of other classes are left out.
     """
     folder = ASSETS / name
     if ':' in name or not (folder / EXAMPLES_FILE).is_file():
@@ -107,7 +107,7 @@ def _samples(labels: Sequence[str]) -> Tuple[Example, ...]:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """What one average budget gives: MACs an image, accuracy in percent, share of images leaving at each exit."""
+    """Results at one average budget: MACs per image, accuracy in percent, share of images leaving at each exit."""
 
     macs: float
     accuracy: float
@@ -120,8 +120,8 @@ class Curve:
 
     Attributes:
         images: What it was measured on, in words.
-        budgets: Average budgets in MACs, rising; one point for each.
-        points: What each gives.
+        budgets: Average budgets in MACs, rising.
+        points: One per budget.
         exits: (MACs, accuracy) of each exit alone, or empty.
     """
 
@@ -131,7 +131,7 @@ class Curve:
     exits: Tuple[Tuple[float, float], ...] = ()
 
     def at(self, budget: float) -> CurvePoint:
-        """What a budget gives, interpolated between its neighbours."""
+        """The point at a budget, interpolated between the stored ones."""
         if budget <= self.budgets[0]:
             return self.points[0]
         if budget >= self.budgets[-1]:
@@ -145,9 +145,9 @@ class Curve:
 
 
 def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
-    """The curve on the test images from results.json beside the weights, else on validation images from the policies.
+    """The curve on test images from results.json beside the weights, else on validation images from the policies.
 
-    None if no policies are stored, or none that say what they gave.
+    None if no policies are stored, or policies without their validation results.
     """
     policies = config.policies
     if not policies:
@@ -170,7 +170,7 @@ def _test_curve(results: Dict[str, Any], method: str) -> Curve:
 
 
 def parse_position(text: Optional[str], count: int) -> int:
-    """Position of an example from a link, where it is counted from 1; the first if there is no such one.
+    """Position of an example from a link, which counts from 1; the first if there is no such example.
 
     >>> parse_position('3', 8), parse_position('x', 8), parse_position(None, 8)
     (2, 0, 0)
@@ -183,11 +183,11 @@ def parse_position(text: Optional[str], count: int) -> int:
 
 
 def require_examples(assets: Assets, name: str) -> None:
-    """Checks that there is an image to begin with.
+    """Checks that there is an image to show.
 
     Raises:
         InputError: there is none.
     """
     if not assets.examples:
         raise InputError(
-            f"there are no example images for '{name}': make them with python app/tools/choose_examples.py")
+            f"there are no example images for '{name}': create them with python app/tools/choose_examples.py")

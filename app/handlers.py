@@ -1,4 +1,4 @@
-"""What the page and the API call: from the controls' values to what is shown. Nothing here keeps a visitor's state."""
+"""Event handlers of the page and the API: from the controls' values to what is shown. They keep no visitor state."""
 import functools
 import math
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import dataset_view
 import gradio as gr
 import image_view
-from answers import BY_BUDGET, BY_CONFIDENCE, Answer, Reading, answer_by_confidence, answer_within_budget, describe
+from answers import BY_BUDGET, BY_CONFIDENCE, Answer, ExitOutputs, answer_by_confidence, answer_within_budget, describe
 from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position, require_examples
 from served import Network, get_network
@@ -20,7 +20,7 @@ CONFIDENCE = 0.9
 
 
 def clear_errors(function: Callable) -> Callable:
-    """Bad input becomes a message in the page, or to the API's caller, in place of a traceback."""
+    """Shows bad input as a message in the page, or to the API's caller, instead of a traceback."""
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
         try:
@@ -32,14 +32,14 @@ def clear_errors(function: Callable) -> Callable:
 
 @functools.cache
 def stored_for(name: str) -> Tuple[Network, Assets, Optional[Curve]]:
-    """A network, its images, and its curve if there are stored results."""
+    """A network, its test images, and its accuracy curve if results are stored."""
     network = get_network(name)
     curve = None if network.config is None else load_curve(name, network.config)
     return network, load_assets(name, network.labels), curve
 
 
 def slider_range(macs: Tuple[int, ...]) -> Tuple[float, float, float]:
-    """Ends and step of a slider over the budgets, in millions of MACs, with about a hundred positions.
+    """Range and step of a budget slider in millions of MACs, with about a hundred positions.
 
     >>> slider_range((15_260_000, 64_220_000))
     (15.5, 64.5, 0.5)
@@ -51,28 +51,28 @@ def slider_range(macs: Tuple[int, ...]) -> Tuple[float, float, float]:
     return tuple(round(v, 6) for v in (math.ceil(low / step) * step, math.ceil(high / step) * step, step))
 
 
-def read_file(name: str, path: str) -> Reading:
-    """Runs a network on a visitor's file."""
+def run_file(name: str, path: str) -> ExitOutputs:
+    """Runs a network on an uploaded file."""
     network = get_network(name)
     image, notes = read_image(path, network.size)
-    return network.read(image, notes=notes)
+    return network.run(image, notes=notes)
 
 
-def read_example(name: str, position: int) -> Reading:
+def run_example(name: str, position: int) -> ExitOutputs:
     """Runs a network on one of its examples."""
     network, assets, _ = stored_for(name)
     require_examples(assets, name)
     example = assets.examples[position]
-    return network.read(example.image, example.true_class, example=position)
+    return network.run(example.image, example.true_class, example=position)
 
 
-def answer_for(reading: Reading, mode: str, budget: float, confidence: float, calibrated: bool) -> Answer:
-    """The answer under what the controls say; `budget` in millions of MACs."""
+def answer_for(outputs: ExitOutputs, mode: str, budget: float, confidence: float, calibrated: bool) -> Answer:
+    """The answer under the controls' values; `budget` in millions of MACs."""
     if mode == BY_CONFIDENCE:
-        return answer_by_confidence(reading, confidence, calibrated)
+        return answer_by_confidence(outputs, confidence, calibrated)
     if budget is None:
-        raise InputError('there is no budget: give one in millions of MACs')
-    return answer_within_budget(reading, budget * MEGA, calibrated)
+        raise InputError('no budget given: enter one in millions of MACs')
+    return answer_within_budget(outputs, budget * MEGA, calibrated)
 
 
 def cards(name: str, chosen: Optional[int]) -> str:
@@ -80,32 +80,32 @@ def cards(name: str, chosen: Optional[int]) -> str:
     return image_view.example_cards([(e.image, e.true_class, e.lesson) for e in assets.examples], chosen)
 
 
-# What the page's events call
+# Events of the page
 
 
 @clear_errors
-def reread(reading: Optional[Reading], mode: str, budget: float, confidence: float, calibrated: bool):
-    """Shows a reading again under other controls. No model runs."""
-    if reading is None:
+def update_view(outputs: Optional[ExitOutputs], mode: str, budget: float, confidence: float, calibrated: bool):
+    """The view and its status text under the controls' values. No model runs."""
+    if outputs is None:
         return gr.skip(), gr.skip()
-    answer = answer_for(reading, mode, budget, confidence, calibrated)
-    return image_view.anytime_view(reading, answer), answer_text(reading, answer)
+    answer = answer_for(outputs, mode, budget, confidence, calibrated)
+    return image_view.anytime_view(outputs, answer), answer_text(outputs, answer)
 
 
 @clear_errors
 def choose_example(name: str, answered: int, event: gr.EventData):
-    """A reading of the chosen card and the choice's number; nothing new for one made before that already answered."""
+    """The chosen card's outputs and the choice's number; nothing if a later choice was already answered."""
     if event.order < answered:
         return gr.skip(), gr.skip()
     position = parse_position(str(int(event.index) + 1), len(stored_for(name)[1].examples))
-    return read_example(name, position), event.order
+    return run_example(name, position), event.order
 
 
 @clear_errors
 def choose_file(name: str, path: Optional[str]):
     if path is None:
         return gr.skip(), gr.skip()
-    return read_file(name, path), cards(name, None)
+    return run_file(name, path), cards(name, None)
 
 
 def switch_mode(mode: str):
@@ -115,15 +115,15 @@ def switch_mode(mode: str):
 
 @clear_errors
 def budget_page(name: str, average_budget: Optional[float]):
-    """The budget view at an average budget in millions of MACs, and its status text."""
+    """The dataset view at an average budget in millions of MACs, and its status text."""
     network, assets, curve = stored_for(name)
     if curve is None:
-        return ('<div class="mx"><p class="panel">No policies are stored with these weights: make them with '
+        return ('<div class="mx"><p class="panel">No policies are stored with these weights. Create them with '
                 'timm-multiexit calibrate.</p></div>'), ''
     if average_budget is None:
-        raise InputError('there is no budget: give one in millions of MACs')
+        raise InputError('no budget given: enter one in millions of MACs')
     macs = network.costs.macs
-    budget = min(max(average_budget * MEGA, macs[0]), macs[-1])  # the slider's steps end just beyond the costs
+    budget = min(max(average_budget * MEGA, macs[0]), macs[-1])  # the slider's ends are rounded outwards
     return dataset_view.budget_view(curve, network.config, assets, budget), dataset_view.status_text(curve, budget)
 
 
@@ -133,18 +133,18 @@ def reliability(name: str, calibrated: bool) -> str:
 
 @clear_errors
 def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Optional[float] = None):
-    """Everything that depends on the network, with one of its examples shown: a value per output."""
+    """All components for a network with one of its examples: one value per output."""
     network, assets, curve = stored_for(name)
     macs = network.costs.macs
     low, high, step = slider_range(macs)
     middle = round((macs[0] + 0.3 * (macs[-1] - macs[0])) / MEGA / step) * step
     budget = limit if mode == BY_BUDGET and limit is not None else middle
     confidence = limit if mode == BY_CONFIDENCE and limit is not None else CONFIDENCE
-    reading = read_example(name, position)
+    outputs = run_example(name, position)
     ruler = image_view.ruler(macs, low * MEGA, high * MEGA)
     page, _ = budget_page(name, middle)
     return (
-        name, reading, cards(name, position), mode,
+        name, outputs, cards(name, position), mode,
         gr.update(minimum=low, maximum=high, step=step, value=min(max(budget, low), high), visible=mode == BY_BUDGET),
         gr.update(value=ruler, visible=mode == BY_BUDGET),
         gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
@@ -154,7 +154,7 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
 
 
 def open_page(names: List[str], query: Dict[str, str]):
-    """The page as a link describes it: ?network=...&image=3&stop=budget&at=30 (all of them optional)."""
+    """The page in the state of a link: ?network=...&image=3&stop=budget&at=30 (each part is optional)."""
     name = query.get('network') if query.get('network') in names else names[0]
     position = parse_position(query.get('image'), len(stored_for(name)[1].examples))
     mode = BY_CONFIDENCE if query.get('stop') == BY_CONFIDENCE else BY_BUDGET
@@ -165,44 +165,44 @@ def open_page(names: List[str], query: Dict[str, str]):
     return open_network(name, position, mode, limit if limit is not None and math.isfinite(limit) else None)
 
 
-# What programs call
+# The API
 
 
 @clear_errors
 def classify(
         image: Optional[str], network: str, budget: str = '', confidence: Optional[float] = None,
         calibrated: bool = True) -> Dict[str, Any]:
-    """Classifies an image with a multi-exit network and tells what every exit said and which one answers.
+    """Classifies an image with a multi-exit network: the prediction of every exit and which one answers.
 
     Args:
         image: The image file.
-        network: One of those that `networks` lists.
+        network: A name from `networks`.
         budget: Multiply-adds for this image, like '30M' or '3e7': the deepest exit within it answers.
-        confidence: In place of a budget: the first exit whose largest probability reaches this answers.
-        calibrated: Whether the stored temperatures are applied.
+        confidence: Instead of a budget: the first exit whose largest probability reaches this answers.
+        calibrated: Whether to apply the stored temperatures.
     """
     if image is None:
-        raise InputError('there is no image: send a PNG, JPEG, WebP or another image file')
+        raise InputError('no image given: send a PNG, JPEG, WebP or other image file')
     if budget and confidence is not None:
         raise InputError('give a budget or a confidence, not both')
     wanted = parse_macs(budget) if budget else None
-    reading = read_file(network, image)
+    outputs = run_file(network, image)
     if confidence is not None:
-        answer = answer_by_confidence(reading, confidence, calibrated)
+        answer = answer_by_confidence(outputs, confidence, calibrated)
     else:
-        answer = answer_within_budget(reading, reading.costs.macs[-1] if wanted is None else wanted, calibrated)
-    return describe(reading, answer)
+        answer = answer_within_budget(outputs, outputs.costs.macs[-1] if wanted is None else wanted, calibrated)
+    return describe(outputs, answer)
 
 
 @clear_errors
 def policy(network: str, average_budget: str) -> Dict[str, Any]:
-    """Gives the stored confidence thresholds that keep an average cost per image over a data set.
+    """The stored confidence thresholds for an average cost per image.
 
     Args:
-        network: One of those that `networks` lists.
+        network: A name from `networks`.
         average_budget: Average multiply-adds per image, like '30M' or '3e7'.
     """
     config = get_network(network).config
     if config is None:
-        raise InputError(f"no policies are stored for '{network}': make them with timm-multiexit calibrate")
+        raise InputError(f"no policies are stored for '{network}': create them with timm-multiexit calibrate")
     return config.policy_for(parse_macs(average_budget)).to_dict()

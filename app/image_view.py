@@ -1,6 +1,6 @@
-"""Pictures of one image's way through a network, as HTML: pure functions of a reading and an answer.
+"""One image's path through a network, as HTML: pure functions of the exits' outputs and the answer.
 
-The layout lies in style.css; here only what depends on the data: texts, states, and positions in percent.
+style.css holds the layout; this module adds what depends on the data: text, states, and positions in percent.
 """
 import base64
 import io
@@ -9,32 +9,32 @@ from html import escape
 from typing import List, Optional, Sequence, Tuple
 from urllib.parse import urlencode
 
-from answers import BY_BUDGET, BY_CONFIDENCE, Answer, Reading, spoken
+from answers import BY_BUDGET, BY_CONFIDENCE, Answer, ExitOutputs, spoken
 from PIL import Image
 
 from timm_multiexit.stopping.costs import format_macs
 
 RAN, ANSWERED, NOT_RUN = 'ran', 'answered', 'not-run'
-_STATE_WORDS = {RAN: 'ran, went on', ANSWERED: 'answers', NOT_RUN: 'not run'}
-LINES = 4  # classes followed from exit to exit; more would be hard to tell apart
+_STATE_WORDS = {RAN: 'continued', ANSWERED: 'answers', NOT_RUN: 'skipped'}
+LINES = 4  # classes in the line chart; more would be hard to tell apart
 
 
 def data_uri(image: Image.Image) -> str:
-    """A small image as it is, for <img src>."""
+    """A small image as a PNG data URI, for <img src>."""
     buffer = io.BytesIO()
     image.save(buffer, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
 
 
 def exit_states(num_exits: int, exit_index: int) -> List[str]:
-    """State of each exit: those before the answering one ran, those behind it did not."""
+    """State of each exit: those before the answering one ran, those after it were skipped."""
     return [RAN] * exit_index + [ANSWERED] + [NOT_RUN] * (num_exits - exit_index - 1)
 
 
 def exit_positions(macs: Sequence[float], min_gap: float = 0.) -> List[float]:
-    """Where each exit stands along the network, 0 to 1, in proportion to its cost.
+    """Position of each exit along the network, 0 to 1, in proportion to its cost.
 
-    Exits closer than `min_gap` are moved apart, as little as possible, so that their labels stay readable.
+    Exits closer than `min_gap` are moved apart as little as possible, to keep their labels readable.
 
     >>> exit_positions([10, 30, 40])
     [0.25, 0.75, 1.0]
@@ -50,7 +50,7 @@ def exit_positions(macs: Sequence[float], min_gap: float = 0.) -> List[float]:
 
 
 def at_cost(cost: float, macs: Sequence[float], positions: Sequence[float]) -> float:
-    """Position of any cost between the exits' positions, 0 to 1."""
+    """Position of any cost, interpolated between the exits, 0 to 1."""
     xs, ys = [0., *macs], [0., *positions]
     if cost >= xs[-1]:
         return 1.
@@ -59,67 +59,66 @@ def at_cost(cost: float, macs: Sequence[float], positions: Sequence[float]) -> f
 
 
 def percent(p: float) -> str:
-    """'57 %' for 0.57; what is nearly all is not rounded to all."""
-    return '>99 %' if 0.995 <= p < 0.9999 else f'{100 * p:.0f} %'
+    """'57%' for 0.57; values just below 1 are not rounded up to it."""
+    return '>99%' if 0.995 <= p < 0.9999 else f'{100 * p:.0f}%'
 
 
 def _mark(label: str, true_class: Optional[str]) -> str:
     if true_class is None:
         return ''
-    right = label == true_class
-    return (f'<span class="mark {"right" if right else "wrong"}" title="{"right" if right else "wrong"}">'
-            f'{"✓" if right else "✗"}<span class="unseen"> {"right" if right else "wrong"}</span></span>')
+    sign, word = ('✓', 'correct') if label == true_class else ('✗', 'wrong')
+    return f'<span class="mark {word}" title="{word}">{sign}<span class="unseen"> {word}</span></span>'
 
 
-def verdict(reading: Reading, answer: Answer) -> str:
-    """The answer in large type, and what stopping there saved."""
+def verdict(outputs: ExitOutputs, answer: Answer) -> str:
+    """The answer in large type, and what stopping there saves."""
     k = answer.exit_index
-    probability, index = reading.probabilities(answer.calibrated)[k].max(0)
-    label = reading.labels[int(index)]
-    macs, full = reading.costs.macs[k], reading.costs.macs[-1]
-    ms, full_ms = reading.milliseconds[k], reading.milliseconds[-1]
-    truth = '' if reading.true_class is None else (
-        f'<p class="truth">true class: <b>{escape(spoken(reading.true_class))}</b></p>')
-    notes = ''.join(f'<li>{escape(note)}</li>' for note in reading.notes)
+    probability, index = outputs.probabilities(answer.calibrated)[k].max(0)
+    label = outputs.labels[int(index)]
+    macs, full = outputs.costs.macs[k], outputs.costs.macs[-1]
+    ms, full_ms = outputs.milliseconds[k], outputs.milliseconds[-1]
+    truth = '' if outputs.true_class is None else (
+        f'<p class="truth">True class: <b>{escape(spoken(outputs.true_class))}</b></p>')
+    notes = ''.join(f'<li>{escape(note)}</li>' for note in outputs.notes)
     return f"""
 <div class="verdict">
   <div class="says">
-    <p class="who">Exit {k + 1} of {reading.num_exits} answers</p>
-    <p class="what">{escape(spoken(label))} {_mark(label, reading.true_class)}
-      <span class="sure">{percent(float(probability))} sure</span></p>
+    <p class="who">Exit {k + 1} of {outputs.num_exits} answers</p>
+    <p class="what">{escape(spoken(label))} {_mark(label, outputs.true_class)}
+      <span class="aside">{percent(float(probability))} confidence</span></p>
     <p class="why">{escape(answer.reason)}</p>{truth}
   </div>
   <dl class="savings">
     <div><dt>saved</dt><dd><b>{percent(1. - macs / full)}</b> of the full cost</dd></div>
     <div><dt>computed</dt><dd><b>{format_macs(macs)}</b> of {format_macs(full)} MACs</dd></div>
-    <div><dt>time here</dt><dd><b>{ms:.1f}</b> of {full_ms:.1f} ms</dd></div>
+    <div><dt>time on this machine</dt><dd><b>{ms:.1f}</b> of {full_ms:.1f} ms</dd></div>
   </dl>
   {f'<ul class="notes">{notes}</ul>' if notes else ''}
-  {permalink(reading, answer)}
+  {permalink(outputs, answer)}
 </div>"""
 
 
-def permalink(reading: Reading, answer: Answer) -> str:
-    """A link that opens the app in this state; a visitor's own image has none."""
-    if reading.example is None:
+def permalink(outputs: ExitOutputs, answer: Answer) -> str:
+    """A link that opens the app in this state; '' for a visitor's own image."""
+    if outputs.example is None:
         return ''
     limit = f'{answer.limit / 1e6:g}' if answer.mode == BY_BUDGET else f'{answer.limit:g}'
-    query = urlencode(dict(network=reading.network, image=reading.example + 1, stop=answer.mode, at=limit))
-    return f'<a class="permalink" href="?{escape(query)}">Link to this</a>'
+    query = urlencode(dict(network=outputs.network, image=outputs.example + 1, stop=answer.mode, at=limit))
+    return f'<a class="permalink" href="?{escape(query)}">Link to this view</a>'
 
 
-def exits_picture(reading: Reading, answer: Answer) -> str:
-    """The network from left to right: the image, the stages it went through, and what each exit said.
+def exits_picture(outputs: ExitOutputs, answer: Answer) -> str:
+    """The network from left to right: the image, the stages that ran, and the prediction of each exit.
 
-    Bars are the exits' confidences. The stages behind the answering exit are drawn empty: their work was saved.
+    Bars show the exits' confidences. Stages after the answering exit are drawn empty: they are skipped.
     """
-    macs, n = reading.costs.macs, reading.num_exits
+    macs, n = outputs.costs.macs, outputs.num_exits
     positions = exit_positions(macs, 0.82 / n)
-    probabilities = reading.probabilities(answer.calibrated)
+    probabilities = outputs.probabilities(answer.calibrated)
     items = []
     for k, state in enumerate(exit_states(n, answer.exit_index)):
         p, index = probabilities[k].max(0)
-        label = reading.labels[int(index)]
+        label = outputs.labels[int(index)]
         start = positions[k - 1] if k else 0.
         items.append(f"""
 <li class="exit {state}" style="--from:{100 * start:.2f};--to:{100 * positions[k]:.2f};--p:{100 * float(p):.1f}">
@@ -128,7 +127,7 @@ def exits_picture(reading: Reading, answer: Answer) -> str:
     <span class="bar" aria-hidden="true"><span></span></span>
     <span class="p">{percent(float(p))}</span>
     <span class="label" title="{escape(spoken(label))}">{escape(spoken(label))}
-      {_mark(label, reading.true_class)}</span>
+      {_mark(label, outputs.true_class)}</span>
     <span class="cost">{macs[k] / 1e6:.1f} M</span>
     <span class="state">{_STATE_WORDS[state]}</span>
   </div>
@@ -140,27 +139,28 @@ def exits_picture(reading: Reading, answer: Answer) -> str:
     else:
         limit = (f'<div class="level" style="--level:{100 * answer.limit:.1f}" '
                  f'data-label="stop at {percent(answer.limit)}"></div>')
+    size = f'{outputs.input_image.width} × {outputs.input_image.height}'
     levelled = ' levelled' if answer.mode == BY_CONFIDENCE else ''
     return f"""
 <div class="picture{levelled}" style="--n:{n};--level:{100 * answer.limit if levelled else 0:.1f}">
   <figure class="seen">
-    <img src="{data_uri(reading.seen)}" alt="The image at {reading.seen.width} by {reading.seen.height} pixels">
-    <figcaption>all that the network sees: {reading.seen.width} × {reading.seen.height}</figcaption>
+    <img src="{data_uri(outputs.input_image)}" alt="Network input, {size} pixels">
+    <figcaption>network input: {size}</figcaption>
   </figure>
   <div class="field">
     {limit}
-    <ol class="exits" aria-label="The exits, shallow to deep">{''.join(items)}</ol>
+    <ol class="exits" aria-label="Exits, shallow to deep">{''.join(items)}</ol>
   </div>
-  {timeline(reading, answer, positions)}
-  <p class="legend" aria-hidden="true"><span class="ran">ran, went on</span><span class="answered">answered</span>
-    <span class="not-run">not run (what it would have said)</span></p>
+  {timeline(outputs, answer, positions)}
+  <p class="legend" aria-hidden="true"><span class="ran">continued</span><span class="answered">answered</span>
+    <span class="not-run">skipped (what it would have predicted)</span></p>
 </div>"""
 
 
-def timeline(reading: Reading, answer: Answer, positions: Sequence[float]) -> str:
-    """How the top classes' probabilities move from exit to exit, under the exits' own positions."""
-    probabilities = reading.probabilities(answer.calibrated)
-    classes = reading.top_classes(LINES, answer.calibrated)
+def timeline(outputs: ExitOutputs, answer: Answer, positions: Sequence[float]) -> str:
+    """Line chart of the top classes' probabilities over the exits, aligned with them."""
+    probabilities = outputs.probabilities(answer.calibrated)
+    classes = outputs.top_classes(LINES, answer.calibrated)
     k = answer.exit_index
     lines, dots, legend = [], [], []
     for c, index in enumerate(classes):
@@ -172,9 +172,9 @@ def timeline(reading: Reading, answer: Answer, positions: Sequence[float]) -> st
         dots += [f'<circle class="dot c{c}{" later" if i > k else ""}" cx="{x:.2f}%" cy="{y:.2f}%" r="3.5"/>'
                  for i, (x, y) in enumerate(points)]
         now = percent(float(probabilities[k, index]))
-        legend.append(f'<li class="c{c}"><span>{escape(spoken(reading.labels[index]))}</span> {now}</li>')
+        legend.append(f'<li class="c{c}"><span>{escape(spoken(outputs.labels[index]))}</span> {now}</li>')
     rules = ''.join(f'<line class="rule" x1="0" x2="100%" y1="{y}%" y2="{y}%"/>' for y in (0, 50, 100))
-    title = 'Probability of ' + ', '.join(spoken(reading.labels[i]) for i in classes) + ' from exit to exit'
+    title = 'Probability of ' + ', '.join(spoken(outputs.labels[i]) for i in classes) + ' at each exit'
     return f"""
 <div class="timeline">
   <ul class="classes" aria-label="Probabilities at the answering exit">{''.join(legend)}</ul>
@@ -184,28 +184,30 @@ def timeline(reading: Reading, answer: Answer, positions: Sequence[float]) -> st
       <svg viewBox="0 0 100 100" preserveAspectRatio="none">{''.join(lines)}</svg>
       {''.join(dots)}
     </svg>
-    <span class="axis top">100 %</span><span class="axis bottom">0 %</span>
+    <span class="axis top">100%</span><span class="axis bottom">0%</span>
   </div>
 </div>"""
 
 
-def probability_bars(reading: Reading, answer: Answer, count: int = 6) -> str:
-    """Class probabilities of the answering exit, largest first."""
-    row = reading.probabilities(answer.calibrated)[answer.exit_index]
+def probability_bars(outputs: ExitOutputs, answer: Answer, count: int = 6) -> str:
+    """Class probabilities at the answering exit, largest first."""
+    row = outputs.probabilities(answer.calibrated)[answer.exit_index]
     top = row.topk(min(count, len(row)))
     bars = []
     for p, index in zip(top.values.tolist(), top.indices.tolist()):
-        label = reading.labels[index]
-        mark = _mark(label, reading.true_class) if label == reading.true_class else ''
+        label = outputs.labels[index]
+        mark = _mark(label, outputs.true_class) if label == outputs.true_class else ''
         bars.append(
             f'<li style="--p:{100 * p:.2f}"><span class="label">{escape(spoken(label))} {mark}</span>'
-            f'<span class="bar" aria-hidden="true"><span></span></span><span class="p">{100 * p:.1f} %</span></li>')
+            f'<span class="bar" aria-hidden="true"><span></span></span><span class="p">{100 * p:.1f}%</span></li>')
     return f"""
-<section class="probabilities"><h3>What exit {answer.exit_index + 1} says</h3><ol>{''.join(bars)}</ol></section>"""
+<section class="probabilities">
+  <h3>Class probabilities at exit {answer.exit_index + 1}</h3><ol>{''.join(bars)}</ol>
+</section>"""
 
 
 def ruler(macs: Sequence[float], low: float, high: float) -> str:
-    """Marks under the budget slider, one per exit at its cost.
+    """Tick marks under the budget slider, one per exit at its cost.
 
     Args:
         macs: Cumulative MACs of the exits.
@@ -217,20 +219,20 @@ def ruler(macs: Sequence[float], low: float, high: float) -> str:
     return f'<div class="ruler" aria-hidden="true">{marks}</div>'
 
 
-def anytime_view(reading: Reading, answer: Answer) -> str:
-    """Everything that a move of the slider changes, as one piece."""
+def anytime_view(outputs: ExitOutputs, answer: Answer) -> str:
+    """Everything that the controls change, in one piece."""
     limit = answer.limit / 1e6 if answer.mode == BY_BUDGET else answer.limit
     return (f'<div class="mx anytime" data-exit="{answer.exit_index + 1}" data-limit="{limit:g}">'
-            f'{verdict(reading, answer)}'
-            f'{exits_picture(reading, answer)}{probability_bars(reading, answer)}</div>')
+            f'{verdict(outputs, answer)}'
+            f'{exits_picture(outputs, answer)}{probability_bars(outputs, answer)}</div>')
 
 
 def example_cards(examples: Sequence[Tuple[Image.Image, str, str]], chosen: Optional[int]) -> str:
-    """The test images to choose from, by what they teach: buttons with image and true class.
+    """The example images, grouped by lesson: buttons with image and true class.
 
     Args:
-        examples: Image, true class and lesson of each; those of one lesson follow each other.
-        chosen: Position of the one that is shown, or None.
+        examples: Image, true class and lesson of each, sorted by lesson.
+        chosen: Position of the image shown, or None.
     """
     groups = []
     for lesson, members in itertools.groupby(enumerate(examples), key=lambda item: item[1][2]):

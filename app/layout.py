@@ -1,4 +1,4 @@
-"""The page: which components there are, how they look, and which handler each event calls."""
+"""The page: its components, their look, and the handler of each event."""
 from pathlib import Path
 from typing import List
 
@@ -9,11 +9,11 @@ from handlers import CONFIDENCE
 from served import display_name
 
 STYLE = Path(__file__).resolve().parent / 'style.css'
-# The region stays in the page and only its text changes; screen readers announce nothing else.
-_SAY = """
-const say = () => { element.querySelector('[role=status]').textContent = props.value || ''; };
-say();
-watch('value', say);"""
+# Screen readers announce a live region only if its element stays and its text changes.
+_ANNOUNCE = """
+const announce = () => { element.querySelector('[role=status]').textContent = props.value || ''; };
+announce();
+watch('value', announce);"""
 _CHOOSE = """
 element.addEventListener('click', (event) => {
   const card = event.target.closest('button[data-index]');
@@ -24,12 +24,12 @@ element.addEventListener('click', (event) => {
 });"""
 _HEAD = """
 <div class="mx head"><h1>See a network make up its mind</h1>
-<p>A multi-exit network can answer before it is finished. Each exit is cheaper than the next and a little less often
-right: a budget, or how sure it is, decides where an image leaves.</p></div>"""
+<p>A multi-exit network has classifiers along its depth. Early exits cost less and are slightly less accurate;
+a compute budget or a confidence threshold decides which exit answers.</p></div>"""
 
 
 def any_file(**kwargs) -> gr.Image:
-    """An image field that hands on the file as it came: `read_image` says what is wrong with it, if anything."""
+    """An image field that passes on the uploaded file unchanged, for `read_image` to check."""
     image = gr.Image(type='filepath', **kwargs)
     decode = image.preprocess
     # Not a subclass: gradio writes a stub file beside every module that has one.
@@ -38,7 +38,7 @@ def any_file(**kwargs) -> gr.Image:
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the visitor's system, so that nothing is fetched, and the colours of style.css."""
+    """System fonts, so that nothing is fetched, and the colours of style.css."""
     fonts = [gr.themes.Font(name) for name in ('ui-sans-serif', 'system-ui', 'Segoe UI', 'Roboto', 'sans-serif')]
     mono = [gr.themes.Font(name) for name in ('ui-monospace', 'monospace')]
     return gr.themes.Base(
@@ -52,7 +52,7 @@ def theme() -> gr.themes.Base:
 
 def _status() -> gr.HTML:
     return gr.HTML(
-        html_template='<div role="status" aria-live="polite" class="unseen"></div>', js_on_load=_SAY,
+        html_template='<div role="status" aria-live="polite" class="unseen"></div>', js_on_load=_ANNOUNCE,
         elem_classes='mx-status', apply_default_css=False)
 
 
@@ -61,14 +61,14 @@ def _picture(**kwargs) -> gr.HTML:
 
 
 def build_page(names: List[str]) -> gr.Blocks:
-    """The page for some networks, the first of which is shown at the start.
+    """The page for the given networks; it opens with the first.
 
-    Events that only read again go past the queue: they take milliseconds and must not wait for anyone's model.
+    Events that run no model bypass the queue: they take milliseconds and must not wait for other visitors.
     """
     again = dict(queue=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private')
     with gr.Blocks(title='See a network make up its mind') as page:
-        reading = gr.State()
-        choices = gr.State(0)  # the number of the card's choice that was answered last
+        outputs = gr.State()
+        choices = gr.State(0)  # number of the card choice that was answered last
         with gr.Row(elem_classes='mx-top'):
             with gr.Column(scale=3, min_width=320):
                 _picture(value=_HEAD)
@@ -78,7 +78,7 @@ def build_page(names: List[str]) -> gr.Blocks:
             with gr.Tab('One image', id='image'), gr.Row():
                 with gr.Column(scale=1, min_width=310):
                     cards = _picture(js_on_load=_CHOOSE, elem_id='cards')
-                    with gr.Accordion('Upload, paste or photograph your own', open=False, elem_id='own'):
+                    with gr.Accordion('Upload, paste or take a photo', open=False, elem_id='own'):
                         image = any_file(
                             sources=['upload', 'clipboard', 'webcam'], label='Your image', height=220,
                             elem_id='image')
@@ -86,64 +86,63 @@ def build_page(names: List[str]) -> gr.Blocks:
                     with gr.Column(elem_classes='mx-controls'):
                         with gr.Row():
                             mode = gr.Radio(
-                                [('at a budget', BY_BUDGET), ('when sure enough', BY_CONFIDENCE)], value=BY_BUDGET,
-                                label='Stop', elem_id='mode', scale=3, min_width=270)
+                                [('budget', BY_BUDGET), ('confidence', BY_CONFIDENCE)], value=BY_BUDGET,
+                                label='Stop by', elem_id='mode', scale=3, min_width=270)
                             calibrated = gr.Checkbox(
-                                True, label='calibrated probabilities', elem_id='calibrated', scale=2, min_width=210)
+                                True, label='Calibrated probabilities', elem_id='calibrated', scale=2, min_width=210)
                         budget = gr.Slider(
-                            0, 100, 50, label='Budget for this image (million MACs)', buttons=[], elem_id='budget')
+                            0, 100, 50, label='Budget per image (million MACs)', buttons=[], elem_id='budget')
                         ruler = _picture(elem_classes='mx-ruler')
                         confidence = gr.Slider(
-                            0.2, 1., CONFIDENCE, step=0.01, label='Stop at the first exit this sure', buttons=[],
+                            0.2, 1., CONFIDENCE, step=0.01, label='Confidence threshold', buttons=[],
                             visible=False, elem_id='confidence')
                     view = _picture(elem_id='view')
-                    said = _status()
-            with gr.Tab('A whole data set', id='data'):
+                    status = _status()
+            with gr.Tab('Whole dataset', id='data'):
                 with gr.Column(elem_classes='mx-controls'):
                     average = gr.Slider(
-                        0, 100, 50, label='Average budget per image (million MACs)', buttons=[], elem_id='average')
+                        0, 100, 50, label='Average budget (million MACs per image)', buttons=[], elem_id='average')
                     average_ruler = _picture(elem_classes='mx-ruler')
                 sprite = _picture(elem_classes='mx-sprite')
                 data_view = _picture(elem_id='data-view')
-                data_said = _status()
+                data_status = _status()
                 scaled = gr.Checkbox(
-                    True, label='calibrate: divide the logits by the stored temperatures', elem_id='scaled',
+                    True, label='Apply temperature scaling', elem_id='scaled',
                     elem_classes='mx-plain')
                 diagrams = _picture(elem_id='diagrams')
 
-        controls = [reading, mode, budget, confidence, calibrated]
+        controls = [outputs, mode, budget, confidence, calibrated]
         everything = [
-            network, reading, cards, mode, budget, ruler, confidence, average, average_ruler, data_view, sprite,
+            network, outputs, cards, mode, budget, ruler, confidence, average, average_ruler, data_view, sprite,
             diagrams, scaled, image]
         quiet = dict(show_progress='hidden', api_visibility='private')
-        read_again = dict(fn=handlers.reread, inputs=controls, outputs=[view, said], **again)
+        refresh = dict(fn=handlers.update_view, inputs=controls, outputs=[view, status], **again)
 
         def open_page(request: gr.Request):
             return handlers.open_page(names, dict(request.query_params))
 
-        page.load(open_page, None, everything, **quiet).success(**read_again)
-        # A choice while the one before is being answered would be dropped by default. The last one counts; of clicks
-        # all are sent, since one that waited would have forgotten its card, and numbered: on a busy machine the second
-        # can come first.
+        page.load(open_page, None, everything, **quiet).success(**refresh)
+        # By default gradio drops an event while the one before it runs; here the last choice must win. Clicks are all
+        # sent, because a delayed one would lose its card, and numbered, because they can arrive out of order.
         network.input(
-            handlers.open_network, network, everything, trigger_mode='always_last', **quiet).success(**read_again)
+            handlers.open_network, network, everything, trigger_mode='always_last', **quiet).success(**refresh)
         cards.click(
-            handlers.choose_example, [network, choices], [reading, choices], trigger_mode='multiple',
-            **quiet).success(**read_again)
+            handlers.choose_example, [network, choices], [outputs, choices], trigger_mode='multiple',
+            **quiet).success(**refresh)
         image.input(
-            handlers.choose_file, [network, image], [reading, cards], trigger_mode='always_last',
-            **quiet).success(**read_again)
+            handlers.choose_file, [network, image], [outputs, cards], trigger_mode='always_last',
+            **quiet).success(**refresh)
         mode.input(handlers.switch_mode, mode, [budget, ruler, confidence], **again)
         for control in (mode, budget, confidence, calibrated):
-            control.input(**read_again)
-        average.input(handlers.budget_page, [network, average], [data_view, data_said], **again)
+            control.input(**refresh)
+        average.input(handlers.budget_page, [network, average], [data_view, data_status], **again)
         scaled.input(handlers.reliability, [network, scaled], diagrams, **again)
         _add_api(names)
     return page
 
 
 def _add_api(names: List[str]) -> None:
-    """Endpoints for programs, which keep no state; `classify` needs components, since it takes a file."""
+    """Stateless API endpoints; `classify` needs components because it takes a file."""
     with gr.Row(visible=False):
         inputs = [
             any_file(label='image'),
@@ -155,7 +154,7 @@ def _add_api(names: List[str]) -> None:
             handlers.classify, inputs, gr.JSON(label='answer'), api_name='classify', concurrency_limit=4)
 
     def networks() -> List[str]:
-        """Lists the networks with trained weights."""
+        """Names of the networks with trained weights."""
         return names
 
     gr.api(networks, api_name='networks')

@@ -1,4 +1,4 @@
-"""Networks with real weights, each loaded once for all visitors, and the one place where a model runs."""
+"""Networks with trained weights, each loaded once for all visitors; the only module of the app that runs a model."""
 import functools
 import re
 import statistics
@@ -7,7 +7,7 @@ import time
 from typing import List, Optional, Sequence, Tuple
 
 import torch
-from answers import Reading
+from answers import ExitOutputs
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.functional import to_pil_image
@@ -25,17 +25,17 @@ _loading = threading.Lock()
 
 
 class Network:
-    """A network in memory with what is stored beside its weights.
+    """A network with what is stored beside its weights.
 
     Args:
         name: 'arch.tag' in the registry, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
 
     Attributes:
-        config: The stored policies, or None where there are none.
-        milliseconds: Median time until each exit has answered, cumulative, at batch size 1 on this machine.
+        config: The stored policies, or None.
+        milliseconds: Median cumulative time to each exit at batch size 1 on this machine.
 
     Raises:
-        InputError: unknown name, no weights, or stored policies that do not fit.
+        InputError: unknown name, no weights, or stored policies for another network.
     """
 
     def __init__(self, name: str):
@@ -65,12 +65,12 @@ class Network:
 
     def _measure(self) -> Tuple[float, ...]:
         x = torch.zeros(1, *self.costs.input_size)
-        runs = [self._run(x)[1] for _ in range(TIMED_RUNS + 2)][2:]  # the first ones also allocate
+        runs = [self._timed_exits(x)[1] for _ in range(TIMED_RUNS + 2)][2:]  # the first two warm up
         times = [statistics.median(column) for column in zip(*runs)]
-        return tuple(max(times[:k + 1]) for k in range(len(times)))  # medians of a busy machine may not rise
+        return tuple(max(times[:k + 1]) for k in range(len(times)))  # on a busy machine medians may not rise
 
     @torch.inference_mode()
-    def _run(self, x: torch.Tensor) -> Tuple[List[torch.Tensor], List[float]]:
+    def _timed_exits(self, x: torch.Tensor) -> Tuple[List[torch.Tensor], List[float]]:
         start = time.perf_counter()
         logits, times = [], []
         for out in self.model.iter_exits(x):
@@ -78,20 +78,20 @@ class Network:
             times.append(1e3 * (time.perf_counter() - start))
         return logits, times
 
-    def read(
+    def run(
             self,
             image: Image.Image,
             true_class: Optional[str] = None,
             notes: Sequence[str] = (),
             example: Optional[int] = None,
-    ) -> Reading:
+    ) -> ExitOutputs:
         """Runs all exits once on one RGB image."""
         x = self._transform(image)
-        logits = torch.stack([out[0] for out in self._run(x.unsqueeze(0))[0]]).float().clone()
-        seen = to_pil_image((x * self._std + self._mean).clamp(0., 1.))
-        return Reading(
-            self.name, logits, self.labels, self.costs, self.milliseconds, tuple(self.temperatures), seen, true_class,
-            tuple(notes), example)
+        logits = torch.stack([out[0] for out in self._timed_exits(x.unsqueeze(0))[0]]).float().clone()
+        input_image = to_pil_image((x * self._std + self._mean).clamp(0., 1.))
+        return ExitOutputs(
+            self.name, logits, self.labels, self.costs, self.milliseconds, tuple(self.temperatures), input_image,
+            true_class, tuple(notes), example)
 
 
 def _stored_config(name: str) -> Optional[ExitConfig]:
@@ -107,20 +107,20 @@ def _load(name: str) -> Network:
 
 
 def get_network(name: str) -> Network:
-    """The network of that name; it is loaded at the first call and then kept.
+    """The network of that name, loaded at the first call and then kept.
 
     Raises:
         InputError: as `Network`.
     """
-    with _loading:  # two visitors who ask at once must not load it twice
+    with _loading:  # two visitors at once must not load it twice
         return _load(name)
 
 
 def available_networks(extra: str = '') -> List[str]:
-    """Names with real weights: those in the registry, and `extra`, a Hub or folder name or a short one.
+    """Names of the networks with trained weights: those in the registry, with `extra` first (see --model).
 
     Raises:
-        InputError: there are no weights at all, or none for `extra`.
+        InputError: no weights at all, or none for `extra`.
     """
     names = list_networks(pretrained=True)
     if extra:
@@ -131,7 +131,7 @@ def available_networks(extra: str = '') -> List[str]:
             full = next(n for n in names if extra in (n, n.partition('.')[0]))
             names.insert(0, names.pop(names.index(full)))
     if not names:
-        raise InputError('no network of this installation has trained weights: pass --model hf-hub:ORG/NAME')
+        raise InputError('no trained weights are installed: pass --model hf-hub:ORG/NAME')
     return names
 
 

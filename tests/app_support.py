@@ -1,4 +1,4 @@
-"""The launched app for its tests, with the shipped weights."""
+"""The running app for its tests, with the shipped weights."""
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ IMAGES = sorted(SAMPLES.glob('*.png'))
 
 
 class Server:
-    """The launched app. `calls` counts the runs of the network, of which every image needs one."""
+    """The running app. `calls` counts the runs of the network, one per image."""
 
     def __init__(self):
         self.names = available_networks()

@@ -1,9 +1,9 @@
-"""Chooses the test images that the app shows, by what a trained network makes of them, and stores them in assets/.
+"""Chooses the test images that the app shows, from a trained network's predictions, and stores them in assets/.
 
     python app/tools/choose_examples.py --data-dir D [MODEL ...]
 
 For every network with weights and stored policies (or those named): `assets/ARCH.TAG/examples.json` and `images.png`.
-Needs the data set; the app itself does not.
+Needs the dataset; the app itself does not.
 """
 import argparse
 import sys
@@ -36,38 +36,39 @@ BINS = 10
 
 
 def lessons(probabilities: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """What each test image can teach.
+    """How well each test image illustrates each lesson.
 
     Args:
         probabilities: Calibrated, float32 (num_exits, N, num_classes).
         targets: int64 (N,).
 
     Returns:
-        For each lesson a score (N,): higher teaches it better, -inf not at all.
+        For each lesson a score (N,), higher is better, -inf for images that do not show it.
     """
-    sure, said = probabilities.max(2)
-    right = said == targets
-    n = len(said)
-    changes = (said[1:] != said[:-1]).sum(0)
-    first_right = torch.where(right.any(0), right.int().argmax(0), n)
-    stays_right = right.flip(0).cumprod(0).flip(0)  # from this exit to the last
-    late = torch.zeros_like(right[0])
+    confidences, predictions = probabilities.max(2)
+    correct = predictions == targets
+    n = len(predictions)
+    changes = (predictions[1:] != predictions[:-1]).sum(0)
+    first_correct = torch.where(correct.any(0), correct.int().argmax(0), n)
+    stays_correct = correct.flip(0).cumprod(0).flip(0)  # from this exit to the last
+    late = torch.zeros_like(correct[0])
     for k in range(-(-n // 2), n):
-        late |= (first_right == k) & stays_right[k].bool()
-    never = torch.full_like(sure[0], float('-inf'))
-    first_wrong = ~right[0] & right[-1]
+        late |= (first_correct == k) & stays_correct[k].bool()
+    not_shown = torch.full_like(confidences[0], float('-inf'))
+    varied = (changes >= 2) & ~late & (correct[0] | ~correct[-1])
+    first, last = confidences[0], confidences[-1]
     return {
-        'right at once': torch.where(right.all(0), sure.amin(0), never),
-        'right only late': torch.where(late, sure[-1] + 0.5 * sure[0], never),
-        'a change of mind': torch.where((changes >= 2) & ~late & ~first_wrong, changes + sure[-1] + sure[0], never),
-        'never right': torch.where(~right.any(0), sure[-1] - 0.2 * changes, never),
+        'Correct from the start': torch.where(correct.all(0), confidences.amin(0), not_shown),
+        'Correct only late': torch.where(late, last + 0.5 * first, not_shown),
+        'Changes its mind': torch.where(varied, changes + last + first, not_shown),
+        'Never correct': torch.where(~correct.any(0), last - 0.2 * changes, not_shown),
     }
 
 
 def choose(scores: Dict[str, torch.Tensor], targets: torch.Tensor) -> List[Dict[str, Any]]:
-    """The best images of each lesson, of different classes as far as possible.
+    """The best images of each lesson, of different classes where possible.
 
-    A lesson that no image teaches is left out.
+    A lesson without images is left out.
     """
     chosen, used = [], set()
     for lesson, score in scores.items():
@@ -82,42 +83,42 @@ def choose(scores: Dict[str, torch.Tensor], targets: torch.Tensor) -> List[Dict[
     return chosen
 
 
-def choose_gallery(sure: torch.Tensor) -> List[int]:
-    """Images at equal steps from the surest to the least sure, so that their exits are as mixed as the data set's.
+def choose_gallery(confidences: torch.Tensor) -> List[int]:
+    """Images sampled evenly by mean confidence, so that they leave at the exits in the dataset's proportions.
 
     Args:
-        sure: Confidence of each exit, float32 (num_exits, N).
+        confidences: Of each exit, float32 (num_exits, N).
     """
-    order = sure.mean(0).argsort(descending=True, stable=True)
+    order = confidences.mean(0).argsort(descending=True, stable=True)
     count = min(GALLERY, len(order))
     return [int(order[(2 * i + 1) * len(order) // (2 * count)]) for i in range(count)]
 
 
 def reliability_bins(probabilities: torch.Tensor, targets: torch.Tensor) -> List[Dict[str, float]]:
-    """Bins of equal width of one exit's largest probability; empty ones are left out.
+    """Reliability of one exit in bins of equal confidence; empty bins are left out.
 
     Args:
         probabilities: (N, num_classes).
         targets: int64 (N,).
 
     Returns:
-        Per bin its ends, the mean confidence, the share of right answers, and its share of the images.
+        For each bin its ends, mean confidence, accuracy, and share of the images.
     """
-    sure, said = probabilities.max(1)
-    position = (sure * BINS).long().clamp(max=BINS - 1)
+    confidences, predictions = probabilities.max(1)
+    position = (confidences * BINS).long().clamp(max=BINS - 1)
     bins = []
     for b in range(BINS):
         inside = position == b
         if inside.any():
             bins.append({
-                'from': b / BINS, 'to': (b + 1) / BINS, 'confidence': round(float(sure[inside].mean()), 4),
-                'accuracy': round(float((said == targets)[inside].float().mean()), 4),
+                'from': b / BINS, 'to': (b + 1) / BINS, 'confidence': round(float(confidences[inside].mean()), 4),
+                'accuracy': round(float((predictions == targets)[inside].float().mean()), 4),
                 'share': round(float(inside.float().mean()), 4)})
     return bins
 
 
 def reliability(test: LabelledLogits, temperatures: Sequence[float]) -> List[Dict[str, Any]]:
-    """Bins and calibration error in percent of each exit, as trained and with its temperature."""
+    """Bins and calibration error in percent of each exit, without and with its temperature."""
     rows = []
     for logits, temperature in zip(test.logits, temperatures):
         row = {}
@@ -136,7 +137,7 @@ def make_assets(
         images: torch.Tensor,
         test: LabelledLogits,
 ) -> None:
-    """Writes what the app shows of one network.
+    """Writes the images and reliability of one network for the app.
 
     Args:
         name: 'arch.tag'.
@@ -148,16 +149,16 @@ def make_assets(
     scaled = torch.stack([x / t for x, t in zip(test.logits, config.temperatures)]).softmax(2)
     examples = choose(lessons(scaled, test.targets), test.targets)
     measure = config.policies[0].measure
-    sure = torch.stack([confidence(x, measure, t) for x, t in zip(test.logits, config.temperatures)])
-    picks = choose_gallery(sure)
-    said = test.logits.argmax(2)
+    confidences = torch.stack([confidence(x, measure, t) for x, t in zip(test.logits, config.temperatures)])
+    picks = choose_gallery(confidences)
+    predictions = test.logits.argmax(2)
     for tile, example in enumerate(examples):
         example.update(tile=tile, true_class=labels[test.targets[example['index']]])
     gallery = [
         dict(
             tile=len(examples) + i, index=index, true_class=labels[test.targets[index]],
-            predictions=[labels[c] for c in said[:, index].tolist()],
-            confidences=[round(c, 5) for c in sure[:, index].tolist()])
+            predictions=[labels[c] for c in predictions[:, index].tolist()],
+            confidences=[round(c, 5) for c in confidences[:, index].tolist()])
         for i, index in enumerate(picks)]
     size = images.shape[-1]
     tiles = images[[e['index'] for e in examples] + picks]
@@ -174,11 +175,11 @@ def make_assets(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', metavar='MODEL', help='arch.tag (default: all with weights and policies)')
-    parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the data set')
+    parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
     parser.add_argument('--batch-size', type=int, default=250, metavar='N')
     args = parser.parse_args()
     if not Path(args.data_dir).is_dir():
-        raise InputError(f"--data-dir '{args.data_dir}' is not a folder: give the one that holds the data set")
+        raise InputError(f"--data-dir '{args.data_dir}' is not a folder: give the folder of the dataset")
     names = args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored()))
     for name in names:
         model, config = load_model(name), load_exit_config(name)

@@ -1,8 +1,8 @@
-"""Pictures of the running app: the two of the README, and with --all every layout for looking at.
+"""Screenshots of the running app: the two in the README, or with --all every layout for review.
 
     python app/tools/screenshots.py [--chromium PATH] [--url URL] [--all DIR]
 
-Without --url the app is started here. Needs playwright and a Chromium.
+Starts the app unless --url names one. Needs playwright and a Chromium.
 """
 import argparse
 import shutil
@@ -32,7 +32,7 @@ def find_chromium(path: str = '') -> str:
     """Path of a Chromium.
 
     Raises:
-        InputError: there is none.
+        InputError: none was found.
     """
     for name in [path] if path else ['chromium', 'chromium-browser', 'google-chrome']:
         found = shutil.which(name)
@@ -42,19 +42,19 @@ def find_chromium(path: str = '') -> str:
 
 
 def open_app(page: Page, url: str) -> None:
-    """Waits until the first image has been answered."""
+    """Opens the page and waits for its first answer."""
     page.goto(url)
     page.locator('#view .anytime').wait_for(timeout=120_000)
 
 
 def shoot(
         browser, url: str, path: Path, data=False, confidence=False, network='', scheme='light', size=WIDE) -> None:
-    """One picture of a view, from the top of the page to its end."""
+    """A screenshot of one view, the whole page."""
     page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=1)
     stop = '&stop=confidence&at=0.9' if confidence else ''
     open_app(page, f'{url}?__theme={scheme}&image=3&network={network}{stop}')
     if data:
-        page.get_by_role('tab', name='A whole data set').click()
+        page.get_by_role('tab', name='Whole dataset').click()
         page.locator('#data-view .budget').wait_for()
     page.wait_for_timeout(600)  # transitions
     with written_beside(path) as partial:
@@ -65,8 +65,8 @@ def shoot(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--chromium', default='', metavar='PATH')
-    parser.add_argument('--url', default='', help='of an app that runs already')
-    parser.add_argument('--all', default='', metavar='DIR', help='write every layout there, not those of the README')
+    parser.add_argument('--url', default='', help='of a running app')
+    parser.add_argument('--all', default='', metavar='DIR', help="write every layout there, not the README's two")
     args = parser.parse_args()
     demo, url = None, args.url
     chromium = find_chromium(args.chromium)

@@ -1,4 +1,4 @@
-"""The app's pure functions: which exit answers, where things stand in the pictures, what is read from stored files."""
+"""The app's pure functions: which exit answers, positions in the pictures, and stored files."""
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,21 +24,21 @@ import examples  # noqa: E402
 import handlers  # noqa: E402
 import image_view  # noqa: E402
 import served  # noqa: E402
-from answers import Reading, answer_by_confidence, answer_within_budget, describe, status_text  # noqa: E402
+from answers import ExitOutputs, answer_by_confidence, answer_within_budget, describe, status_text  # noqa: E402
 
 MACS = (10_000_000, 20_000_000, 24_000_000, 40_000_000)
 VOID = {'img', 'line', 'rect', 'circle', 'polyline', 'path'}
 
 
-def make_reading(logits=None, **kwargs) -> Reading:
-    if logits is None:  # says 0, 0, 1, 1, ever surer
+def make_outputs(logits=None, **kwargs) -> ExitOutputs:
+    if logits is None:  # predicts 0, 0, 1, 1, with rising confidence
         logits = torch.tensor([[1., 0., 0.], [2., 1., 0.], [1., 3., 0.], [0., 6., 0.]])
     values = dict(
         network='net.data', logits=logits, labels=('cat', 'dog', 'pickup_truck'),
         costs=ExitCosts(MACS, (1, 2, 3, 4), (3, 32, 32)),
-        milliseconds=(1., 2., 2.5, 4.), temperatures=(1., 1., 2., 0.5), seen=Image.new('RGB', (32, 32), 'navy'),
+        milliseconds=(1., 2., 2.5, 4.), temperatures=(1., 1., 2., 0.5), input_image=Image.new('RGB', (32, 32), 'navy'),
         true_class='dog')
-    return Reading(**{**values, **kwargs})
+    return ExitOutputs(**{**values, **kwargs})
 
 
 class Tree(HTMLParser):
@@ -71,18 +71,18 @@ class Tree(HTMLParser):
 @pytest.mark.parametrize('budget, exit_index', [
     (10e6, 0), (19.99e6, 0), (20e6, 1), (24e6, 2), (39.9e6, 2), (40e6, 3), (1e30, 3), (math.inf, 3)])
 def test_the_deepest_exit_within_a_budget_answers(budget, exit_index):
-    assert answer_within_budget(make_reading(), budget).exit_index == exit_index
+    assert answer_within_budget(make_outputs(), budget).exit_index == exit_index
 
 
 @pytest.mark.parametrize('budget', [0, -1e6, 9.99e6, math.nan, None, 'much'])
-def test_budgets_that_no_exit_keeps(budget):
+def test_invalid_budgets(budget):
     with pytest.raises(InputError, match='below the first exit|give a number'):
-        answer_within_budget(make_reading(), budget)
+        answer_within_budget(make_outputs(), budget)
 
 
-def test_a_rising_budget_never_goes_back():
-    reading = make_reading()
-    exits = [answer_within_budget(reading, 1e5 * b).exit_index for b in range(100, 420)]
+def test_a_larger_budget_never_answers_earlier():
+    outputs = make_outputs()
+    exits = [answer_within_budget(outputs, 1e5 * b).exit_index for b in range(100, 420)]
     assert exits == sorted(exits) and set(exits) == {0, 1, 2, 3}
 
 
@@ -90,38 +90,38 @@ def test_a_rising_budget_never_goes_back():
 def test_confidence_mode_is_the_policy_of_the_package(calibrated):
     torch.manual_seed(0)
     for _ in range(20):
-        reading = make_reading(torch.randn(4, 3) * 2)
-        temperatures = reading.temperatures if calibrated else (1.,) * 4
+        outputs = make_outputs(torch.randn(4, 3) * 2)
+        temperatures = outputs.temperatures if calibrated else (1.,) * 4
         for threshold in (0.4, 0.7, 0.9, 1.):
             policy = ExitPolicy((threshold,) * 3 + (0.,), temperatures)
-            expected = simulate(policy, reading.logits.unsqueeze(1), MACS).exit_index.item()
-            answer = answer_by_confidence(reading, threshold, calibrated)
+            expected = simulate(policy, outputs.logits.unsqueeze(1), MACS).exit_index.item()
+            answer = answer_by_confidence(outputs, threshold, calibrated)
             assert answer.exit_index == expected
-            sure = reading.probabilities(calibrated)[expected].max()
-            assert ('no exit is' in answer.reason) == bool(sure < threshold)
+            reached = outputs.probabilities(calibrated)[expected].max() >= threshold
+            assert ('no exit reaches' in answer.reason) == (not reached)
 
 
 @pytest.mark.parametrize('threshold', [0, -0.1, 1.01, math.nan, None, 'sure'])
-def test_confidences_that_are_none(threshold):
+def test_invalid_confidences(threshold):
     with pytest.raises(InputError, match='give a'):
-        answer_by_confidence(make_reading(), threshold)
+        answer_by_confidence(make_outputs(), threshold)
 
 
-def test_describe_tells_what_ran():
-    reading = make_reading(notes=('shrunk',))
-    said = describe(reading, answer_within_budget(reading, 24e6))
-    assert (said['exit'], said['num_exits'], said['label'], said['macs']) == (3, 4, 'dog', 24_000_000)
-    assert [e['ran'] for e in said['exits']] == [True, True, True, False]
-    assert said['share_of_full_cost'] == 0.6 and said['notes'] == ['shrunk']
-    for row, p in zip(said['exits'], reading.probabilities()):
+def test_describe_marks_what_ran():
+    outputs = make_outputs(notes=('shrunk',))
+    values = describe(outputs, answer_within_budget(outputs, 24e6))
+    assert (values['exit'], values['num_exits'], values['label'], values['macs']) == (3, 4, 'dog', 24_000_000)
+    assert [e['ran'] for e in values['exits']] == [True, True, True, False]
+    assert values['share_of_full_cost'] == 0.6 and values['notes'] == ['shrunk']
+    for row, p in zip(values['exits'], outputs.probabilities()):
         assert sum(t['probability'] for t in row['top']) == pytest.approx(1., abs=1e-4)
         assert row['top'][0]['probability'] == pytest.approx(float(p.max()), abs=1e-4)
 
 
 def test_status_text_is_spoken():
-    reading = make_reading(true_class='pickup_truck')
-    assert status_text(reading, answer_within_budget(reading, 10e6)) == (
-        'Exit 1 of 4 answers cat, 58% sure, but it is pickup truck. 75% of the cost saved.')
+    outputs = make_outputs(true_class='pickup_truck')
+    assert status_text(outputs, answer_within_budget(outputs, 10e6)) == (
+        'Exit 1 of 4 answers cat with 58% confidence; the true class is pickup truck. 75% of the compute saved.')
 
 
 def test_exit_states():
@@ -146,29 +146,29 @@ def test_exit_positions(macs, gap):
 
 
 @pytest.mark.parametrize('mode', ['budget', 'confidence'])
-def test_the_picture_tells_states_and_marks(mode):
-    reading = make_reading()
-    answer = answer_within_budget(reading, 21e6) if mode == 'budget' else answer_by_confidence(reading, 0.6)
+def test_the_picture_shows_states_and_marks(mode):
+    outputs = make_outputs()
+    answer = answer_within_budget(outputs, 21e6) if mode == 'budget' else answer_by_confidence(outputs, 0.6)
     assert answer.exit_index == 1
-    tree = Tree(image_view.anytime_view(reading, answer))
+    tree = Tree(image_view.anytime_view(outputs, answer))
     exits = [c for c in tree.classes('li') if c.startswith('exit ')]
     assert exits == ['exit ran', 'exit answered', 'exit not-run', 'exit not-run']
     assert tree.tags[0][1]['data-exit'] == '2'
     assert ('flag' in ' '.join(tree.classes('div'))) == (mode == 'budget')
-    assert 'Exit 2 of 4 answers' in tree.text and 'true class: dog' in tree.text and '50 %' in tree.text
+    assert 'Exit 2 of 4 answers' in tree.text and 'True class: dog' in tree.text and '50%' in tree.text
     assert [c.split()[1] for c in tree.classes('span') if c.startswith('mark ')][:3] == ['wrong', 'wrong', 'wrong']
 
 
-def test_labels_of_others_are_not_markup():
+def test_labels_are_escaped():
     evil = '<img src=x onerror=alert(1)>'
-    reading = make_reading(labels=(evil, evil, evil), true_class=evil, notes=(evil,))
-    views = image_view.anytime_view(reading, answer_within_budget(reading, 40e6)) + image_view.example_cards(
-        [(reading.seen, evil, evil)], 0)
+    outputs = make_outputs(labels=(evil, evil, evil), true_class=evil, notes=(evil,))
+    views = image_view.anytime_view(outputs, answer_within_budget(outputs, 40e6)) + image_view.example_cards(
+        [(outputs.input_image, evil, evil)], 0)
     assert '<img src=x' not in views
     Tree(views)
 
 
-def test_cards_group_the_lessons():
+def test_cards_are_grouped_by_lesson():
     image = Image.new('RGB', (32, 32))
     tree = Tree(image_view.example_cards([(image, 'cat', 'a'), (image, 'dog', 'a'), (image, 'cat', 'b')], 1))
     buttons = [attrs for tag, attrs in tree.tags if tag == 'button']
@@ -177,14 +177,14 @@ def test_cards_group_the_lessons():
     assert len([t for t, _ in tree.tags if t == 'h3']) == 2
 
 
-def test_links_lead_back():
-    reading = make_reading(example=2)
+def test_links_hold_the_state():
+    outputs = make_outputs(example=2)
     assert 'href="?network=net.data&amp;image=3&amp;stop=budget&amp;at=21.5"' in image_view.permalink(
-        reading, answer_within_budget(reading, 21.5e6))
-    assert image_view.permalink(make_reading(), answer_within_budget(reading, 21e6)) == ''
+        outputs, answer_within_budget(outputs, 21.5e6))
+    assert image_view.permalink(make_outputs(), answer_within_budget(outputs, 21e6)) == ''
 
 
-@pytest.mark.parametrize('p, text', [(0., '0 %'), (0.574, '57 %'), (0.996, '>99 %'), (1., '100 %')])
+@pytest.mark.parametrize('p, text', [(0., '0%'), (0.574, '57%'), (0.996, '>99%'), (1., '100%')])
 def test_percent(p, text):
     assert image_view.percent(p) == text
 
@@ -204,7 +204,7 @@ def test_display_names():
 
 
 @pytest.mark.parametrize('name', ['no_such_net', 'resnet18', 'msdnet_cifar'])
-def test_networks_without_weights_are_not_shown(name):
+def test_networks_without_weights_are_not_listed(name):
     assert name not in [n.partition('.')[0] for n in served.available_networks()]
     with pytest.raises(InputError):
         served.available_networks(name)
@@ -219,7 +219,7 @@ def make_config():
     return ExitConfig(MACS, (1, 2, 3, 4), (3, 32, 32), (1., 1., 2., .5), policies, ('cat', 'dog', 'pickup_truck'))
 
 
-def test_the_curve_meets_the_stored_policies_and_is_straight_between():
+def test_the_curve_interpolates_the_stored_policies():
     curve = examples.load_curve('no.results', make_config())
     assert curve.images == 'the validation images'
     assert curve.at(20e6).accuracy == 80. and curve.at(1.).accuracy == 70. and curve.at(1e12).accuracy == 82.
@@ -229,11 +229,11 @@ def test_the_curve_meets_the_stored_policies_and_is_straight_between():
     assert low < 70. and high > 82.
 
 
-def test_the_gallery_leaves_where_the_policy_says():
+def test_gallery_images_leave_where_the_policy_says():
     torch.manual_seed(1)
     logits, policy = torch.randn(4, 60, 3) * 2, make_config().policies[1]
-    sure = torch.stack([policy.confidence(k, x) for k, x in enumerate(logits)])
-    images = [examples.GalleryImage(i, 'cat', ('dog',) * 4, tuple(sure[:, i].tolist())) for i in range(60)]
+    confidences = torch.stack([policy.confidence(k, x) for k, x in enumerate(logits)])
+    images = [examples.GalleryImage(i, 'cat', ('dog',) * 4, tuple(confidences[:, i].tolist())) for i in range(60)]
     groups = dataset_view.gallery_by_exit(images, policy)
     expected = simulate(policy, logits, MACS).exit_index
     for k, group in enumerate(groups):
@@ -241,7 +241,7 @@ def test_the_gallery_leaves_where_the_policy_says():
         assert [g.confidences[k] for g in group] == sorted((g.confidences[k] for g in group), reverse=True)
 
 
-def test_the_budget_view_is_whole():
+def test_the_budget_view_is_complete():
     config = make_config()
     curve = examples.load_curve('no.results', config)
     bins = dict(calibration_error=3., bins=[{'from': .9, 'to': 1., 'confidence': .95, 'accuracy': .9, 'share': 1.}])
@@ -251,22 +251,22 @@ def test_the_budget_view_is_whole():
     for budget in (10e6, 15e6, 40e6):
         tree = Tree(dataset_view.budget_view(curve, config, assets, budget))
         assert len([c for c in tree.classes('div') if c == 'leaving']) == 4
-        assert f'{curve.at(budget).accuracy:.1f} %' in tree.text
-    assert 'off by 3.0 %' in Tree(dataset_view.reliability_diagrams(assets, False)).text
-    assert 'off by 1.0 %' in Tree(dataset_view.reliability_diagrams(assets, True)).text
+        assert f'{curve.at(budget).accuracy:.1f}%' in tree.text
+    assert 'error 3.0%' in Tree(dataset_view.reliability_diagrams(assets, False)).text
+    assert 'error 1.0%' in Tree(dataset_view.reliability_diagrams(assets, True)).text
 
 
-def test_lessons_teach_what_they_say():
-    def sure(*said):  # logits of 6 exits, each surely of one class
-        return torch.stack([8. * torch.eye(4)[c] for c in said])
+def test_lessons_select_the_images_they_describe():
+    def confident(*predictions):  # logits of 6 exits
+        return torch.stack([8. * torch.eye(4)[c] for c in predictions])
 
-    paths = {'right at once': (0,) * 6, 'right only late': (1, 1, 1, 1, 0, 0), 'a change of mind': (0, 1, 0, 1, 0, 1),
-             'never right': (3,) * 6}
-    probabilities = torch.stack([sure(*p) for p in paths.values()], 1).softmax(2)
+    paths = {'Correct from the start': (0,) * 6, 'Correct only late': (1, 1, 1, 1, 0, 0),
+             'Changes its mind': (0, 1, 0, 1, 0, 1), 'Never correct': (3,) * 6}
+    probabilities = torch.stack([confident(*p) for p in paths.values()], 1).softmax(2)
     scores = choose_examples.lessons(probabilities, torch.zeros(4, dtype=torch.long))
     for i, lesson in enumerate(paths):
-        taught = [name for name, score in scores.items() if score[i] > -math.inf]
-        assert taught == [lesson]
+        shown = [name for name, score in scores.items() if score[i] > -math.inf]
+        assert shown == [lesson]
 
 
 def test_examples_are_of_many_classes():
@@ -286,20 +286,20 @@ def test_assets_are_written_and_read_back(tmp_path, monkeypatch):
     config = make_config()
     choose_examples.make_assets('net.data', config.class_names, config, images, LabelledLogits(logits, targets))
     assets = examples.load_assets('net.data', config.class_names)
-    assert {e.lesson for e in assets.examples} >= {'right at once', 'right only late'}
+    assert {e.lesson for e in assets.examples} >= {'Correct from the start', 'Correct only late'}
     for example in assets.examples:
         pixels = torch.from_numpy(numpy.array(example.image))
         assert torch.equal(pixels.permute(2, 0, 1), images[example.index])
         assert example.true_class == config.class_names[targets[example.index]]
     assert len(assets.gallery) == choose_examples.GALLERY and len(assets.reliability) == 4
-    sureness = [sum(g.confidences) for g in assets.gallery]
-    assert sureness == sorted(sureness, reverse=True)
+    totals = [sum(g.confidences) for g in assets.gallery]
+    assert totals == sorted(totals, reverse=True)
     for row in assets.reliability:
         for values in row.values():
             assert sum(b['share'] for b in values['bins']) == pytest.approx(1., abs=1e-3)
 
 
-def test_without_chosen_examples_there_are_the_samples():
+def test_the_samples_stand_in_for_missing_examples():
     assets = examples.load_assets('net.nothing', ('cat', 'ship'))
     assert {e.true_class for e in assets.examples} == {'cat', 'ship'} and assets.gallery == ()
     with pytest.raises(InputError, match='choose_examples'):
@@ -315,7 +315,7 @@ def test_positions_in_links(text, position):
     (['--model', 'no_such_net'], "unknown network 'no_such_net'"),
     (['--model', 'resnet18'], 'has no exits'),
     (['--model', 'local-dir:/no/such/folder'], 'cannot be read')])
-def test_the_command_says_what_is_wrong(args, message):
+def test_bad_arguments_of_the_command(args, message):
     import app
     with pytest.raises(SystemExit, match=message):
         app.main(args)

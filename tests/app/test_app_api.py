@@ -1,4 +1,4 @@
-"""The app as programs ask it, through gradio_client, with the shipped weights."""
+"""The app's API through gradio_client, with the shipped weights."""
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def client(server):
     return Client(server.url, verbose=False, httpx_kwargs=dict(timeout=60.))
 
 
-def ask(client, image, network, budget='', confidence=None, calibrated=True):
+def classify(client, image, network, budget='', confidence=None, calibrated=True):
     return client.predict(
         image=None if image is None else handle_file(str(image)), network=network, budget=budget,
         confidence=confidence, calibrated=calibrated, api_name='/classify')
@@ -48,41 +48,41 @@ def test_networks_with_weights_are_listed(client, server):
 
 def test_an_image_is_classified_in_one_run(client, server):
     before = server.calls
-    said = ask(client, IMAGES[0], server.names[0])
+    answer = classify(client, IMAGES[0], server.names[0])
     assert server.calls == before + 1
     expected = server.expected(IMAGES[0])
-    assert said['num_exits'] == len(said['exits']) == len(expected) == said['exit']
-    for row, p in zip(said['exits'], expected):
+    assert answer['num_exits'] == len(answer['exits']) == len(expected) == answer['exit']
+    for row, p in zip(answer['exits'], expected):
         assert row['top'][0]['label'] == server.network.labels[int(p.argmax())]
         assert row['top'][0]['probability'] == pytest.approx(float(p.max()), abs=2e-4)
-    macs = [row['macs'] for row in said['exits']]
+    macs = [row['macs'] for row in answer['exits']]
     assert macs == list(server.network.costs.macs)
-    assert [row['milliseconds'] for row in said['exits']] == sorted(row['milliseconds'] for row in said['exits'])
+    assert [row['milliseconds'] for row in answer['exits']] == sorted(row['milliseconds'] for row in answer['exits'])
 
 
 def test_extreme_budgets(client, server):
     first, full = server.network.costs.macs[0], server.network.costs.macs[-1]
-    assert ask(client, IMAGES[1], server.names[0], str(first))['exit'] == 1
-    assert ask(client, IMAGES[1], server.names[0], str(full))['exit'] == server.network.model.num_exits
-    assert ask(client, IMAGES[1], server.names[0], '1e30')['exit'] == server.network.model.num_exits
+    assert classify(client, IMAGES[1], server.names[0], str(first))['exit'] == 1
+    assert classify(client, IMAGES[1], server.names[0], str(full))['exit'] == server.network.model.num_exits
+    assert classify(client, IMAGES[1], server.names[0], '1e30')['exit'] == server.network.model.num_exits
     for budget, message in [(str(first - 1), 'below the first exit'), ('1', 'below the first exit'),
                             ('0', 'not a number of MACs'), ('-3M', 'not a number of MACs'),
                             ('nan', 'not a number of MACs'), ('a lot', 'not a number of MACs')]:
         with pytest.raises(AppError, match=message):
-            ask(client, IMAGES[1], server.names[0], budget)
+            classify(client, IMAGES[1], server.names[0], budget)
 
 
 def test_confidence(client, server):
-    said = ask(client, IMAGES[0], server.names[0], confidence=0.5)
-    sure = server.expected(IMAGES[0]).amax(1)
-    assert said['exit'] == next((k + 1 for k, p in enumerate(sure) if p >= 0.5), len(sure))
+    answer = classify(client, IMAGES[0], server.names[0], confidence=0.5)
+    confidences = server.expected(IMAGES[0]).amax(1)
+    assert answer['exit'] == next((k + 1 for k, p in enumerate(confidences) if p >= 0.5), len(confidences))
     with pytest.raises(AppError, match='above 0 and up to 1'):
-        ask(client, IMAGES[0], server.names[0], confidence=1.5)
+        classify(client, IMAGES[0], server.names[0], confidence=1.5)
     with pytest.raises(AppError, match='not both'):
-        ask(client, IMAGES[0], server.names[0], '30M', 0.5)
+        classify(client, IMAGES[0], server.names[0], '30M', 0.5)
 
 
-def test_files_that_are_no_images(client, server, tmp_path):
+def test_files_that_are_not_images(client, server, tmp_path):
     (tmp_path / 'text.png').write_text('not an image')
     (tmp_path / 'paper.pdf').write_bytes(b'%PDF-1.7 nothing in it')
     (tmp_path / 'empty.jpg').write_bytes(b'')
@@ -91,13 +91,13 @@ def test_files_that_are_no_images(client, server, tmp_path):
     for name, message in [('text.png', 'is not an image'), ('paper.pdf', 'is not an image'),
                           ('empty.jpg', 'is not an image'), ('cut.jpg', 'damaged or cut off')]:
         with pytest.raises(AppError, match=message):
-            ask(client, tmp_path / name, server.names[0])
-    with pytest.raises(AppError, match='there is no image'):
-        ask(client, None, server.names[0])
-    notes = ask(client, tmp_path / 'whole.jpg', server.names[0])['notes']
+            classify(client, tmp_path / name, server.names[0])
+    with pytest.raises(AppError, match='no image given'):
+        classify(client, None, server.names[0])
+    notes = classify(client, tmp_path / 'whole.jpg', server.names[0])['notes']
     assert any('shrunk from 300 x 300' in note for note in notes)
     with pytest.raises(AppError):
-        ask(client, IMAGES[0], 'no_such_net')
+        classify(client, IMAGES[0], 'no_such_net')
 
 
 def test_policies(client, server):
@@ -116,12 +116,12 @@ def test_ten_visitors_at_once_get_their_own_answers(server):
     def visit(i, folder):
         path = folder / f'{i}.png'
         turned[i].save(path)
-        return path, ask(Client(server.url, verbose=False, httpx_kwargs=dict(timeout=60.)), path, server.names[0])
+        return path, classify(Client(server.url, verbose=False, httpx_kwargs=dict(timeout=60.)), path, server.names[0])
 
     import tempfile
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda i: visit(i, Path(folder)), range(10)))
-        for path, said in answers:
-            for row, p in zip(said['exits'], server.expected(path)):
+        for path, answer in answers:
+            for row, p in zip(answer['exits'], server.expected(path)):
                 assert row['top'][0]['probability'] == pytest.approx(float(p.max()), abs=2e-4)
-    assert len({tuple(row['top'][0]['probability'] for row in said['exits']) for _, said in answers}) == 10
+    assert len({tuple(row['top'][0]['probability'] for row in answer['exits']) for _, answer in answers}) == 10

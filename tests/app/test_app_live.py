@@ -1,4 +1,4 @@
-"""The app as people see it, in a real browser, with the shipped weights."""
+"""The app in a real browser, with the shipped weights."""
 import os
 import re
 import statistics
@@ -41,7 +41,7 @@ def browser():
 
 
 class Visit:
-    """A page that must log no error and ask no other machine for anything."""
+    """A page that must log no error and contact no other machine."""
 
     def __init__(self, browser, url, query='', **kwargs):
         self.errors, self.strangers = [], []
@@ -67,7 +67,7 @@ class Visit:
             assert self.errors == [] and self.strangers == []
 
 
-# Times from the slider's event to the picture of its value, taken inside the page.
+# Measures in the page the time from the slider's event to the view of its value.
 TIMER = """([control, view]) => {
   const slider = document.querySelector(control + ' input[type=range]'), step = Number(slider.step);
   let start = null;
@@ -87,13 +87,13 @@ def answering(page) -> int:
 
 
 def press(page, key, count):
-    """Presses a key on the focused slider and waits until that has been answered."""
+    """Presses a key on the focused slider and waits for the answer."""
     page.keyboard.press(key)
     page.wait_for_function('n => window.times.length >= n', arg=count)
 
 
 def announced(page, region, exit_number) -> str:
-    """What a screen reader is told; it follows the picture by a moment."""
+    """The text for screen readers, which is updated just after the picture."""
     page.wait_for_function(
         '([region, start]) => region.textContent.startsWith(start)',
         arg=[region.element_handle(), f'Exit {exit_number} of'])
@@ -110,19 +110,19 @@ def test_the_slider_by_keyboard(server, browser):
         assert server.calls == calls + 1
 
         calls = server.calls
-        said = page.locator('.mx-status [role=status]').first
-        said.evaluate('e => { window.region = e; }')
+        status = page.locator('.mx-status [role=status]').first
+        status.evaluate('e => { window.region = e; }')
         slider = page.locator('#budget input[type=range]')
         slider.focus()
         page.evaluate(TIMER, ['#budget', '#view'])
         press(page, 'Home', 1)
         exits, count = [answering(page)], 1
-        texts = [announced(page, said, exits[0])]
+        texts = [announced(page, status, exits[0])]
         while float(slider.input_value()) < float(slider.get_attribute('max')):
             count += 1
             press(page, 'ArrowRight', count)
             exits.append(answering(page))
-            texts.append(announced(page, said, exits[-1]))
+            texts.append(announced(page, status, exits[-1]))
         assert exits[0] == 1 and exits[-1] == server.network.model.num_exits
         assert exits == sorted(exits) and set(exits) == set(range(1, exits[-1] + 1))
         assert server.calls == calls, 'a move of the slider ran the model'
@@ -135,9 +135,9 @@ def test_the_slider_by_keyboard(server, browser):
         assert median <= SLIDER_MS
 
 
-def test_stopping_when_sure_enough(server, browser):
+def test_stopping_by_confidence(server, browser):
     with Visit(browser, server.url, '?image=3') as page:
-        page.get_by_label('when sure enough').check()
+        page.get_by_label('confidence', exact=True).check()
         page.locator('#view .levelled').wait_for()
         assert page.locator('#budget').is_hidden()
         calls = server.calls
@@ -152,7 +152,7 @@ def test_stopping_when_sure_enough(server, browser):
             level = float(slider.input_value())
             bars = page.locator('#view .exit').evaluate_all(
                 "es => es.map(e => parseFloat(e.style.getPropertyValue('--p')) / 100)")
-            # The bars are rounded, so that a confidence this near to the level may have reached it or not.
+            # The bars are rounded: a confidence this close to the level may or may not have reached it.
             expected = {next((k + 1 for k, p in enumerate(bars) if p >= level + slack), len(bars))
                         for slack in (-1e-3, 1e-3)}
             assert exits[-1] in expected
@@ -165,7 +165,7 @@ def test_own_files(server, browser, tmp_path):
     (tmp_path / 'text.png').write_text('not an image')
     Image.open(IMAGES[0]).resize((640, 480)).save(tmp_path / 'photo.png')
     with Visit(browser, server.url) as page:
-        page.get_by_role('button', name='Upload, paste or photograph').click()
+        page.get_by_role('button', name='Upload, paste or take a photo').click()
         chooser = page.locator('#image input[type=file]')
         chooser.set_input_files(str(tmp_path / 'photo.png'))
         page.get_by_text('shrunk from 640 x 480').wait_for()
@@ -177,7 +177,7 @@ def test_own_files(server, browser, tmp_path):
 
 
 def test_hurried_visitor(server, browser):
-    # The second choice comes while the first is still being answered: the page must end at the second.
+    # The second choice arrives while the first is being answered: the page must show the second.
     with Visit(browser, server.url) as page:
         for wait_ms, (first, second) in {0: (2, 4), 5: (1, 3), 20: (4, 0), 50: (5, 2), 100: (3, 1)}.items():
             page.evaluate("""([first, second, wait]) => {
@@ -185,7 +185,7 @@ def test_hurried_visitor(server, browser):
                 choose(first);
                 if (wait) setTimeout(choose, wait, second); else choose(second); }""", [first, second, wait_ms])
             page.locator(f'#view a[href*="image={second + 1}"]').wait_for()
-            page.wait_for_timeout(300)  # no earlier answer comes after it
+            page.wait_for_timeout(300)  # an earlier answer must not overwrite it
             assert page.locator(f'#view a[href*="image={second + 1}"]').count() == 1
             pressed = page.locator('#cards button[aria-pressed=true]').get_attribute('data-index')
             assert pressed == str(second)
@@ -199,10 +199,10 @@ def test_links_and_visitors_apart(server, browser):
         assert other.locator('#view .levelled').count() == 1
         other.locator('#cards button[data-index="0"]').click()
         other.locator('#view a[href*="image=1"]').wait_for()
-        one.get_by_label('calibrated probabilities').uncheck()
+        one.get_by_label('Calibrated probabilities').uncheck()
         one.wait_for_timeout(500)
         assert 'image=2' in one.locator('#view .permalink').get_attribute('href')
-    with Visit(browser, server.url, '?network=none&image=99&stop=x&at=nan') as page:  # nonsense opens the start
+    with Visit(browser, server.url, '?network=none&image=99&stop=x&at=nan') as page:  # falls back to the defaults
         assert 'image=1' in page.locator('#view .permalink').get_attribute('href')
 
 
@@ -217,15 +217,15 @@ def test_other_networks(server, browser):
             page.get_by_label('Network', exact=True).click()
             page.get_by_role('option', name=display_name(name), exact=True).click()
             page.locator(f'#view a.permalink[href*="{name}"]').wait_for()
-            said = page.locator('#view .what').text_content()
-            assert any(spoken(label) in said for label in other.labels) and said != before
+            answer = page.locator('#view .what').text_content()
+            assert any(spoken(label) in answer for label in other.labels) and answer != before
             assert page.locator('#view .exit').count() == other.model.num_exits
-            page.get_by_role('tab', name='A whole data set').click()
+            page.get_by_role('tab', name='Whole dataset').click()
             page.locator('#data-view .budget').wait_for()
             curve = load_curve(other.name, other.config)
-            for _ in range(50):  # the view of the network before stays until the new one comes
+            for _ in range(50):  # the previous network's view stays until the new one arrives
                 budget = float(page.locator('#average input[type=range]').input_value()) * 1e6
-                expected = f'{curve.at(min(budget, other.config.exit_macs[-1])).accuracy:.1f} %'
+                expected = f'{curve.at(min(budget, other.config.exit_macs[-1])).accuracy:.1f}%'
                 if expected in page.locator('#data-view').text_content():
                     break
                 page.wait_for_timeout(100)
@@ -235,11 +235,11 @@ def test_other_networks(server, browser):
         assert server.names[1] in page.locator('#view .permalink').get_attribute('href')
 
 
-def test_the_data_set_view(server, browser):
+def test_the_dataset_view(server, browser):
     if server.network.config is None:
         pytest.skip('no policies are stored with the shipped weights')
     with Visit(browser, server.url) as page:
-        page.get_by_role('tab', name='A whole data set').click()
+        page.get_by_role('tab', name='Whole dataset').click()
         calls = server.calls
         page.locator('#data-view .budget').wait_for()
         slider = page.locator('#average input[type=range]')
@@ -257,7 +257,7 @@ def test_the_data_set_view(server, browser):
         assert shares[0][0] > 0.9 and shares[-1][-1] > 0.9
         assert costs == sorted(set(costs))
         if page.locator('#diagrams .reliability').count():
-            page.get_by_text('with its temperature').wait_for()
+            page.get_by_text('with temperature scaling').wait_for()
             page.locator('#scaled input').uncheck()
             page.get_by_text('as trained').wait_for()
         assert server.calls == calls
