@@ -10,7 +10,8 @@ from PIL import Image
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.stopping.costs import ExitCosts, format_macs
-from timm_multiexit.stopping.policy import ExitPolicy
+from timm_multiexit.stopping.policy import ExitPolicy, leaves
+from timm_multiexit.stopping.simulate import simulate
 
 BY_BUDGET, BY_CONFIDENCE = 'budget', 'confidence'
 
@@ -103,14 +104,11 @@ def answer_by_confidence(outputs: ExitOutputs, threshold: float, calibrated: boo
     Raises:
         InputError: the threshold is not a probability.
     """
-    if not 0. < _number(threshold, 'confidence') <= 1.:
-        raise InputError(f'a confidence of {threshold} is out of range: give a probability above 0 and up to 1')
-    last = outputs.num_exits - 1
     temperatures = outputs.temperatures if calibrated else (1.,) * outputs.num_exits
-    policy = ExitPolicy((float(threshold),) * last + (0.,), temperatures)
-    exit_index = next(k for k in range(last + 1) if bool(policy.stops(k, outputs.logits[k:k + 1])))
-    reached = float(outputs.probabilities(calibrated)[exit_index].max()) >= threshold
-    reason = f'the first exit to reach {threshold:.0%} confidence' if reached else (
+    policy = ExitPolicy.at_confidence(_number(threshold, 'confidence'), temperatures)
+    result = simulate(policy, outputs.logits.unsqueeze(1), outputs.costs.macs)
+    exit_index = int(result.exit_index[0])
+    reason = f'the first exit to reach {threshold:.0%} confidence' if leaves(result.confidence[0], threshold) else (
         f'no exit reaches {threshold:.0%} confidence, so the last one answers')
     return Answer(exit_index, BY_CONFIDENCE, float(threshold), calibrated, reason)
 

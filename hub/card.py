@@ -184,7 +184,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 policy = load_exit_config('{place}').policy_for(average_budget={budget})  # multiply-adds for an image
 with torch.inference_mode():
     for exit_index, logits in enumerate(model.iter_exits(transform(image).unsqueeze(0))):
-        if policy.stops(exit_index, logits):
+        if policy.decide(exit_index, logits).leaves:
             break
 label = logits.argmax(1)
 """,

@@ -237,7 +237,7 @@ def test_gallery_images_leave_where_the_policy_says():
     groups = dataset_view.gallery_by_exit(images, policy)
     expected = simulate(policy, logits, MACS).exit_index
     for k, group in enumerate(groups):
-        assert sorted(g.tile for g in group) == (expected == k).nonzero().flatten().tolist()
+        assert sorted(g.tile for g in group) == (expected == k).nonzero()[0].tolist()
         assert [g.confidences[k] for g in group] == sorted((g.confidences[k] for g in group), reverse=True)
 
 

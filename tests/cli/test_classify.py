@@ -71,6 +71,15 @@ def test_deepest_exit_within_the_budget_answers(capsys, budget, exit_number):
     assert all(r['macs'] <= parse_macs(budget) and len(r['exits']) == exit_number for r in results)
 
 
+def test_a_deadline_is_met_by_the_deepest_exit_that_this_machine_reaches(capsys):
+    late, soon = (answers(capsys, IMAGES[0], '--deadline', ms)[1][0] for ms in ('60000ms', '0.001'))
+    assert late['exit'] == 7 and late['reason'] == 'last exit, within 60000 ms' and len(late['exits']) == 1
+    assert soon['exit'] == 1 and soon['reason'] == 'the next exit would end after 0.001 ms'
+    for text in ('0ms', 'soon', '-1'):
+        assert main(['classify', IMAGES[0], f'--deadline={text}']) == 2
+        assert 'write it like 3ms' in capsys.readouterr().err
+
+
 def test_confidence_stops_at_the_first_exit_that_reaches_it(capsys):
     _, full = answers(capsys, *IMAGES)
     # Whatever the weights: some of the images are this sure at the first exit, and some are not.

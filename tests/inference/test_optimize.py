@@ -1,4 +1,5 @@
 """Prepared networks: folding changes nothing but the speed, and both engines run any segment of any network."""
+import numpy as np
 import pytest
 import timm
 import torch
@@ -39,7 +40,7 @@ def exit_logits(engine, images):
         state, logits = engine.start(images), []
         for k in range(engine.num_exits):
             state, x = engine.run(k, k, state)
-            logits.append(x)
+            logits.append(torch.from_numpy(x))
     return logits
 
 
@@ -97,20 +98,21 @@ def test_an_engine_gives_every_exit_of_the_network(model_and_engine, images):
         expected = model.forward_exits(images)
         for k, logits in enumerate(exit_logits(prepared, images)):
             torch.testing.assert_close(logits, expected[k], atol=1e-4, rtol=1e-4)
-            skipping = prepared.run(0, k, prepared.start(images))[1]
+            skipping = torch.from_numpy(prepared.run(0, k, prepared.start(images))[1])
             torch.testing.assert_close(skipping, expected[k], atol=1e-4, rtol=1e-4)
 
 
 def test_gathered_rows_run_on_as_if_they_had_been_together(model_and_engine, images):
     prepared = model_and_engine[1]
-    with torch.inference_mode():
-        state, _ = prepared.run(0, 0, prepared.start(images))
-        expected = prepared.run(1, 2, state)[1]
-        rows = torch.tensor([3, 0, 4])
-        torch.testing.assert_close(prepared.run(1, 2, prepared.gather([(state, rows)]))[1], expected[rows])
-        twice = prepared.gather([(state, torch.tensor([2])), (state, None)])
-        torch.testing.assert_close(prepared.run(1, 2, twice)[1], torch.cat([expected[2:3], expected]))
-        assert prepared.gather([(state, None)]) is state
+    state, _ = prepared.run(0, 0, prepared.start(images))
+    expected = prepared.run(1, 2, state)[1]
+    rows = np.array([3, 0, 4])
+    close = dict(atol=1e-5, rtol=1.3e-6)
+    np.testing.assert_allclose(prepared.run(1, 2, prepared.gather([(state, rows)]))[1], expected[rows], **close)
+    twice = prepared.gather([(state, np.array([2])), (state, None)])
+    np.testing.assert_allclose(
+        prepared.run(1, 2, twice)[1], np.concatenate([expected[2:3], expected]), **close)
+    assert prepared.gather([(state, None)]) is state
 
 
 def test_both_engines_are_had_by_name(model_and_engine):
@@ -127,12 +129,6 @@ def test_the_torch_engine_is_channels_last_and_runs_in_bfloat16(small_msfuse, im
     for a, b in zip(exit_logits(exact, images), exit_logits(fast, images)):
         assert b.dtype == torch.float32
         assert float((a - b).abs().max()) < 0.05 * float(a.abs().max())
-
-
-def test_stages_can_be_compiled(small_msfuse, images):
-    compiled = make_engine(small_msfuse, 'torch', compile_backend='eager')  # any backend: inductor takes minutes
-    for a, b in zip(exit_logits(compiled, images), exit_logits(make_engine(small_msfuse), images)):
-        torch.testing.assert_close(a, b)
 
 
 def test_engines_that_cannot_be_had_are_refused(small_msfuse, monkeypatch):

@@ -20,7 +20,7 @@ from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.policy import NEVER, ExitPolicy
-from timm_multiexit.stopping.simulate import simulate
+from timm_multiexit.stopping.simulate import Simulation, simulate
 
 # PyTorch picks a convolution algorithm by the batch size, so that the last bits of the logits depend on it. Only an
 # image whose confidence is a threshold but for these bits may then leave at another exit. With onnxruntime none may.
@@ -35,7 +35,7 @@ def all_logits(engine, images, batch_size=250):
             state, logits = engine.start(x), []
             for k in range(engine.num_exits):
                 state, answer = engine.run(k, k, state)
-                logits.append(answer)
+                logits.append(torch.from_numpy(answer))
             batches.append(torch.stack(logits))
     return torch.cat(batches, 1)
 
@@ -54,9 +54,13 @@ def spread_policy(logits, keep, exits=None):
     return ExitPolicy((*thresholds, 0.), policy.temperatures)
 
 
+def as_tensors(result: Simulation) -> Simulation:
+    return Simulation(**{name: torch.from_numpy(values) for name, values in vars(result).items()})
+
+
 def assert_as_simulated(run: Run, policy, logits, costs, tie):
     """The run took the decisions and gave the answers of the simulated policy, but for ties."""
-    expected = simulate(policy, logits, costs.macs)
+    expected = as_tensors(simulate(policy, logits, costs.macs))
     confidences = torch.stack([policy.confidence(k, x) for k, x in enumerate(logits)])
     distance = (confidences - torch.tensor(policy.thresholds).unsqueeze(1))[:-1].abs().amin(0)
     same = run.exit_index == expected.exit_index
@@ -249,9 +253,9 @@ def test_bad_images_are_refused(small, images, words):
 def test_a_policy_or_costs_of_another_network_nan_logits_and_nothing_at_all_are_refused(small):
     model, costs = small
     policy = ExitPolicy((0.5, 0.5, 0.), (1.,) * 3)
-    with pytest.raises(InputError, match='2 thresholds does not fit a network with 3 exits'):
+    with pytest.raises(InputError, match='2 exits does not fit a network with 3'):
         EarlyExitRunner(model, ExitPolicy((0.5, 0.), (1.,) * 2))
-    with pytest.raises(InputError, match='does not fit a network with 1 exits'):
+    with pytest.raises(InputError, match='does not fit a network with 1'):
         EarlyExitRunner(model, policy, costs=ExitCosts((1,), (1,), (3, 32, 32)))
     with pytest.raises(InputError, match='pass costs'):
         EarlyExitRunner(make_engine(model), policy)

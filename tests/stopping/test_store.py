@@ -105,7 +105,7 @@ def test_budgets_out_of_reach_are_refused():
     (dict(exit_macs='all'), 'give a list'),
     (dict(version=2), 'version 2'),
     (dict(policies=small_config().policies[::-1]), 'out of order'),
-    (dict(policies=(ExitPolicy((0.5, 0.), (1., 1.), budget=1e7),)), '2 thresholds does not fit a network with 3'),
+    (dict(policies=(ExitPolicy((0.5, 0.), (1., 1.), budget=1e7),)), '2 exits does not fit a network with 3'),
     (dict(policies=(ExitPolicy((0.5, 0.5, 0.), TEMPERATURES),)), 'give each its budget'),
 ])
 def test_values_that_do_not_belong_together_are_refused(changes, words):

@@ -15,7 +15,7 @@ from ..models._costs import exit_costs
 from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
 from ..stopping.costs import ExitCosts, format_macs, parse_macs
-from ..stopping.policy import ExitPolicy
+from ..stopping.policy import ExitPolicy, check_exits
 from . import add_model_options
 from .evaluate import default_dataset
 
@@ -65,7 +65,7 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
             if config.fast_policies:
                 policies.append(config.policy_for(b, fast=True))
     for policy in policies:
-        policy.check_exits(len(costs.macs))
+        check_exits(policy, len(costs.macs))
     return policies
 
 

@@ -1,23 +1,26 @@
-"""`timm-multiexit classify IMAGE...`: answers about images, exit by exit, stopping where a budget says."""
+"""`timm-multiexit classify IMAGE...`: the answer for each image, exit by exit, under a budget if one is given."""
 import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import List, Optional, Tuple
+from typing import Callable, Iterator, List, Tuple
 
 import torch
 from timm.data import create_transform, resolve_data_config
 
 from ..errors import InputError
+from ..inference.anytime import AnytimeRunner
 from ..inference.images import read_image
-from ..models import MultiExitNet
-from ..models._costs import exit_costs
+from ..models import MultiExitNet, exit_costs
 from ..pretrained.exit_config import load_exit_config
 from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
-from ..stopping.costs import ExitCosts, format_macs, parse_macs
+from ..stopping.costs import ExitCosts, format_macs, parse_macs, parse_milliseconds
 from ..stopping.policy import ExitPolicy
 from . import add_model_options
+
+# An exit that ran, its logits (1, num_classes), and why it is the last to run, or ''.
+Step = Tuple[int, torch.Tensor, str]
 
 
 def add_parser(subparsers) -> None:
@@ -30,76 +33,81 @@ def add_parser(subparsers) -> None:
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument('--budget', metavar='MACS',
                       help='multiply-adds for each image, like 30M or 3e7: the deepest exit within it answers')
+    stop.add_argument('--deadline', metavar='MS',
+                      help='milliseconds for each image, like 3ms: the deepest exit that this machine reaches by then '
+                           'answers, and only its head runs')
     stop.add_argument('--confidence', type=float, metavar='C',
                       help='the first exit whose largest probability reaches this answers')
     stop.add_argument('--average-budget', metavar='MACS',
-                      help="average multiply-adds for each image: stops by the thresholds stored with the weights")
+                      help='average multiply-adds per image: stops by the thresholds stored with the weights')
     parser.add_argument('--fast', action='store_true',
-                        help='with --average-budget: thresholds that ask fewer exits, which takes less time at equal '
-                             'cost and is a little less accurate')
+                        help='with --average-budget: thresholds that use fewer exits, which takes less time at equal '
+                             'cost and is slightly less accurate')
     parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
     parser.set_defaults(run=run)
 
 
 @dataclass
 class ExitRow:
-    """What one exit said: its number from 1, cumulative MACs, and classes with probabilities, best first."""
+    """One exit's answer: its number from 1, cumulative MACs, and classes with probabilities, best first."""
     exit: int
     macs: int
     top: List[Tuple[str, float]]
 
 
-def stopping_rule(args: argparse.Namespace, model: MultiExitNet, costs: ExitCosts):
-    """A function (exit index, logits) -> reason to stop there, or None to go on.
+def _row(k: int, logits: torch.Tensor, costs: ExitCosts, labels: List[str]) -> ExitRow:
+    top = logits.float().softmax(1)[0].topk(min(3, logits.shape[1]))
+    return ExitRow(k + 1, costs.macs[k], [(labels[i], p) for p, i in zip(*(t.tolist() for t in top))])
+
+
+def stopping(args: argparse.Namespace, num_exits: int, costs: ExitCosts) -> Tuple[ExitPolicy, Callable]:
+    """The policy that the options ask for, and a function (exit index, confidence) -> why it stopped there.
 
     Raises:
-        InputError: a budget or confidence that cannot be kept.
+        InputError: a budget or confidence that cannot be met.
     """
-    last = model.num_exits - 1
+    last = num_exits - 1
     if args.fast and args.average_budget is None:
         raise InputError('--fast chooses among stored thresholds: pass --average-budget with it')
     if args.budget is not None:
         budget = parse_macs(args.budget)
-        deepest = costs.deepest_within(budget)
 
-        def by_budget(k: int, logits: torch.Tensor) -> Optional[str]:
-            if k < deepest:
-                return None
+        def reason(k: int, confidence: float) -> str:
             if k == last:
                 return f'last exit, within the budget of {format_macs(budget)}'
             return f'the next exit needs {format_macs(costs.macs[k + 1])}, the budget is {format_macs(budget)}'
-        return by_budget
+        return ExitPolicy.at_exit(costs.deepest_within(budget), num_exits), reason
     if args.confidence is not None:
-        if not 0. < args.confidence <= 1.:
-            raise InputError(f'--confidence {args.confidence}: give a probability above 0 and up to 1')
-        policy = ExitPolicy((args.confidence,) * last + (0.,), (1.,) * (last + 1))
+        policy = ExitPolicy.at_confidence(args.confidence, (1.,) * num_exits)
     elif args.average_budget is not None:
-        policy = load_exit_config(args.model, args.checkpoint).policy_for(
-            parse_macs(args.average_budget), args.fast)
+        policy = load_exit_config(args.model, args.checkpoint).policy_for(parse_macs(args.average_budget), args.fast)
     else:
-        return lambda k, logits: 'all exits ran' if k == last else None
+        return ExitPolicy.at_exit(last, num_exits), lambda k, confidence: 'all exits ran'
 
-    def by_policy(k: int, logits: torch.Tensor) -> Optional[str]:
-        if not policy.stops(k, logits):
-            return None
+    def reached(k: int, confidence: float) -> str:
         if k == last:
             return 'last exit'
-        return f'confidence {float(policy.confidence(k, logits)):.3f} reaches the threshold {policy.thresholds[k]:.3f}'
-    return by_policy
+        return f'confidence {confidence:.3f} reaches the threshold {policy.thresholds[k]:.3f}'
+    return policy, reached
 
 
-@torch.inference_mode()
-def classify(model: MultiExitNet, x: torch.Tensor, costs: ExitCosts, rule, labels: List[str]):
-    """Runs one image (1, C, H, W) until the rule stops it; returns its rows and the reason."""
-    rows, reason = [], None
+def exits_under_policy(model: MultiExitNet, x: torch.Tensor, policy: ExitPolicy, reason: Callable) -> Iterator[Step]:
+    """Runs one image (1, C, H, W) exit by exit until the policy stops it; every head on the way runs, to be shown."""
     for k, logits in enumerate(model.iter_exits(x)):
-        probabilities = logits.float().softmax(1)[0]
-        top = probabilities.topk(min(3, len(probabilities)))
-        rows.append(ExitRow(k + 1, costs.macs[k], [(labels[i], p) for p, i in zip(*(t.tolist() for t in top))]))
-        reason = rule(k, logits)
-        if reason:
-            break
-    return rows, reason
+        decision = policy.decide(k, logits)
+        stops = bool(decision.leaves[0])
+        yield k, logits, reason(k, float(decision.confidence[0])) if stops else ''
+        if stops:
+            return
+
+
+def exit_before_deadline(runner: AnytimeRunner, x: torch.Tensor, milliseconds: float) -> Iterator[Step]:
+    """Runs one image (1, C, H, W) to the deepest exit that the deadline allows."""
+    answer = runner.within_time(x, milliseconds)
+    k = int(answer.exit_index[0])
+    deepest = k == runner.engine.num_exits - 1
+    yield k, answer.logits, f'last exit, within {milliseconds:g} ms' if deepest else (
+        f'the next exit would end after {milliseconds:g} ms')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
         require_weights(args.model)
     model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
     costs = exit_costs(model)
-    rule = stopping_rule(args, model, costs)
+    policy, reason = stopping(args, model.num_exits, costs)
+    deadline = None if args.deadline is None else parse_milliseconds(args.deadline)
+    runner = None if deadline is None else AnytimeRunner(model, 'auto', costs)
     config = resolve_data_config(model=model)
     transform = create_transform(**config)
     names = model.pretrained_cfg.get('label_names') or ()
@@ -121,13 +131,17 @@ def run(args: argparse.Namespace) -> int:
             print(f'timm-multiexit: error: {error}', file=sys.stderr)
             results.append(dict(image=path, error=str(error)))
             continue
-        rows, reason = classify(model, transform(image).unsqueeze(0).to(args.device), costs, rule, labels)
+        x = transform(image).unsqueeze(0).to(args.device)
+        with torch.inference_mode():
+            steps = list(exits_under_policy(model, x, policy, reason) if runner is None
+                         else exit_before_deadline(runner, x, deadline))
+        rows, why = [_row(k, logits, costs, labels) for k, logits, _ in steps], steps[-1][2]
         share = rows[-1].macs / costs.macs[-1]
         results.append(dict(
-            image=path, label=rows[-1].top[0][0], probability=rows[-1].top[0][1], exit=rows[-1].exit, reason=reason,
+            image=path, label=rows[-1].top[0][0], probability=rows[-1].top[0][1], exit=rows[-1].exit, reason=why,
             macs=rows[-1].macs, share_of_full_cost=share, notes=notes, exits=[asdict(r) for r in rows]))
         if not args.json:
-            print_table(path, rows, reason, share, notes, model.num_exits)
+            print_table(path, rows, why, share, notes, model.num_exits)
     if args.json:
         print(json.dumps(results, indent=2))
     return 2 if failed else 0

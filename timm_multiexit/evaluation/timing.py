@@ -2,7 +2,6 @@
 import platform
 import statistics
 import time
-from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 from ..inference.runner import EarlyExitRunner
 from ..stopping.costs import ExitCosts
-from ..stopping.policy import NEVER, ExitPolicy
+from ..stopping.policy import ExitPolicy
 
 
 def spread(values: Sequence[float], digits: int = 4) -> Dict[str, float]:
@@ -49,7 +48,7 @@ def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes
     """Time of the answer of each exit when no earlier exit is asked, on random images.
 
     Args:
-        engine: See `optimize.make_engine`.
+        engine: See `engine.make_engine`.
         costs: Of the exits.
         batch_size: The large batch.
         rounds: How often.
@@ -57,9 +56,7 @@ def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes
     """
     runners = []
     for k in range(engine.num_exits):
-        thresholds = [NEVER] * engine.num_exits
-        thresholds[k] = 0.
-        runners.append(EarlyExitRunner(engine, ExitPolicy(thresholds, (1.,) * engine.num_exits), costs=costs))
+        runners.append(EarlyExitRunner(engine, ExitPolicy.at_exit(k, engine.num_exits), costs=costs))
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(batch_size, *costs.input_size, generator=generator).to(engine.device)
     one = batch[:1]
@@ -88,7 +85,7 @@ def measure_policies(
     """Wall time of the same images under each policy and through the full network.
 
     Args:
-        engine: See `optimize.make_engine`; all sides share it.
+        engine: See `engine.make_engine`; all sides share it.
         costs: Of the exits.
         policies: The policies.
         images: Normalised, (N, C, H, W).
@@ -100,7 +97,7 @@ def measure_policies(
         What the full network and each policy took, and the ratios, round by round.
     """
     last = engine.num_exits - 1
-    full = replace(policies[0], thresholds=(NEVER,) * last + (0.,))
+    full = ExitPolicy.at_exit(last, engine.num_exits, policies[0].temperatures)
     runners = [EarlyExitRunner(engine, p, costs=costs) for p in (full, *policies)]
     images = images.to(engine.device)
     singles = images.split(1)

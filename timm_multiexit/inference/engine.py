@@ -1,27 +1,71 @@
-"""Networks made ready for inference: BN folded into the convolutions, channels last, and run in segments.
+"""The contract of an engine, which runs a prepared network segment by segment, and the choice of one.
 
-A segment is a run of stages with the head of the last one. An engine holds a prepared copy of a network and runs any
-segment of it, so that exits at which nobody may leave cost nothing, and the whole network as people run it who want no
-early exits (all stages, the last head) is one segment like any other.
+A segment is a run of stages with the head of the last one. Exits at which no image may leave cost nothing, and the
+whole network without early exits (all stages, the last head) is one segment like any other.
 """
-from typing import Optional, Union
+from typing import TYPE_CHECKING, Any, List, Optional, Protocol, Sequence, Tuple, Union
 
-import torch
+import numpy as np
 
 from ..errors import InputError
-from ..models import MultiExitNet
 from ..optional import missing_packages, require_extra
-from .torch_engine import TorchEngine
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models import MultiExitNet
 
 ENGINES = ('auto', 'torch', 'onnx')
 
 
+class Engine(Protocol):
+    """What an engine must do. Its state is its own affair: callers hand it from `run` to `gather` and `run`.
+
+    Attributes:
+        name: For reports.
+        num_exits, num_classes, in_chans: Of the network.
+        device: Where it runs, a `torch.device`.
+        workers: How many threads should call at once, each with images of its own.
+    """
+
+    name: str
+    num_exits: int
+    num_classes: int
+    in_chans: int
+    device: Any
+    workers: int
+
+    def build(self, segments: Sequence[Tuple[int, int]]) -> None:
+        """Makes segments (first stage, last stage) ready to run."""
+        ...
+
+    def start(self, images: Any) -> List[Any]:
+        """The state before the first stage, from images (B, C, H, W), a tensor or an array."""
+        ...
+
+    def run(self, first: int, last: int, state: List[Any]) -> Tuple[List[Any], np.ndarray]:
+        """Runs stages `first` to `last` and the head of `last`.
+
+        Returns:
+            The state after stage `last`, and that exit's logits, float32 (B, num_classes).
+        """
+        ...
+
+    def gather(self, pieces: Sequence[Tuple[List[Any], Optional[np.ndarray]]]) -> List[Any]:
+        """One state made of rows of several.
+
+        Args:
+            pieces: States with the rows to take, int64 (n,), or None for all.
+        """
+        ...
+
+
 def make_engine(
-        model: MultiExitNet,
+        model: 'MultiExitNet',
         engine: str = 'torch',
-        device: Optional[Union[str, torch.device]] = None,
+        device: 'Optional[Union[str, torch.device]]' = None,
         **kwargs,
-):
+) -> Engine:
     """An engine for a network.
 
     Args:
@@ -34,14 +78,16 @@ def make_engine(
     Raises:
         InputError: unknown engine, not installed, or not for that device.
     """
+    import torch
     if engine not in ENGINES:
         raise InputError(f"unknown engine '{engine}': choose one of {', '.join(ENGINES)}")
     if model.num_classes < 2:
-        raise InputError(f'a network of {model.num_classes} classes cannot say when it is sure: give two or more')
+        raise InputError(f'a network of {model.num_classes} classes has no confidence to stop on: give two or more')
     on_cpu = torch.device(device or next(model.parameters()).device).type == 'cpu'
     if engine == 'auto':
         engine = 'onnx' if on_cpu and not missing_packages('export') else 'torch'
     if engine == 'torch':
+        from .torch_engine import TorchEngine
         return TorchEngine(model, device, **kwargs)
     require_extra('export', 'the onnx engine')
     if not on_cpu:

@@ -1,11 +1,11 @@
-"""Segments of a network run by onnxruntime: on a CPU several times faster than PyTorch, above all for single images.
+"""The onnxruntime engine: on a CPU several times faster than PyTorch, above all for single images.
 
-What an image gets does not depend on the batch that it is in, to the last bit (tests/test_runner.py holds it to that):
-onnxruntime's convolutions add up each output element in one order. PyTorch's choose an algorithm by the batch size.
+An image's logits do not depend on the rest of its batch, to the last bit (tests/inference/test_runner.py checks it):
+onnxruntime's convolutions sum each output element in one order. PyTorch's choose an algorithm by the batch size.
 """
 import threading
 import warnings
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import onnx
@@ -36,10 +36,10 @@ class _AllStates(nn.Module):
 
 
 class OnnxEngine:
-    """Runs segments with onnxruntime, on the CPU, in float32.
+    """Runs segments with onnxruntime, on the CPU, in float32; see `engine.Engine`.
 
     Each operation runs in the thread that calls it. Several threads may call at once, each with its own images: that
-    uses the cores better than sharing out every small operation.
+    uses the cores better than splitting every small operation between them.
 
     Args:
         model: The network; it is copied.
@@ -65,7 +65,6 @@ class OnnxEngine:
         self.lock = threading.Lock()
 
     def build(self, segments: Sequence[Tuple[int, int]]) -> None:
-        """Makes segments (first stage, last stage) ready to run."""
         with self.lock:
             for segment in segments:
                 if segment not in self.sessions:
@@ -82,31 +81,21 @@ class OnnxEngine:
             graph.SerializeToString(), options, providers=['CPUExecutionProvider'])
         return session, made
 
-    def start(self, images: torch.Tensor) -> State:
-        """The state before the first stage, from images (B, C, H, W)."""
-        return [images.to('cpu', torch.float32).contiguous().numpy()]
+    def start(self, images: Union[torch.Tensor, np.ndarray]) -> State:
+        if isinstance(images, torch.Tensor):
+            images = images.to('cpu', torch.float32).numpy()
+        return [np.ascontiguousarray(images, np.float32)]
 
-    def run(self, first: int, last: int, state: State) -> Tuple[State, torch.Tensor]:
-        """Runs stages `first` to `last` and the head of `last`.
-
-        Returns:
-            The state after stage `last` (empty after the last stage), and that exit's logits, float32
-            (B, num_classes).
-        """
+    def run(self, first: int, last: int, state: State) -> Tuple[State, np.ndarray]:
         if (first, last) not in self.sessions:
             self.build([(first, last)])
         session, made = self.sessions[first, last]
         maps = dict(zip(self.state_names[first], state))
         logits, *new = session.run(None, maps)
         maps.update(zip(made, new))
-        return [maps[name] for name in self.state_names[last + 1]], torch.from_numpy(logits)
+        return [maps[name] for name in self.state_names[last + 1]], logits
 
-    def gather(self, pieces: Sequence[Tuple[State, Optional[torch.Tensor]]]) -> State:
-        """One state of rows of several.
-
-        Args:
-            pieces: States with the rows to take, int64 (n,), or None for all.
-        """
+    def gather(self, pieces: Sequence[Tuple[State, Optional[np.ndarray]]]) -> State:
         sizes = [len(state[0]) if rows is None else len(rows) for state, rows in pieces]
         if len(pieces) == 1 and pieces[0][1] is None:
             return pieces[0][0]
@@ -118,7 +107,7 @@ class OnnxEngine:
                 if rows is None:
                     out[start:start + size] = x
                 else:
-                    np.take(x, rows.numpy(), 0, out=out[start:start + size], mode='clip')  # 'raise' would buffer
+                    np.take(x, rows, 0, out=out[start:start + size], mode='clip')  # 'raise' would buffer
                 start += size
             gathered.append(out)
         return gathered
@@ -128,8 +117,8 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
     """The folded network as one graph.
 
     Returns:
-        Names of the maps that each stage reads, none behind the last stage, and the graph. A map that a stage hands on
-        as it is keeps its name.
+        Names of the maps that each stage reads, none after the last stage, and the graph. A map that a stage passes on
+        unchanged keeps its name.
     """
     net = _AllStates(fold_batch_norm(model).cpu().to(memory_format=torch.contiguous_format))
     images = torch.zeros(2, model.in_chans, *image_size)
@@ -145,7 +134,7 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
                 net.eval(), (images,), dynamo=True, verbose=False, input_names=names[0], output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     graph = program.model_proto.graph
-    # The exporter writes a map that is handed on as Identity of the earlier one, which later nodes go on to read.
+    # The exporter writes a map that is passed on as Identity of the earlier one, which later nodes still read.
     source: Dict[str, str] = {}
     for node in graph.node:  # in the order in which they run
         node.input[:] = [source.get(name, name) for name in node.input]

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 from ..errors import InputError
 from ..files import read_json, write_json
 from .costs import format_macs
-from .policy import NEVER, ExitPolicy, check_average_budget
+from .policy import NEVER, ExitPolicy, check_average_budget, check_exits
 
 VERSION = 1
 CONFIG_KEY = 'multiexit'
@@ -68,7 +68,7 @@ class ExitConfig:
         for family in (self.policies, self.fast_policies):
             budgets = []
             for policy in family:
-                policy.check_exits(count)
+                check_exits(policy, count)
                 budgets.append(policy.budget)
             if None in budgets or any(a >= b for a, b in zip(budgets, budgets[1:])):
                 raise InputError('exit config with policies out of order: give each its budget, by rising budget')

@@ -57,6 +57,25 @@ def parse_macs(text: Union[str, float]) -> float:
     return value
 
 
+def parse_milliseconds(text: Union[str, float]) -> float:
+    """Milliseconds from '3ms', '0.5 ms' or a number.
+
+    >>> parse_milliseconds('3ms')
+    3.0
+
+    Raises:
+        InputError: not a positive number.
+    """
+    match = re.fullmatch(r'\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:ms)?\s*', str(text))
+    try:
+        value = float(match[1])
+    except (TypeError, ValueError):
+        value = 0.
+    if not 0. < value < float('inf'):
+        raise InputError(f"'{text}' is not a number of milliseconds: write it like 3ms")
+    return value
+
+
 def format_macs(macs: float) -> str:
     """Multiply-adds in millions, as '33.58 M'."""
     return f'{macs / 1e6:.2f} M'

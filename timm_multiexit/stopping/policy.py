@@ -1,55 +1,136 @@
-"""When to stop: a policy says, from one exit's logits, which images leave there. No network knows a policy."""
+"""When to stop: the contract of a stopping rule, confidence, and thresholds per exit, the rule of this package.
+
+Whoever runs a network under a rule, or only replays logits, calls `decide` after each exit: runner, simulation, command
+line and app. Nothing else compares a confidence with a threshold.
+"""
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
-import torch
+import numpy as np
 
 from ..errors import InputError
 from ..files import read_json, write_json
 from .costs import format_macs
 
 MEASURES = ('max_softmax', 'entropy', 'margin')
+
 # A threshold that no confidence reaches: no image leaves at that exit. JSON has no infinity.
 NEVER = 2.
 
 
-def confidence(logits: torch.Tensor, measure: str = 'max_softmax', temperature: float = 1.) -> torch.Tensor:
-    """Confidence of each image, higher is surer, in 0 to 1.
+class Decision(NamedTuple):
+    """What a rule decides about the images at one exit.
+
+    Attributes:
+        confidence: float32 (B,).
+        leaves: Which images leave here, bool (B,).
+        memory: What the rule needs of these images at the next exit, an array (B, ...), or None.
+    """
+
+    confidence: Any
+    leaves: Any
+    memory: Optional[Any] = None
+
+
+class StoppingRule(Protocol):
+    """What a stopping rule must do. It is handed one exit at a time, shallow to deep."""
+
+    @property
+    def num_exits(self) -> int:
+        """Exits of the networks that the rule is for."""
+        ...
+
+    @property
+    def exits_in_use(self) -> Tuple[int, ...]:
+        """Exits at which images may leave, rising, the last exit included; the other heads need not run."""
+        ...
+
+    def decide(self, exit_index: int, logits: Any, memory: Optional[Any] = None) -> Decision:
+        """Which images leave at an exit in use; at the last exit all do.
+
+        Args:
+            exit_index: From 0.
+            logits: That exit's, (B, num_classes), a NumPy array or a tensor; of the images that are still there.
+            memory: The rows, for these images, of what the last decision handed on; None at the first exit in use.
+
+        Returns:
+            Arrays of the kind of `logits`.
+        """
+        ...
+
+
+def as_array(values: Any) -> np.ndarray:
+    """A NumPy array of an array or of a tensor on any device; a half-precision tensor becomes float32."""
+    if isinstance(values, np.ndarray):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.is_floating_point() else values).numpy()
+
+
+def confidence(logits: Any, measure: str = 'max_softmax', temperature: float = 1.) -> Any:
+    """Confidence of each image, from 0 to 1; higher is more confident.
 
     Args:
-        logits: (B, num_classes), any float type.
+        logits: (B, num_classes), a NumPy array or a tensor of any float type.
         measure: 'max_softmax' (the largest probability, MSDNet paper section 4), 'entropy' (1 - entropy / log C), or
-            'margin' (largest less second largest probability).
+            'margin' (largest minus second largest probability).
         temperature: Divides the logits.
 
     Returns:
-        float32 (B,).
+        float32 (B,), of the kind of `logits` and on its device.
 
     Raises:
         InputError: unknown measure, an empty batch, a single class, or NaN logits.
+
+    >>> confidence(np.log([[0.7, 0.2, 0.1]]), 'margin').round(3).tolist()
+    [0.5]
     """
+    if not isinstance(logits, np.ndarray):  # a tensor: NumPy computes, so that both kinds decide alike to the last bit
+        value = confidence(as_array(logits), measure, temperature)
+        return logits.detach().float().new_tensor(value)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise InputError(f'confidence needs logits (images, classes) of two or more classes, got {tuple(logits.shape)}')
     if len(logits) == 0:
         raise InputError('confidence of an empty batch: give at least one image')
-    p = (logits.float() / temperature).softmax(1)
+    x = logits.astype(np.float32) / np.float32(temperature)
+    with np.errstate(invalid='ignore'):  # NaN is reported below
+        p = np.exp(x - x.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
     if measure == 'max_softmax':
-        value = p.amax(1)
+        value = p.max(1)
     elif measure == 'entropy':
-        value = 1. - torch.special.entr(p).sum(1) / math.log(p.shape[1])
+        terms = np.where(p > 0., p * np.log(np.where(p > 0., p, 1.)), p)  # 0 log 0 is 0
+        value = np.maximum(1. + terms.sum(1) / np.float32(math.log(p.shape[1])), 0.)  # rounding
     elif measure == 'margin':
-        top = p.topk(2, 1).values
-        value = top[:, 0] - top[:, 1]
+        second, first = np.partition(p, -2, 1)[:, -2:].T
+        value = first - second
     else:
         raise InputError(f"unknown confidence measure '{measure}': choose one of {', '.join(MEASURES)}")
-    if torch.isnan(value).any():
+    if np.isnan(value).any():
         raise InputError(
-            f'{int(torch.isnan(value).sum())} of {len(logits)} images have NaN or infinite logits: check the images '
-            'and the weights')
+            f'{int(np.isnan(value).sum())} of {len(logits)} images have NaN or infinite logits: check the images and '
+            'the weights')
     return value
+
+
+def leaves(confidences: Any, threshold: Any) -> Any:
+    """The stopping rule of thresholds: whether an image of this confidence leaves. Arrays broadcast."""
+    return confidences >= threshold
+
+
+def check_exits(rule: StoppingRule, num_exits: int) -> None:
+    """Checks that a rule is for a network with that many exits.
+
+    Raises:
+        InputError: it is not.
+    """
+    if num_exits != rule.num_exits:
+        raise InputError(
+            f'a policy for {rule.num_exits} exits does not fit a network with {num_exits}: use the one '
+            'stored with its weights, or make one with timm-multiexit calibrate')
 
 
 def check_average_budget(budget: float, exit_macs: Sequence[float]) -> float:
@@ -129,48 +210,45 @@ class ExitPolicy:
     def num_exits(self) -> int:
         return len(self.thresholds)
 
-    def check_exits(self, num_exits: int) -> None:
-        """Checks that the policy is for a network with that many exits.
+    @classmethod
+    def at_exit(cls, exit_index: int, num_exits: int, temperatures: Optional[Sequence[float]] = None) -> 'ExitPolicy':
+        """Every image leaves at one exit, and no other head runs: anytime prediction.
+
+        >>> ExitPolicy.at_exit(1, 3).thresholds
+        (2.0, 0.0, 0.0)
+        """
+        thresholds = (NEVER,) * exit_index + (0.,) * (num_exits - exit_index)
+        return cls(thresholds, tuple(temperatures or (1.,) * num_exits))
+
+    @classmethod
+    def at_confidence(cls, threshold: float, temperatures: Sequence[float]) -> 'ExitPolicy':
+        """The first exit whose largest probability reaches `threshold` answers, else the last exit.
 
         Raises:
-            InputError: it is not.
+            InputError: `threshold` is not a probability above 0.
         """
-        if num_exits != self.num_exits:
-            raise InputError(
-                f'a policy with {self.num_exits} thresholds does not fit a network with {num_exits} exits: use the one '
-                'stored with its weights, or make one with timm-multiexit calibrate')
+        if not 0. < threshold <= 1.:
+            raise InputError(f'a confidence of {threshold} is out of range: give a probability above 0 and up to 1')
+        return cls((threshold,) * (len(temperatures) - 1) + (0.,), tuple(temperatures))
 
-    def confidence(self, exit_index: int, logits: torch.Tensor) -> torch.Tensor:
+    @property
+    def exits_in_use(self) -> Tuple[int, ...]:
+        """See `StoppingRule`."""
+        last = self.num_exits - 1
+        used = [k for k, t in enumerate(self.thresholds) if t < NEVER or k == last]
+        # Behind an exit where all leave nothing runs.
+        first_for_all = next((i for i, k in enumerate(used) if self.thresholds[k] == 0.), len(used) - 1)
+        return tuple(used[:first_for_all + 1])
+
+    def confidence(self, exit_index: int, logits: Any) -> Any:
         """Confidence of each image at an exit, from its logits (B, num_classes); float32 (B,)."""
         return confidence(logits, self.measure, self.temperatures[exit_index])
 
-    def stops(self, exit_index: int, logits: torch.Tensor) -> torch.Tensor:
-        """Which images leave at an exit, bool (B,); at the last exit all do."""
-        if exit_index == len(self.thresholds) - 1:
-            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        return self.confidence(exit_index, logits) >= self.thresholds[exit_index]
-
-    def __str__(self) -> str:
-        head = [f'stop by {self.measure}']
-        if self.budget is not None:
-            head.append(f'average budget {format_macs(self.budget)} MACs')
-        if self.expected_macs is not None:
-            head.append(f'on validation {format_macs(self.expected_macs)}')
-        if self.expected_accuracy is not None:
-            head.append(f'{self.expected_accuracy:.2f} % right')
-        if self.method:
-            head.append(f'found by {self.method}')
-        rows = [', '.join(head), f"{'exit':>4} {'threshold':>9} {'temperature':>11}"]
-        if self.exit_shares is not None:
-            rows[1] += f" {'leave':>7}"
-        for k, (threshold, temperature) in enumerate(zip(self.thresholds, self.temperatures)):
-            if k == self.num_exits - 1:
-                shown = 'all'
-            else:
-                shown = f'{threshold:.4f}' if threshold <= 1. else 'never'
-            row = f'{k + 1:>4} {shown:>9} {temperature:>11.3f}'
-            rows.append(row if self.exit_shares is None else f'{row} {self.exit_shares[k]:>7.1%}')
-        return '\n'.join(rows)
+    def decide(self, exit_index: int, logits: Any, memory: Optional[Any] = None) -> Decision:
+        """See `StoppingRule`; thresholds need no memory."""
+        value = self.confidence(exit_index, logits)
+        last = exit_index == self.num_exits - 1
+        return Decision(value, leaves(value, 0. if last else self.thresholds[exit_index]))
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON; what is not known is left out."""
