@@ -1,6 +1,6 @@
-"""A warm Python that runs scripts one after the other: torch is imported once, the Hub's client is the real one.
+"""A warm Python process that runs scripts one after the other, with the Hub's real client: torch is imported once.
 
-It reads a JSON object a line, runs the script as `python SCRIPT ARGS` would, and answers with a JSON object a line.
+It reads one JSON object per line, runs the script as `python SCRIPT ARGS` would, and answers with one JSON object.
 """
 import contextlib
 import io
@@ -12,14 +12,14 @@ import time
 import traceback
 import warnings
 
-import timm_multiexit  # noqa: F401 - what takes long to import
+import timm_multiexit  # noqa: F401 - the slow import
 
 _sleep = time.sleep
 waits = []
 
 
 def short_sleep(seconds: float) -> None:
-    """The client's waits between its attempts are noted and cut short; all its attempts are made."""
+    """Records and shortens the client's waits between attempts; it still makes all of them."""
     if seconds >= 1:
         waits.append(seconds)
     _sleep(min(seconds, 0.01))
@@ -52,7 +52,7 @@ def run(script: str, args, env) -> dict:
 if __name__ == '__main__':
     time.sleep = short_sleep
     answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # whatever else is printed must not mix with the answers
+    os.dup2(2, 1)  # keep other output apart from the answers
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(run(**request)), file=answers, flush=True)

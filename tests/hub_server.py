@@ -1,4 +1,4 @@
-"""A small Hub on a real socket: repositories with commits, LFS, and faults on demand, for the real client."""
+"""A small Hub on a real socket, for the real client: repositories with commits, LFS, and faults on demand."""
 import asyncio
 import base64
 import hashlib
@@ -22,12 +22,12 @@ LFS_SUFFIXES = ('.safetensors', '.png', '.bin')
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose 'METHOD path' matches.
+    """A fault for requests whose 'METHOD path' matches.
 
     Attributes:
         pattern: Regular expression.
-        status: Answered instead, with `headers`; or 'down' (the server stops), 'truncate' (half the body, then the
-            connection closes), 'corrupt' (one byte is turned).
+        status: HTTP status to answer with, and `headers`; or 'down' (the server stops), 'truncate' (half the body,
+            then the connection closes), 'corrupt' (one byte is flipped).
         times: How often.
     """
 
@@ -52,7 +52,7 @@ class Repository:
 
 
 class HubServer:
-    """Starts on a free port and keeps it over `stop` and `start`; `requests` lists 'METHOD path' as they came."""
+    """Starts on a free port and keeps it over `stop` and `start`; `requests` lists 'METHOD path' in order."""
 
     token = 'hf_' + 'a1B2' * 8
 
@@ -61,7 +61,7 @@ class HubServer:
         self.objects: Dict[str, bytes] = {}  # by git hash or SHA-256
         self.faults: List[Fault] = []
         self.requests: List[str] = []
-        self.hooks: Dict[str, Callable[[], None]] = {}  # by pattern; runs after such a request was answered
+        self.hooks: Dict[str, Callable[[], None]] = {}  # by pattern; called after such a request was answered
         self.port = 0
         self.app = Starlette(routes=self._routes())
         self.start()
@@ -89,14 +89,14 @@ class HubServer:
         self.thread.join(10)
 
     def recover(self) -> None:
-        """Without faults, and up again if it was down."""
+        """Clears the faults and restarts the server if it is down."""
         self.faults.clear()
         if self.server.should_exit:
             self.thread.join(10)
             self.start()
 
     def reset(self) -> None:
-        """As new, and up."""
+        """Empties and restarts the server."""
         self.repositories.clear()
         self.objects.clear()
         self.requests.clear()
@@ -111,7 +111,7 @@ class HubServer:
         return {path: self.objects[oid] for path, (oid, _) in self.commits(name, branch)[-1].files.items()}
 
     def put(self, name: str, files: Dict[str, bytes], branch: str = 'main') -> None:
-        """Makes a commit that holds just these files, as if someone had pushed them."""
+        """Commits exactly these files, as if someone had pushed them."""
         repository = self.repositories.setdefault(name, Repository('model', False, {'main': [_first_commit()]}))
         stored = {path: (self._store(content, path), _is_lfs(path)) for path, content in files.items()}
         self._add_commit(repository.branches[branch], 'put', stored)
@@ -119,7 +119,7 @@ class HubServer:
     # Requests
 
     async def _entry(self, scope, receive, send) -> None:
-        """Notes the request and lets a fault act on it; then the app answers."""
+        """Records the request and applies a fault, or lets the app answer."""
         if scope['type'] != 'http':
             return
         what = f"{scope['method']} {scope['path']}"

@@ -1,4 +1,7 @@
-"""What the tests of hub/push.py stand on: a small Hub on a real socket, a process with the real client, a network."""
+"""Fixtures for the tests of hub/push.py: a small Hub on a real socket, a process with the real client, a network.
+
+They live for the session: a process takes seconds to import torch, and building a repository draws its figures.
+"""
 import json
 import os
 import shutil
@@ -50,7 +53,7 @@ class Client:
         return self.run(PUSH, *args, '--org', 'me', **env)
 
     def code(self, text: str, **env: str) -> 'Done':
-        """Runs Python text; an InputError ends it like a command."""
+        """Runs Python code; an InputError ends it like a command."""
         body = '\n'.join('    ' + line for line in text.strip().splitlines())
         self.scratch.write_text(
             f'import sys\nfrom timm_multiexit.errors import InputError\ntry:\n{body}\nexcept InputError as error:\n'
@@ -62,17 +65,22 @@ class Client:
             f"from timm_multiexit import load_model\nmodel = load_model('{place}')\n"
             "print('loaded', model.num_exits)", **env)
 
-    def send(self, folder: Path, **env: str) -> 'Done':
-        """The uploading half of push.py, with a folder that is built already."""
+    def send(self, folder: Path, repo: str = REPO, repo_type: str = 'model') -> 'Done':
+        """The upload of push.py, with a folder that is already built."""
         return self.code(f"""
 sys.path.insert(0, '{PUSH.parent}')
 from pathlib import Path
 from huggingface_hub import HfApi
 from upload import Target, send, verify_files
-folder, target = Path('{folder}'), Target('{REPO}')
+folder, target = Path('{folder}'), Target('{repo}', '{repo_type}')
 commit, new = send(HfApi(), target, folder, 'again')
 verify_files(HfApi(), target, folder)
-print('published' if new else 'unchanged')""", **env)
+print('published' if new else 'unchanged')""")
+
+    def fresh(self, code: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+        """Runs Python code in a process of its own, which costs an import of torch."""
+        return subprocess.run(
+            [sys.executable, '-c', code, *args], env={**self.env, **env}, capture_output=True, text=True)
 
     def clear_cache(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
@@ -90,7 +98,7 @@ class Done:
         return self
 
     def refused(self, *words: str) -> str:
-        """Asserts one clear line that holds the words, without a traceback or the token; returns it."""
+        """Asserts one error line with these words, without a traceback or the token; returns it."""
         assert self.code != 0, self.out
         assert 'Traceback' not in self.err, self.err
         assert HubServer.token not in self.err + self.out
@@ -100,14 +108,14 @@ class Done:
         return line
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def server():
     hub = HubServer()
     yield hub
     hub.stop()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def process(server, tmp_path_factory):
     client = Client(server.url, tmp_path_factory.mktemp('hub') / 'home')
     yield client
@@ -117,15 +125,15 @@ def process(server, tmp_path_factory):
 
 @pytest.fixture
 def client(process, server) -> Client:
-    """The client with an empty cache, and the Hub as new."""
+    """The client with an empty cache, and an empty Hub."""
     server.reset()
     process.clear_cache()
     return process
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def final(tmp_path_factory) -> Path:
-    """A small network with random weights and all that stands beside weights, made by the package's own tools."""
+    """A small network with random weights and everything stored beside weights, made with the package's own tools."""
     folder = tmp_path_factory.mktemp('run') / 'final'
     folder.mkdir()
     torch.manual_seed(0)
@@ -155,15 +163,15 @@ def copy_of(final: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(final, tmp_path / 'final'))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def built(process, server, final, tmp_path_factory) -> dict:
-    """The files of the repository that push.py makes of that network, by path, in memory."""
+    """The files of the repository that push.py builds from that network, by path, in memory."""
     server.reset()
     process.push(final).ok()
     return server.contents(REPO)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def folder(built, tmp_path_factory) -> Path:
     """The same files in a folder."""
     return write(tmp_path_factory.mktemp('built'), built)

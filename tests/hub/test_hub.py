@@ -1,16 +1,18 @@
 """hub/push.py and loading from the Hub: the real client against a small Hub on a real socket."""
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
+from card import build_card
 from hub_server import HubServer
 from hub_support import NAME, PUSH, REPO, SHAPE, copy_of
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from model_repo import read_network
+from publication import build_folder
 from safetensors.torch import load_file, save_file
+from space_repo import build_space
 
 from timm_multiexit.files import write_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
@@ -113,19 +115,28 @@ assert load_exit_config('local-dir:' + folder) == load_exit_config('hf-hub:{REPO
     assert 'loaded 3' in client.load().ok().out
 
 
-def test_offline_variable(client, server, built):
-    """HF_HUB_OFFLINE is read when the client is imported: a process of its own."""
+def test_a_fresh_process_offline_and_without_the_import(client, server, built):
+    """Both need a process of their own: HF_HUB_OFFLINE is read on import, and timm alone knows no msfuse_cifar."""
     server.put(REPO, built)
-    code = "import sys\nfrom timm_multiexit import InputError, load_model\n" \
-           "try:\n    print(load_model(sys.argv[1]).num_exits)\nexcept InputError as error:\n    sys.exit(str(error))\n"
-    env = {**client.env, 'HF_HUB_OFFLINE': '1'}
     client.load().ok()
-    found = subprocess.run([sys.executable, '-c', code, f'hf-hub:{REPO}'], env=env, capture_output=True, text=True)
-    assert found.stdout.strip() == '3', found.stderr
-    client.clear_cache()
     server.requests.clear()
-    done = subprocess.run([sys.executable, '-c', code, f'hf-hub:{REPO}'], env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and 'HF_HUB_OFFLINE' in done.stderr and 'Traceback' not in done.stderr
+    done = client.fresh(f"""
+import shutil, timm
+try:
+    timm.create_model('hf-hub:{REPO}', pretrained=True)
+except RuntimeError as error:
+    print(error)
+from timm_multiexit import InputError, load_model
+print(timm.create_model('hf-hub:{REPO}', pretrained=True).num_exits, load_model('hf-hub:{REPO}').num_exits)
+shutil.rmtree('{client.home}')
+try:
+    load_model('hf-hub:{REPO}')
+except InputError as error:
+    print(error)
+""", HF_HUB_OFFLINE='1')
+    assert done.returncode == 0, done.stderr
+    unknown, exits, refused = done.stdout.splitlines()
+    assert 'Unknown model (msfuse_cifar)' in unknown and exits == '3 3' and 'HF_HUB_OFFLINE' in refused
     assert not server.requests
 
 
@@ -153,6 +164,14 @@ def test_private_and_name(client, server, final):
     client.load('hf-hub:me/msfuse_cifar.mine').ok()
     client.clear_cache()
     client.load('hf-hub:me/msfuse_cifar.mine', HF_TOKEN='').refused('no such repository', 'HF_TOKEN')
+
+
+def with_options(final, tmp_path, **options):
+    """A copy whose recipe has other options."""
+    folder = copy_of(final, tmp_path)
+    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump({**recipe, **options}))
+    return folder
 
 
 # Published networks
@@ -197,9 +216,22 @@ assert list(ours.pretrained_cfg['label_names']) == list(theirs.pretrained_cfg['l
 """).ok()
 
 
-def test_space(client, server):
-    shown = client.push('--space').ok().out
-    assert 'published' in shown
+def test_space(client, server, final, tmp_path):
+    # Without matplotlib a network is refused, which has figures, and the Space is published.
+    pushed = client.fresh(f"""
+import runpy, sys
+sys.modules['matplotlib'] = None
+sys.path.insert(0, '{PUSH.parent}')
+for what in ('{final}', '--space'):
+    sys.argv = ['push.py', what, '--org', 'me']
+    try:
+        runpy.run_path('{PUSH}', run_name='__main__')
+    except SystemExit as stop:
+        print('exit code', stop.code)
+""")
+    assert "needs matplotlib: pip install 'timm-multiexit[plots]'" in pushed.stderr and 'Traceback' not in pushed.stderr
+    assert pushed.stdout.startswith('exit code 2\nme/timm-multiexit-app: published'), pushed.stderr
+    assert pushed.stdout.endswith('exit code 0\n') and set(server.repositories) == {'me/timm-multiexit-app'}
     files = server.commits('me/timm-multiexit-app')[-1].files
     assert {'README.md', 'app.py', 'requirements.txt', 'timm_multiexit/__init__.py', 'LICENSE'} <= set(files)
     assert not [f for f in files if '__pycache__' in f or f.endswith('.pyi')]
@@ -209,10 +241,9 @@ def test_space(client, server):
     front = yaml.safe_load(server.objects[files['README.md'][0]].decode().split('---')[1])
     assert front['models'] == [f'me/{name}' for name in list_networks(pretrained=True)]
     assert front['title'] and front['app_file'] == 'app.py'
-    again = client.push('--space').ok().out
-    now = server.commits('me/timm-multiexit-app')[-1].files
-    assert not {p for p in files.keys() | now.keys() if files.get(p) != now.get(p)}
-    assert 'unchanged' in again
+    again = build_space(tmp_path / 'again', 'me')
+    assert 'unchanged' in client.send(again, 'me/timm-multiexit-app', 'space').ok().out
+    assert len(server.commits('me/timm-multiexit-app')) == 2
 
 
 def test_the_runs_behind_the_weights_are_published(client, server, final, built, tmp_path):
@@ -243,16 +274,13 @@ def test_a_run_that_started_where_another_did_is_told_from_the_line(client, serv
     assert 'of the one before.' in server.contents(REPO)['README.md'].decode()
 
 
-def test_the_card_names_the_processes_a_batch_is_for(client, server, final, tmp_path):
-    folder = copy_of(final, tmp_path)
-    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
-    for processes, told in ((1, False), (2, True)):
-        recipe |= {'epochs': 4, 'batch_size': 64, 'world_size': processes, 'sched': 'poly'}
-        (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-        client.push(folder).ok()
-        card = server.contents(REPO)['README.md'].decode()
+def test_the_card_names_the_processes_of_a_batch(final, tmp_path):
+    for processes, named in ((1, False), (2, True)):
+        folder = with_options(
+            final, tmp_path / str(processes), epochs=4, batch_size=64, world_size=processes, sched='poly')
+        card = str(build_card(read_network(str(folder)), 'me'))
         assert '4 epochs, ' in card and '`batch-size: 64`' in card
-        assert ('`sched: poly`, in 2 processes of `torchrun`' in card) is told and ('processes' in card) is told
+        assert ('`sched: poly`, in 2 processes of `torchrun`' in card) is named and ('processes' in card) is named
 
 
 def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
@@ -299,27 +327,14 @@ def test_recipes_without_folders_tell_no_starts():
     (['a', 'a'], 'learnt from the mean of 2 runs of `a`, too'),
     (['a', 'b', 'c'], 'learnt from the mean of `a`, `b` and `c`, too'),
 ])
-def test_teachers_are_named_without_their_files(client, server, final, tmp_path, names, text):
-    folder = copy_of(final, tmp_path)
-    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
+def test_teachers_are_named(final, tmp_path, names, text):
+    folder = with_options(final, tmp_path, kd_model_name=names)
+    assert text in str(build_card(read_network(str(folder)), 'me'))
+
+
+def test_a_published_recipe_names_files_without_their_folders(final, tmp_path):
     files = [f'/somewhere/of/mine/{i}.safetensors' for i in range(2)] + ['output/c.safetensors']
-    (folder / 'recipe.yaml').write_text(yaml.safe_dump({**recipe, 'kd_model_name': names, 'kd_checkpoint': files}))
-    client.push(folder).ok()
-    stored = server.contents(REPO)
-    assert text in stored['README.md'].decode()
-    assert yaml.safe_load(stored['recipe.yaml'])['kd_checkpoint'] == [
+    folder = with_options(final, tmp_path, kd_model_name=['a', 'b', 'c'], kd_checkpoint=files)
+    recipe = build_folder(read_network(str(folder)), tmp_path / 'built', 'me') / 'recipe.yaml'
+    assert yaml.safe_load(recipe.read_text())['kd_checkpoint'] == [
         '0.safetensors', '1.safetensors', 'output/c.safetensors']
-
-
-def test_without_the_plots_extra_a_network_is_refused_and_the_space_goes(client, server, final):
-    code = ("import runpy, sys; sys.modules['matplotlib'] = None; "  # as if it were not installed
-            f"sys.argv, sys.path[0] = sys.argv[1:], '{PUSH.parent}'; runpy.run_path(sys.argv[0], run_name='__main__')")
-
-    def push(*args):
-        return subprocess.run([sys.executable, '-c', code, PUSH, *args, '--org', 'me', '--dry-run'],
-                              env=client.env, capture_output=True, text=True)
-
-    refused = push(str(final))
-    assert refused.returncode == 2 and 'Traceback' not in refused.stderr
-    assert "needs matplotlib: pip install 'timm-multiexit[plots]'" in refused.stderr
-    assert push('--space').returncode == 0
