@@ -89,7 +89,7 @@ def test_files_that_are_not_images(client, server, tmp_path):
     Image.open(IMAGES[0]).resize((300, 300)).save(tmp_path / 'whole.jpg')
     (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:4000])
     for name, message in [('text.png', 'is not an image'), ('paper.pdf', 'is not an image'),
-                          ('empty.jpg', 'is not an image'), ('cut.jpg', 'damaged or cut off')]:
+                          ('empty.jpg', 'is not an image'), ('cut.jpg', 'damaged or truncated')]:
         with pytest.raises(AppError, match=message):
             classify(client, tmp_path / name, server.names[0])
     with pytest.raises(AppError, match='no image given'):

@@ -68,7 +68,7 @@ def test_policies_are_measured_on_the_same_images_as_the_full_network(measured, 
     print_results(dict(results, model='msfuse_cifar', engine='torch', device='here', threads=1, batch_size=16, rounds=5,
                        exits=exits))
     printed = capsys.readouterr().out
-    assert 'leave at each exit, file 15.26 M' in printed and '100% 0% 0% 0% 0% 0% 0%' in printed
+    assert 'share of images per exit, file 15.26 M' in printed and '100% 0% 0% 0% 0% 0% 0%' in printed
 
 
 @needs_weights

@@ -96,7 +96,7 @@ def bomb(tmp_path):
 
 
 @pytest.mark.parametrize('make, message', [
-    (truncated, 'cut off'), (text, 'not an image'), (empty, 'not an image'), (bomb, 'shrink it'),
+    (truncated, 'truncated'), (text, 'not an image'), (empty, 'not an image'), (bomb, 'shrink it'),
     (lambda p: p, 'is a folder'), (lambda p: p / 'none.png', 'does not exist'),
 ])
 def test_bad_files_are_named(make, message, tmp_path):

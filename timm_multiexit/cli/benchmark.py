@@ -1,4 +1,4 @@
-"""`timm-multiexit benchmark MODEL`: time on this machine, of each exit and of policies against the full network."""
+"""`timm-multiexit benchmark MODEL`: time of each exit, and of policies against the full network, on this machine."""
 import argparse
 import json
 from typing import Any, Dict, List, Tuple
@@ -25,14 +25,14 @@ def add_parser(subparsers) -> None:
         'benchmark', help='time of each exit, and of policies against the full network',
         description='Measures time at batch 1 and at a large batch: of each exit alone, and, with --data-dir, of real '
                     'test images under policies against the full network (all stages, only the last head; BN folded '
-                    'on both sides). Everything takes turns in one run, so that ratios hold.')
+                    'on both sides). All take turns within one run, so the ratios are comparable.')
     parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
     add_model_options(parser)
     parser.add_argument('--data-dir', default='', metavar='DIR', help='folder of the data set, for policies')
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
     parser.add_argument('--average-budget', nargs='+', default=[], metavar='MACS',
-                        help='average multiply-adds an image, one or more: measures the policies stored with the '
+                        help='average multiply-adds per image, one or more: measures the policies stored with the '
                              'weights, and the fast ones (default: half of the full cost)')
     parser.add_argument('--policy', nargs='+', default=[], metavar='FILE', help='policies saved as JSON')
     parser.add_argument('--engine', choices=ENGINES, default='auto',
@@ -40,7 +40,7 @@ def add_parser(subparsers) -> None:
                              '(default: %(default)s)')
     parser.add_argument('--images', type=int, default=2000, metavar='N', help='test images (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=256, metavar='N', help='the large batch')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='how often each is measured')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each')
     parser.add_argument('--threads', type=int, default=None, metavar='N', help='CPU threads (default: all cores)')
     parser.add_argument('--json', action='store_true', help='for programs: one object')
     parser.add_argument('--output', default='', metavar='FILE', help='also write that object to a file')
@@ -51,7 +51,7 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
     """The policies that the options name.
 
     Raises:
-        InputError: none are stored, one for another network, or a budget that cannot be kept.
+        InputError: none are stored, one is for another network, or a budget cannot be met.
     """
     policies = [ExitPolicy.load(path) for path in args.policy]
     budgets = [parse_macs(b) for b in args.average_budget]
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise InputError(f'--threads {args.threads}: give 1 or more')
     if not args.data_dir and (args.policy or args.average_budget):
-        raise InputError('which images leave early depends on the images: pass --data-dir with the data set')
+        raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
     if not args.checkpoint:
         require_weights(args.model)
     model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
@@ -122,15 +122,14 @@ def _label(row: Dict[str, Any], results: Dict[str, Any]) -> str:
 def print_results(results: Dict[str, Any]) -> None:
     size = results['batch_size']
     print(f"{results['model']}, {results['engine']} engine, {results['device']}, {results['threads']} threads: median "
-          f"(least-greatest) of {results['rounds']} rounds")
+          f"(min-max) of {results['rounds']} rounds")
     print(f"{'exit':>4} {'MACs':>9} {'ms at batch 1':>24} {f'images/s at batch {size}':>26}")
     for e in results['exits']:
         print(f"{e['exit']:>4} {format_macs(e['macs']):>9} {_cell(e['ms_batch_1'], '.3f'):>24} "
               f"{_cell(e['images_per_s'], '.0f'):>26}")
     if 'full' not in results:
         return
-    print(f"\n{results['images']:,} test images; a share is of the time of the full network: all stages, only the last "
-          'head')
+    print(f"\n{results['images']:,} test images; share: of the full network's time (all stages, only the last head)")
     print(f"{'policy':>17} {'average':>9} {'top-1':>6} {'ms at batch 1':>22} {'share':>20} "
           f"{f'images/s at batch {size}':>24} {'share':>20}")
     for row in (results['full'], *results['policies']):
@@ -141,4 +140,4 @@ def print_results(results: Dict[str, Any]) -> None:
               f"{_cell(large['images_per_s'], '.0f'):>24} {_cell(large['share_of_full_time'], '.2f'):>20}")
     for row in results['policies']:
         shares = ' '.join(f'{100 * s:.0f}%' for s in row['exit_shares'])
-        print(f"leave at each exit, {_label(row, results)}: {shares}")
+        print(f"share of images per exit, {_label(row, results)}: {shares}")

@@ -13,19 +13,19 @@ from ..stopping.policy import ExitPolicy
 
 
 def spread(values: Sequence[float], digits: int = 4) -> Dict[str, float]:
-    """Median, least and greatest."""
+    """Median, minimum and maximum."""
     return dict(
         median=round(statistics.median(values), digits), min=round(min(values), digits),
         max=round(max(values), digits))
 
 
 def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.device, label: str) -> Dict[Any, list]:
-    """Seconds of each task in each round. In every round all tasks run once, each time beginning with another.
+    """Seconds of each task in each round. All tasks run once per round, starting with another one each time.
 
     Args:
-        tasks: Run once before, so that nothing is set up in the measured time.
-        rounds: How often.
-        device: Waited for if it is a GPU.
+        tasks: Each runs once unmeasured first.
+        rounds: How many.
+        device: Synchronised if it is a GPU.
         label: Of the progress bar.
     """
     names = list(tasks)
@@ -45,14 +45,14 @@ def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.d
 
 
 def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes: int = 20) -> List[Dict[str, Any]]:
-    """Time of the answer of each exit when no earlier exit is asked, on random images.
+    """Time to the answer of each exit when no earlier head runs, on random images.
 
     Args:
         engine: See `engine.make_engine`.
         costs: Of the exits.
         batch_size: The large batch.
-        rounds: How often.
-        passes: Forward passes a round at batch 1.
+        rounds: How many.
+        passes: Forward passes per round at batch 1.
     """
     runners = []
     for k in range(engine.num_exits):
@@ -85,16 +85,16 @@ def measure_policies(
     """Wall time of the same images under each policy and through the full network.
 
     Args:
-        engine: See `engine.make_engine`; all sides share it.
+        engine: See `engine.make_engine`; shared by all.
         costs: Of the exits.
         policies: The policies.
         images: Normalised, (N, C, H, W).
         targets: int64 (N,).
         batch_size: The large batch.
-        rounds: How often.
+        rounds: How many.
 
     Returns:
-        What the full network and each policy took, and the ratios, round by round.
+        Times of the full network and of each policy, and their ratios, round by round.
     """
     last = engine.num_exits - 1
     full = ExitPolicy.at_exit(last, engine.num_exits, policies[0].temperatures)

@@ -1,4 +1,4 @@
-"""Image files as RGB, whatever their mode, with an error or a note that says what is unusual about them."""
+"""The one reader of image files: RGB from any mode, with a note or an error for what is unusual."""
 import warnings
 from pathlib import Path
 from typing import List, Tuple, Union
@@ -8,27 +8,27 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 
-# Above this, decoding takes gigabytes: refused rather than tried (PIL's own limit for a "decompression bomb").
+# Above this, decoding takes gigabytes (PIL's own limit for a "decompression bomb").
 MAX_PIXELS = 180_000_000
-# A photo is decoded at a fraction of its size where the format allows (JPEG); the network sees 32 pixels anyway.
+# A photo is decoded at a fraction of its size where the format allows (JPEG): the network sees few pixels anyway.
 DRAFT_SIZE = 1024
 
 
 def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[Image.Image, List[str]]:
-    """One image as RGB, the right way up.
+    """One image as RGB, upright.
 
-    Greyscale is repeated over the channels, 16-bit is scaled to 8, transparency is laid over white, of an animation
-    the first frame is taken.
+    Greyscale is repeated over the channels, 16-bit is scaled to 8, transparency is composited over white, and an
+    animation gives its first frame.
 
     Args:
         source: A file or an open image.
         size: Smaller side that the network will see, in pixels.
 
     Returns:
-        The image, and notes on what a reader should know about the answer (shrunk, first frame, ...).
+        The image, and notes that matter for the answer (shrunk, first frame, ...).
 
     Raises:
-        InputError: no such file, a folder, not an image, cut off, or too large to decode.
+        InputError: no such file, a folder, not an image, truncated, or too large to decode.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, size)
@@ -38,7 +38,7 @@ def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[I
     if not path.is_file():
         raise InputError(f"'{path}' does not exist: check the name")
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # MAX_PIXELS below is our limit
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
@@ -55,7 +55,7 @@ def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[I
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"'{path}' is damaged or cut off ({error}): save it again") from None
+            raise InputError(f"'{path}' is damaged or truncated ({error}): save it again") from None
 
 
 def _to_rgb(image: Image.Image, size: int) -> Tuple[Image.Image, List[str]]:
@@ -73,7 +73,7 @@ def _to_rgb(image: Image.Image, size: int) -> Tuple[Image.Image, List[str]]:
     if image.has_transparency_data:
         image = image.convert('RGBA')
         if image.getextrema()[3][0] < 255:
-            notes.append('transparent: laid over white')
+            notes.append('transparent: shown over white')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if min(full) >= 8 * size:
         notes.append(f'shrunk from {full[0]} x {full[1]} to {size} x {size}: one large object in the middle works best')
