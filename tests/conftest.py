@@ -20,6 +20,16 @@ SAMPLES = PROJECT / 'timm_multiexit' / 'samples'
 
 # Small, and still with every part of the real thing: three scales, two transitions, an exit in each block.
 SMALL = dict(steps=(2, 2, 2), base_width=8, growth=4, head_width=16)
+# The same for one network of each architecture.
+SMALL_NETWORKS = dict(
+    msfuse_cifar=SMALL,
+    msdnet_cifar=SMALL,
+    ranet_cifar=dict(
+        scales=(1, 2, 3), block_layers=(2,) * 6, width_factors=(4, 2, 1), base_width=8, growth=4, head_width=16),
+    resnet62_mc_cifar=dict(widths=(4, 8, 16), depth=4, exit_after=(2,)),
+    densenet52_mc_cifar=dict(depth=4, exit_after=(2,)),
+    vgg8_mc_cifar=dict(stem_width=8, widths=(8, 16, 16)),
+)
 
 
 def pytest_addoption(parser):
@@ -42,6 +52,15 @@ def pytest_fixture_setup(fixturedef):
     """Shared fixtures are built before `seeded` runs, in the first test that needs them: they start from it too."""
     if fixturedef.scope != 'function':
         seed_everything()
+
+
+def pytest_collection_modifyitems(items):
+    """A test leaves the quick tier only with its measured time as the reason."""
+    for item in items:
+        for tier in ('slow', 'exhaustive'):
+            marker = item.get_closest_marker(tier)
+            if marker and not marker.args:
+                raise pytest.UsageError(f"{item.nodeid}: give the measured time, @pytest.mark.{tier}('12 s: why')")
 
 
 class SkipCheck:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import PROJECT, SAMPLES, SMALL
+from conftest import PROJECT, SAMPLES, SMALL, SMALL_NETWORKS
 from timm.data import resolve_data_config
 
 from timm_multiexit.datasets import load_images, normalize
@@ -18,6 +18,7 @@ from timm_multiexit.inference.runner import EarlyExitRunner, Run
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.load import load_model
+from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.policy import NEVER, ExitPolicy
 from timm_multiexit.stopping.simulate import Simulation, simulate
@@ -104,8 +105,15 @@ def engine(request, small):
     return make_engine(small[0], request.param, **(dict(threads=2) if request.param == 'onnx' else {}))
 
 
+EXPORT = pytest.mark.slow('40 s of CPU time: exporting the nine full networks to ONNX')
+
+
 @pytest.mark.parametrize('engine_name', ['torch', 'onnx'])
-def test_every_network_runs_as_simulated(network, photos, engine_name):
+@pytest.mark.parametrize('name, kwargs', [
+    *(pytest.param(name, kwargs, id=f'{name}-small') for name, kwargs in SMALL_NETWORKS.items()),
+    *(pytest.param(name, {}, id=name, marks=EXPORT) for name in list_networks())])
+def test_every_network_runs_as_simulated(name, kwargs, photos, engine_name):
+    network = timm.create_model(name, **kwargs).eval()
     images = photos[0][:48]
     engine = make_engine(network, engine_name)
     costs = ExitCosts(tuple(range(1, network.num_exits + 1)), (1,) * network.num_exits, (3, 32, 32))
@@ -131,8 +139,10 @@ def test_both_engines_run_as_simulated(engine, small, photos, keep, measure):
 
 @pytest.mark.skipif(not (WEIGHTS_DIR / 'msfuse_cifar.cifar10' / 'model.safetensors').is_file(),
                     reason='the trained weights are not in the package')
-def test_all_test_images_run_exactly_as_simulated(photos):
-    images, targets = photos
+@pytest.mark.parametrize('count', [
+    1000, pytest.param(10_000, marks=pytest.mark.slow('80 s of CPU time: all test images, five times'))])
+def test_trained_network_runs_exactly_as_simulated(photos, count):
+    images, targets = photos[0][:count], photos[1][:count]
     model = load_model('msfuse_cifar.cifar10')
     engine, costs = make_engine(model, 'onnx', threads=2), exit_costs(model)
     logits = all_logits(engine, images)

@@ -18,7 +18,7 @@ from conftest import PROJECT
 from timm_multiexit.pretrained.names import list_networks
 
 NAMES = list_networks()
-# timm leaves its own densenet out of the tests that script a model, by this pattern; ours is scripted below instead.
+# timm leaves its own densenet out of the tests that script a model, by this pattern; ours is scripted below.
 UNSCRIPTED = 'densenet*'
 PER_NAME = """
     test_model_forward test_model_backward test_model_forward_features test_model_forward_intermediates
@@ -81,7 +81,8 @@ def outcomes(junit: Path):
     return results
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.slow('4 minutes of CPU time: timm\'s own tests over nine networks')
+@pytest.mark.timeout(1500)
 def test_timms_tests_pass_for_every_network(timm_tests, tmp_path):
     junit = tmp_path / 'junit.xml'
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(
