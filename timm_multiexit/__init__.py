@@ -12,6 +12,8 @@ The packages, along the way of an image:
 
 `datasets` knows the data sets, `errors`, `files` and `optional` serve all. Each package imports only those above it.
 """
+from typing import TYPE_CHECKING, Any, List
+
 from .errors import InputError
 from .inference.anytime import AnytimeRunner
 from .inference.runner import EarlyExitRunner
@@ -22,10 +24,24 @@ from .pretrained.names import list_networks
 from .stopping.config import ExitConfig
 from .stopping.costs import ExitCosts
 from .stopping.policy import ExitPolicy
-from .training.task import MultiExitTask
+
+if TYPE_CHECKING:
+    from .training.task import MultiExitTask
 
 __version__ = '0.1.0'
 __all__ = [
     'AnytimeRunner', 'EarlyExitRunner', 'ExitConfig', 'ExitCosts', 'ExitPolicy', 'InputError', 'MultiExitNet',
     'MultiExitTask', '__version__', 'exit_costs', 'list_networks', 'load_exit_config', 'load_model',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """MultiExitTask is imported on first use: training needs a newer timm than inference."""
+    if name != 'MultiExitTask':
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from .training.task import MultiExitTask
+    return MultiExitTask
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ network may stop after any exit, and may drop finished images by indexing every 
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from timm.layers import ClassifierHead, get_device_dtype
+from timm.layers import ClassifierHead, create_classifier
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices  # private, but every timm model with these methods uses it
 from torch import nn
@@ -76,13 +76,33 @@ class ExitHead(ClassifierHead):
     ):
         super().__init__(in_features, num_classes, pool_type, drop_rate, device=device, dtype=dtype)
         self.in_chs = in_chs
+        self.num_features = in_features * self.global_pool.feat_mult()
         self.convs = convs
+
+    def reset(
+            self,
+            num_classes: int,
+            pool_type: Optional[str] = None,
+            in_features: Optional[int] = None,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """A new classifier, on other features or after another pooling where given.
+
+        timm's own method takes neither `in_features` nor a device before 1.0.30.
+        """
+        self.in_features = in_features or self.in_features
+        pool_type = self.global_pool.pool_type if pool_type is None else pool_type
+        self.global_pool, self.fc = create_classifier(
+            self.in_features, num_classes, pool_type, device=device, dtype=dtype)
+        self.num_features = self.in_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def prune_convs(self) -> None:
         """Removes the exit's own convolutions and classifier: the exit then hands on the map that it reads."""
         self.convs = nn.Identity()
         self.reset(0, '', in_features=self.in_chs)
-        self.num_features = self.in_chs
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         return self.convs(x)
@@ -180,9 +200,9 @@ class MultiExitNet(nn.Module):
         """New classifiers on every exit; `global_pool=None` keeps the pooling."""
         self.num_classes = num_classes
         # A head may be left with no parameter of its own that would tell.
-        dd = get_device_dtype(self)
+        like = next(self.parameters())
         for head in self.exits:
-            head.reset(num_classes, global_pool, **dd)
+            head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
         self._read_head_sizes()
 
     def prune_intermediate_layers(

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -40,7 +41,7 @@ def explain(error: BaseException) -> str:
             return 'it is not in the cache and HF_HUB_OFFLINE forbids fetching it: unset that'
         if isinstance(e, RevisionNotFoundError):
             return 'there is no such revision (404): check its name'
-        if isinstance(e, RemoteEntryNotFoundError):
+        if _lacks_file(e):
             return 'the repository does not hold this file (404)'
         if isinstance(e, HfHubHTTPError) and e.response is not None:
             status = e.response.status_code
@@ -57,6 +58,11 @@ def explain(error: BaseException) -> str:
     if 'Consistency check failed' in str(seen[0]):
         return 'the download was cut off: run this again'
     return _line(seen[0]) + (f' ({_line(seen[-1])})' if len(seen) > 1 else '')
+
+
+def _lacks_file(error: BaseException) -> bool:
+    """Whether the repository was reached but lacks the file; huggingface_hub has a class of its own for it from 1.0."""
+    return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
 def _line(error: BaseException) -> str:
@@ -79,15 +85,15 @@ def hub_file(place: str, filename: str) -> Path:
     """
     try:
         path = Path(download_from_hf(place, filename))
-    except RemoteEntryNotFoundError as error:
+    except HUB_ERRORS as error:
+        if not _lacks_file(error):
+            raise InputError(f"'hf-hub:{place}' cannot be read, {filename}: {explain(error)}") from error
         if filename == WEIGHTS_FILE:
             raise MissingFileError(
                 f"'hf-hub:{place}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; "
                 'ask its owner for safetensors') from error
         raise MissingFileError(
             f"'hf-hub:{place}' holds no {filename}: it is no repository of a timm network") from error
-    except HUB_ERRORS as error:
-        raise InputError(f"'hf-hub:{place}' cannot be read, {filename}: {explain(error)}") from error
     blob = path.resolve()
     if _hash_like(blob) != blob.name:
         path.unlink(missing_ok=True)
