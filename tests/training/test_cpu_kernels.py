@@ -98,7 +98,7 @@ def test_layers_that_do_not_fit_are_left_alone():
 
 def test_another_processor(monkeypatch):
     monkeypatch.setattr(timm_multiexit.training.cpu_kernels, 'cpu_kernels_supported', lambda: False)
-    with pytest.raises(InputError, match='leave out --cpu-kernels'):
+    with pytest.raises(InputError, match='omit --cpu-kernels'):
         use_cpu_kernels(small_network())
 
 

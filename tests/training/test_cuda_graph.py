@@ -67,7 +67,7 @@ def test_split_groups_update_as_the_whole_ones_do():
 def test_a_graph_needs_a_cuda_device_and_nothing_drawn(capsys, extra):
     with pytest.raises(SystemExit):
         parse_train_args('', ['--cuda-graph', *extra])
-    assert '--cuda-graph goes with --device cuda' in capsys.readouterr().err
+    assert '--cuda-graph needs --device cuda' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

@@ -92,7 +92,7 @@ def test_any_timm_network_can_teach():
     teacher = timm.create_model('resnet10t', num_classes=2)
     task = MultiExitTask(small_network(), teacher=teacher).train()
     assert torch.isfinite(task(torch.randn(4, 3, 32, 32), torch.randint(2, (4,)))['loss'])
-    with pytest.raises(InputError, match='the teacher knows 2 classes and the network 5'):
+    with pytest.raises(InputError, match='the teacher has 2 classes and the network 5'):
         MultiExitTask(small_network(num_classes=5), teacher=teacher)
     with pytest.raises(InputError, match='share, from 0 to 1'):
         MultiExitTask(small_network(), teacher=teacher, task_loss_weight=1.5)

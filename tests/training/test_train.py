@@ -195,12 +195,12 @@ def test_two_processes(folder_dataset, tmp_path):
 def test_a_recipe_for_two_processes_says_so_to_one(folder_dataset, tmp_path):
     """A batch is that of one process: alone it would be half of what the recipe means."""
     recipe = tmp_path / 'two.yaml'
-    recipe.write_text('world-size: 2\n')
+    recipe.write_text('world_size: 2\n')
     out = train(folder_dataset, tmp_path, '--config', str(recipe), epochs=1)
-    assert 'processes: 2, each of 40 images. This run has 1: start it by torchrun --nproc_per_node 2' in out
+    assert 'for 2 processes of 40 images each, this run has 1: start it with torchrun --nproc_per_node 2' in out
     written = yaml.safe_load((tmp_path / 'run' / 'recipe.yaml').read_text())
     assert (written['world_size'], written['batch_size']) == (1, 40)
-    assert 'processes: ' not in train(folder_dataset, tmp_path, '--world-size', '1', epochs=1)
+    assert 'processes of' not in train(folder_dataset, tmp_path, '--world-size', '1', epochs=1)
 
 
 def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
@@ -212,7 +212,7 @@ def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
 @pytest.mark.parametrize('names, files', [('a', 'b'), ('[a, b]', '[c, d]'), ("''", "''"), ('[a, b]', "''")])
 def test_teachers_in_a_recipe(tmp_path, names, files):
     """One name alone, as in older recipes, or a list."""
-    (tmp_path / 'r.yaml').write_text(f'kd-model-name: {names}\nkd-checkpoint: {files}\n')
+    (tmp_path / 'r.yaml').write_text(f'kd_model_name: {names}\nkd_checkpoint: {files}\n')
     args = parse_train_args('', ['--config', str(tmp_path / 'r.yaml')])
     for value, given in ((args.kd_model_name, names), (args.kd_checkpoint, files)):
         expected = yaml.safe_load(given)
@@ -278,7 +278,7 @@ def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
     (['--exit-weights', '1', '2'], 'exit weights'),
     (['--model', 'resnet18'], 'has no exits'),
     (['--resume', 'README.md'], 'cannot resume'),
-    (['--kd-model-name', 'msfuse_cifar.cifar10'], 'the teacher knows 10 classes and the network 2'),
+    (['--kd-model-name', 'msfuse_cifar.cifar10'], 'the teacher has 10 classes and the network 2'),
     (['--kd-model-name', 'msfuse'], 'choose a teacher'),
     (['--kd-model-name', 'msfuse_cifar.cifar10', '--kd-model-kwargs', 'size=3'], "'size'"),
     (['--kd-model-name', 'ranet_cifar.cifar10'], 'no trained weights'),
@@ -297,7 +297,7 @@ def test_bad_options_say_what_to_do(folder_dataset, tmp_path, extra, message):
 
 
 def test_unknown_option_in_a_config(tmp_path):
-    (tmp_path / 'bad.yaml').write_text('learning-rate: 1\n')
+    (tmp_path / 'bad.yaml').write_text('learning_rate: 1\n')
     done = subprocess.run(
         [sys.executable, str(SCRIPT), '--config', str(tmp_path / 'bad.yaml')], capture_output=True, text=True)
     assert done.returncode == 2 and 'learning_rate' in done.stderr

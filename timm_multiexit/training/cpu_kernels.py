@@ -1,8 +1,8 @@
-"""Faster training on a CPU with bfloat16 instructions: the same network and loss, other kernels under them.
+"""Faster training on CPUs with bfloat16 instructions: own kernels for the layers where PyTorch's leave them idle.
 
-Where PyTorch's kernels leave most of such a processor idle on maps of 2x2 to 32x32 pixels, others serve: BN and ReLU in
-one pass each way, strided 3x3 and wide 1x1 convolutions as matrix products. They are compiled at their first use, which
-needs a C++ compiler. Results differ from PyTorch's by the rounding of bfloat16.
+On maps of 2x2 to 32x32 pixels these are BN with ReLU, here one pass forward and one backward, and strided 3x3 and wide
+1x1 convolutions, here matrix products. They are compiled at first use, which needs a C++ compiler and ninja. Results
+differ from PyTorch's by the rounding of bfloat16.
 """
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import InputError
 
 _FLAGS = '-O3 -std=c++20 -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16'.split()
-_WIDE = 32  # channels from which on a 1x1 convolution is faster as a product
+_WIDE = 32  # input channels from which a 1x1 convolution is faster as a matrix product
 
 
 def cpu_kernels_supported() -> bool:
@@ -32,8 +32,8 @@ def _kernels() -> Any:
         return load('timm_multiexit_cpu_kernels', [str(source)], extra_cflags=_FLAGS)
     except (OSError, RuntimeError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f'the CPU kernels cannot be compiled ({reason}): install a C++ compiler and ninja, or leave '
-                         'out --cpu-kernels') from error
+        raise InputError(f'the CPU kernels cannot be compiled ({reason}): install a C++ compiler and ninja, or omit '
+                         '--cpu-kernels') from error
 
 
 class _NormReLU(torch.autograd.Function):
@@ -108,21 +108,21 @@ def _is_product(conv: nn.Conv2d) -> bool:
 
 
 def use_cpu_kernels(model: nn.Module) -> int:
-    """Lets the layers of a network that the kernels fit train by them, under autocast to bfloat16.
+    """Makes the layers that the kernels support use them when training under autocast to bfloat16.
 
-    Parameters, their names and what the network computes in eval mode stay as they are.
+    Parameters, their names, and the network in eval mode stay unchanged.
 
     Args:
         model: The network; changed in place.
 
     Returns:
-        How many layers were changed.
+        The number of layers changed.
 
     Raises:
-        InputError: this processor lacks the instructions, or there is no compiler.
+        InputError: this processor lacks the instructions, or there is no C++ compiler.
     """
     if not cpu_kernels_supported():
-        raise InputError('the CPU kernels need a processor with AVX-512 and bfloat16: leave out --cpu-kernels')
+        raise InputError('the CPU kernels need a processor with AVX-512 and bfloat16: omit --cpu-kernels')
     _kernels()
     changed = 0
     for module in model.modules():

@@ -1,7 +1,7 @@
-"""A whole training step as one CUDA graph: on a fast GPU thousands of small kernels would wait for Python.
+"""A whole training step as one CUDA graph, so that a fast GPU does not wait for Python to launch small kernels.
 
-Muon alone orthogonalises msfuse_cifar's 132 matrices one by one, in some 20 kernels each. A graph launches the kernels
-of a step by one call; what the schedule changes, the learning rates, lies in tensors on the device.
+Muon alone orthogonalises msfuse_cifar's 132 matrices one by one, with about 20 kernels each. A graph launches all
+kernels of a step with one call; the learning rates, which the schedule changes, are tensors on the device.
 """
 from itertools import cycle
 from typing import Any, Callable, Dict, List, Sequence
@@ -13,10 +13,10 @@ WARMUP_STEPS = 3
 
 
 def split_groups(groups: Sequence[Dict[str, Any]], parts: int) -> List[Dict[str, Any]]:
-    """An optimizer's parameter groups in smaller ones of about equal work, for streams side by side.
+    """Splits an optimizer's parameter groups into smaller ones of about equal work, for parallel streams.
 
-    Muon orthogonalises matrix by matrix, each in some 20 kernels that fill a small part of a GPU. Groups of
-    vectors stay whole: their update is one kernel for all of them.
+    Muon orthogonalises matrix by matrix, each with about 20 kernels that fill a small part of a GPU. Groups of vectors
+    stay whole: one kernel updates all of them.
     """
     split = []
     for group in groups:
@@ -32,14 +32,13 @@ def split_groups(groups: Sequence[Dict[str, Any]], parts: int) -> List[Dict[str,
 class GraphedStep:
     """Forward, backward and update, captured once and replayed for every batch of the same shape.
 
-    Building it leaves weights, BN statistics and the optimizer's state as they were.
+    Construction restores weights, BN statistics and the optimizer's state after its warm-up steps.
 
     Args:
-        compute: Maps images and targets to the loss and leaves the gradients; no operation in it may wait for the
-            device.
+        compute: Maps images and targets to the loss and leaves the gradients; nothing in it may wait for the device.
         module: Holds the weights and buffers that a step changes.
-        optimizer: A capturable one, of which all state begins at zero.
-        images, targets: A batch as the steps will get it, on a CUDA device.
+        optimizer: A capturable one whose whole state starts at zero.
+        images, targets: A batch of the shape of all later ones, on a CUDA device.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class GraphedStep:
         return loss.detach()
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """A step on images and targets of the captured shape, at the optimizer's present rates; returns the loss."""
+        """One step on a batch of the captured shape, at the optimizer's current learning rates; returns the loss."""
         self.images.copy_(images)
         self.targets.copy_(targets)
         for rate, group in zip(self.rates, self.optimizer.param_groups):

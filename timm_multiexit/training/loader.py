@@ -1,28 +1,30 @@
-"""An in-memory loader that augments whole batches where the data lies."""
-from typing import Callable, Iterator, Optional, Sequence, Tuple, Union
+"""Loaders of a run: batches augmented as tensors where the images are kept, or timm's pipeline of PIL images."""
+import argparse
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_loader
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
 
-from ..datasets import normalize
+from ..datasets import load_images, normalize, open_dataset, split_indices
 from ..errors import InputError
 
 
 def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[float]) -> Callable:
-    """timm's RandAugment or AutoAugment for images of one size, by the name timm's --aa takes.
+    """timm's RandAugment or AutoAugment for images of one size, named as timm's --aa takes it.
 
     Args:
         name: Policy, e.g. 'rand-m7-n2-mstd0.5-inc1' or 'original'.
         image_size: Height and width, pixels.
-        mean: Per channel, in 0-1: the colour of what moves into the picture.
+        mean: Per channel, in 0-1: the fill colour.
 
     Returns:
-        A function of a PIL image; its choices come from Python's and NumPy's global generators.
+        A function of a PIL image that draws from Python's and NumPy's global generators.
 
     Raises:
         InputError: timm has no such policy.
@@ -37,34 +39,39 @@ def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[flo
 
 
 def augment(images: torch.Tensor, policy: Callable) -> torch.Tensor:
-    """uint8 (B, 3, H, W) to the same on the CPU, each image changed by `policy` alone."""
+    """Applies `policy` to each image of a batch, uint8 (B, 3, H, W); returns the same on the CPU."""
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     changed = np.stack([np.asarray(policy(Image.fromarray(array))) for array in arrays])
     return torch.from_numpy(changed).permute(0, 3, 1, 2)
 
 
 class InMemoryLoader:
-    """Batches of augmented images, made by tensor operations on the device where the images lie.
+    """Batches of augmented images, made with tensor operations on the device that holds the images.
 
-    An epoch's order and augmentation follow from (seed, epoch) alone, so a resumed run sees what the uninterrupted one
-    would have seen. Several processes share the batches of one order: process r of w takes the r-th of w slices
-    of each global batch, and all get equally many.
+    Decoding and augmenting 32x32 images one by one would be the bottleneck on two cores and on one fast GPU alike.
+
+    An epoch's order and augmentation depend on (seed, epoch) alone, so a resumed run sees the images that the
+    uninterrupted one would have seen. Several processes share each global batch: process r of w takes the r-th of its
+    w slices, and all get the same number of batches.
 
     Args:
         images: uint8 (N, C, H, W).
         targets: int64 (N,).
-        batch_size: Images a batch and process.
+        batch_size: Images per batch and process.
         mean, std: Per channel, in 0-1.
-        train: Shuffle, augment, and leave out the last incomplete batch.
+        train: Shuffle, augment, and drop the last incomplete batch.
         crop_padding: Pixels of reflected border around the random crop.
         hflip: 'random', 'alternate' (each image flips every other epoch, half of them in even epochs), or 'none'.
-        aa: timm's policy of colour and shape changes, image by image ('rand-m7-n2-mstd0.5-inc1', 'original', ...), or
-            none. It runs on the CPU, after crop and flip.
+        aa: timm's RandAugment or AutoAugment policy ('rand-m7-n2-mstd0.5-inc1', 'original', ...), applied image by
+            image on the CPU after crop and flip; None for none.
         reprob: Probability of random erasing (timm's RandomErasing, mode 'const').
         recount: Regions to erase.
         seed: Seed of everything random here.
         device: Where images are kept and batches are made.
-        rank, world_size: This process and their number.
+        rank, world_size: This process and the number of processes.
+
+    Raises:
+        InputError: an unknown flip or policy, or fewer training images than one batch.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class InMemoryLoader:
             raise InputError(f"unknown flip '{hflip}': choose random, alternate or none")
         self.num_images = len(images)
         self.batch_size = batch_size
-        # On the device once: numbers copied there for each batch would wait for the step before.
+        # On the device once: a copy per batch would wait for the step before.
         self.mean, self.std = (torch.tensor(values, device=device) for values in (mean, std))
         self.train = train
         self.hflip = hflip
@@ -113,7 +120,7 @@ class InMemoryLoader:
             if crop_padding:
                 images = torch.cat([
                     F.pad(chunk, 4 * (crop_padding,), mode='reflect') for chunk in images.split(10_000)])
-            # A view (N, C, offsets, offsets, H, W): a random crop is then one index, without copies of whole images.
+            # A view (N, C, offsets, offsets, H, W): one index takes a random crop, without copying whole images.
             height, width = self.image_size
             self.images = images.to(device).unfold(2, height, 1).unfold(3, width, 1)
         else:
@@ -125,7 +132,7 @@ class InMemoryLoader:
         return self.num_images // share if self.train else -(-self.num_images // share)
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch (from 0) whose order and augmentation the next iteration yields."""
+        """Sets the epoch, from 0, whose order and augmentation the next iteration yields."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
@@ -168,6 +175,54 @@ class InMemoryLoader:
             return None
         if self.hflip == 'random':
             return torch.rand(self.num_images, generator=generator) < 0.5
-        # Alternate: a fixed half of the images, then the other half, so no image is seen the same way twice running.
+        # Alternate: a fixed half of the images, then the other half, so no image repeats its orientation.
         fixed = torch.rand(self.num_images, generator=torch.Generator().manual_seed(self.seed)) < 0.5
         return fixed[order] ^ bool(self.epoch % 2)
+
+
+def count_classes(args: argparse.Namespace) -> int:
+    """Number of classes in the test set."""
+    _, targets = load_images(args.dataset, args.data_dir, 'test', args.dataset_download)
+    return int(targets.max()) + 1
+
+
+def create_loaders(
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        device: torch.device,
+) -> Tuple[Iterable, InMemoryLoader]:
+    """The loader of the training images and that of the validation images, the latter without augmentation.
+
+    Args:
+        args: Options of the run.
+        data_config: timm's, of the network: mean, std, input_size and interpolation.
+        device: Where batches are made.
+
+    Raises:
+        InputError: data that cannot be read, or options that do not fit it.
+    """
+    mean, std = data_config['mean'], data_config['std']
+    common = dict(mean=mean, std=std, device=device)
+    source = (args.dataset, args.data_dir)
+    shards = dict(rank=args.rank, world_size=args.world_size)
+    # If no images are held out the log shows test accuracy; nothing is chosen by it, the last weights are exported.
+    held_out = 'validation' if args.validation_images else 'test'
+    validation = load_images(*source, held_out, args.dataset_download, args.validation_images)
+    loader_eval = InMemoryLoader(*validation, 500, **common, **shards)
+    if args.loader == 'memory':
+        train = load_images(*source, 'train', args.dataset_download, args.validation_images)
+        return InMemoryLoader(
+            *train, args.batch_size, train=True, crop_padding=args.crop_padding, hflip=args.hflip, aa=args.aa,
+            reprob=args.reprob, recount=args.recount, seed=args.seed, **common, **shards), loader_eval
+    dataset = open_dataset(*source, train=True, download=args.dataset_download)
+    index = split_indices(len(dataset), args.validation_images)[0].tolist()
+    dataset.transform = None
+    subset = torch.utils.data.Subset(dataset, index)
+    subset.transform = None  # create_loader sets it; the subset passes images through to the data set
+    loader = create_loader(
+        subset, data_config['input_size'], args.batch_size, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25),
+        hflip=0. if args.hflip == 'none' else 0.5, auto_augment=args.aa, re_prob=args.reprob, re_count=args.recount,
+        mean=mean, std=std, interpolation=data_config['interpolation'], num_workers=args.workers, device=device,
+        distributed=args.distributed, use_prefetcher=False, persistent_workers=args.workers > 0)
+    dataset.transform = subset.transform
+    return loader, loader_eval

@@ -1,4 +1,4 @@
-"""Which CPUs compute in bfloat16, and what trains in float32 on those that only imitate it."""
+"""Which CPUs have bfloat16 instructions, and float32 for Muon on those that emulate them."""
 import functools
 import platform
 
@@ -7,7 +7,7 @@ from timm.optim import muon
 
 
 def slow_bfloat16(device: torch.device) -> bool:
-    """Whether `device` is an x86 CPU without bfloat16 instructions: there PyTorch converts number by number."""
+    """Whether `device` is an x86 CPU without bfloat16 instructions, where PyTorch converts every number."""
     if device.type != 'cpu' or platform.machine().lower() not in ('x86_64', 'amd64'):
         return False
     has = torch.cpu.get_capabilities()
@@ -15,10 +15,10 @@ def slow_bfloat16(device: torch.device) -> bool:
 
 
 def muon_in_float32() -> None:
-    """Lets timm's Muon orthogonalise in float32, for this whole process.
+    """Makes timm's Muon orthogonalise in float32, in this whole process.
 
-    The optimizer has no option for it, only the function it calls has. On an AMD EPYC without AVX-512, one core,
-    msfuse_cifar's update took 4.0 s in bfloat16 and 0.28 s in float32, beside 2.9 s for the gradients of 256 images.
+    Only the function that the optimizer calls has an option for it. On one core of an AMD EPYC without AVX-512 an
+    update of msfuse_cifar took 4.0 s in bfloat16 and 0.28 s in float32; the gradients of 256 images took 2.9 s.
     """
     if not isinstance(muon.zeropower_via_newtonschulz, functools.partial):
         muon.zeropower_via_newtonschulz = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
