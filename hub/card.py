@@ -1,14 +1,12 @@
 """The model card: front matter and text, with every figure taken from what is stored beside the weights."""
 import sys
-from collections import Counter
-from itertools import groupby
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Union
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from model_repo import Network
 
 from timm_multiexit.stopping.costs import format_macs
-from timm_multiexit.training.lineage import RUN_FILES, run_prefix, starting_runs
+from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, Step
 
 # The Hub's ids of the data sets, by torchvision's names in timm.
 HUB_DATASETS = {
@@ -210,68 +208,51 @@ def _usage(network: Network, place: str) -> str:
 
 def _training(network: Network) -> str:
     recipe: Dict[str, Any] = network.recipe
-    starts = starting_runs([*network.earlier, recipe])
-    earlier = _earlier_runs(starts)
+    steps = network.history.steps
+    teachers = ''
     if recipe.get('kd_model_name'):
-        earlier += f" Its exits learnt from {_teachers(recipe['kd_model_name'])}, too."
+        teachers = f" Its exits were also distilled from {_teachers(recipe['kd_model_name'])}."
     return (
-        f"## Training\n\nBy `train_timm.py` of the package on {_dataset(network)[1]}: {_course(recipe, starts[-1])}. "
-        'All options stand in [recipe.yaml](recipe.yaml), the course of the run in [summary.csv](summary.csv).'
-        f'{earlier} To train it again:\n\n```bash\n'
-        'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+        f"## Training\n\nTrained with `train_timm.py` of the package on {_dataset(network)[1]}: "
+        f'{_course(recipe, steps[-1])}.{teachers} All options are in [recipe.yaml](recipe.yaml), the log is in '
+        f'[{LOG_NAME}]({LOG_NAME}).\n\n{_steps(steps)}')
 
 
-def _course(recipe: Dict[str, Any], starts: List[int]) -> str:
-    """How long the run was and by what options, or of what its weights are the mean."""
+def _course(recipe: Dict[str, Any], step: Step) -> str:
+    """The length and main options of the run, or the weights that it averages."""
     if recipe.get('epochs') == 0:
-        files = recipe.get('initial_checkpoint')
-        several = isinstance(files, list) and len(files) > 1
-        weights = 'the weights of a run'
-        if several:
-            weights = _mean(starts) if starts else 'the mean of the weights of several runs'
+        count = len(step.parents)
+        weights = f'the mean of {count} sets of weights' if count > 1 else 'the weights of a run'
         return f'{weights}, with BN statistics from one more pass over the training images and no further epochs'
-    facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in (
-        'opt', 'lr', 'batch_size', 'batch-size', 'weight_decay', 'weight-decay', 'sched') if recipe.get(k) is not None]
+    facts = [f"`{k.replace('_', '-')}: {recipe[k]}`" for k in ('opt', 'lr', 'batch_size', 'weight_decay', 'sched')
+             if recipe.get(k) is not None]
     epochs = f"{recipe['epochs']} epochs, " if 'epochs' in recipe else ''
-    processes = recipe.get('world_size', recipe.get('world-size')) or 1
+    processes = recipe.get('world_size') or 1
     return epochs + ', '.join(facts) + (f', in {processes} processes of `torchrun`' if processes > 1 else '')
 
 
-def _earlier_runs(starts: List[List[int]]) -> str:
-    """Where the weights come from: for the runs before, and at last this one, those that each started from."""
-    count = len(starts) - 1
-    if not count:
-        return ''
-    prefixes = [run_prefix(number) for number in range(1, count + 1)]
-    links, summaries = (', '.join(f'[{prefix}{kind}]({prefix}{kind})' for prefix in prefixes) for kind in RUN_FILES)
-    if count == 1:
-        return (f' It started from the weights of an earlier run, which {links} and {summaries} describe: train that '
-                'first, and give its weights as `--initial-checkpoint`.')
-    return (f' It is run {count + 1} of a line: {links} ({summaries}). Train them in this order, each with '
-            f'`--initial-checkpoint` of the one before{_branches(starts)}.')
+def _steps(steps: List[Step]) -> str:
+    """The runs behind the weights, or how to repeat the only one."""
+    if len(steps) == 1 and not steps[0].parents:
+        return ('To train it again:\n\n```bash\n'
+                'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')
+    numbers = {step.run: number for number, step in enumerate(steps, start=1)}
+    rows = [[str(numbers[step.run]), step.run, _start(step, numbers), str(step.options['epochs']),
+             f"{step.reached['top1_mean']:.2f}" if step.reached else ''] for step in steps]
+    head = ['step', 'run', 'starts from', 'epochs', 'mean top-1 of the exits (%), held-out images']
+    return (f'These weights are the last of {len(steps)} runs, each with the options in [{STEPS_NAME}]({STEPS_NAME}):'
+            f'\n\n{_table(head, rows)}')
 
 
-def _branches(starts: List[List[int]]) -> str:
-    """The runs that did not start from the weights of the one before alone: '' or a clause."""
-    others = [(number, start) for number, start in enumerate(starts, start=1) if start and start != [number - 1]]
-    clauses = []
-    for start, same in groupby(others, key=lambda other: other[1]):
-        weights = f'the weights of run {start[0]}' if len(start) == 1 else _mean(start)
-        clauses.append(f'{_runs([number for number, _ in same])} from {weights}')
-    return f"; only {', '.join(clauses)}" if clauses else ''
-
-
-def _mean(starts: List[int]) -> str:
-    """Such as: the mean of the weights of runs 4, 5 and 6, where 4 counts 2 times; or of 2 weights of run 4."""
-    if len(set(starts)) == 1:
-        return f'the mean of {len(starts)} weights of run {starts[0]}'
-    often = ', '.join(f'{number} counts {n} times' for number, n in Counter(starts).items() if n > 1)
-    return f"the mean of the weights of {_runs(list(dict.fromkeys(starts)))}" + (f', where {often}' if often else '')
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    words = [*map(str, numbers)]
-    return f'run {words[0]}' if len(words) == 1 else f"runs {', '.join(words[:-1])} and {words[-1]}"
+def _start(step: Step, numbers: Dict[str, int]) -> str:
+    """Such as 'step 15', 'mean of step 6 and step 7', or 'mean of step 16 and step 16 after 260 epochs'."""
+    parts = []
+    for parent in step.parents:
+        known = f'step {numbers[parent.run]}' if parent.run in numbers else f'`{parent.file}`'
+        parts.append(known if parent.epoch is None else f'{known} after {parent.epoch + 1} epochs')
+    if len(parts) < 2:
+        return ''.join(parts)
+    return f"mean of {', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def _teachers(names: Union[str, List[str]]) -> str:

@@ -2,7 +2,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict
 
 import timm
 import torch
@@ -17,7 +17,7 @@ from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.hub_files import WEIGHTS_FILE
 from timm_multiexit.pretrained.names import check_name, list_networks
 from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
-from timm_multiexit.training.lineage import earlier_prefixes
+from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, History
 
 # The one place of the name under which everything is published; `--org` overrides it.
 ORGANISATION = 'timm-multiexit'
@@ -25,7 +25,8 @@ ORGANISATION = 'timm-multiexit'
 _MADE_BY = {
     WEIGHTS_FILE: 'give the folder final/ of a run of train_timm.py',
     RECIPE_NAME: 'give the folder final/ of a run of train_timm.py',
-    'summary.csv': 'give the folder final/ of a run of train_timm.py',
+    STEPS_NAME: 'give the folder final/ of a run of train_timm.py',
+    LOG_NAME: 'give the folder final/ of a run of train_timm.py',
     FILE_NAME: 'make it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
     'results.json': 'make it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
 }
@@ -37,12 +38,12 @@ class Network:
 
     Attributes:
         name: 'arch.tag', the repository's name.
-        folder: Holds model.safetensors, multiexit.json, results.json, recipe.yaml and summary.csv.
+        folder: Holds model.safetensors, multiexit.json, results.json, recipe.yaml, history.yaml and history.csv.
         model: With these weights, in eval mode.
         exits: Costs and policies.
         results: Of timm-multiexit evaluate.
         recipe: Options of train_timm.py.
-        earlier: Those of the runs that led to it, first to last.
+        history: The runs that led to it, and itself.
         packaged: Whether the weights come with the package.
     """
 
@@ -52,7 +53,7 @@ class Network:
     exits: ExitConfig
     results: Dict[str, Any]
     recipe: Dict[str, Any]
-    earlier: List[Dict[str, Any]]
+    history: History
     packaged: bool
 
     @property
@@ -95,6 +96,7 @@ def read_network(given: str, name: str = '') -> Network:
     recipe = _read_recipe(folder / RECIPE_NAME)
     results = read_json(folder / 'results.json', 'results')
     exits = ExitConfig.load(folder / FILE_NAME)
+    history = History.read(folder)
     if packaged:
         name = given
     elif not name:
@@ -102,7 +104,7 @@ def read_network(given: str, name: str = '') -> Network:
     if not re.fullmatch(r'\w+\.[\w-]+', name):
         raise InputError(f"repository name '{name}': write it as ARCH.TAG, like msfuse_cifar.flowers")
     model = _load(folder / WEIGHTS_FILE, name if packaged else str(recipe['model']), recipe, packaged)
-    network = Network(name, folder, model, exits, results, recipe, _read_earlier(folder), packaged)
+    network = Network(name, folder, model, exits, results, recipe, history, packaged)
     _check(network)
     return network
 
@@ -112,11 +114,6 @@ def _read_recipe(path: Path) -> Dict[str, Any]:
     if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
         raise InputError(f"'{path}' is no recipe, it names no model and dataset: give a run's own")
     return recipe
-
-
-def _read_earlier(folder: Path) -> List[Dict[str, Any]]:
-    recipes = [read_yaml(folder / f'{prefix}{RECIPE_NAME}', 'recipe') for prefix in earlier_prefixes(folder)]
-    return [recipe if isinstance(recipe, dict) else {} for recipe in recipes]
 
 
 def _default_name(recipe: Dict[str, Any]) -> str:

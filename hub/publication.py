@@ -20,7 +20,8 @@ from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
 from timm_multiexit.pretrained.exit_config import load_exit_config
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
-from timm_multiexit.stopping.config import CONFIG_KEY
+from timm_multiexit.stopping.config import CONFIG_KEY, RECIPE_NAME
+from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,10 +45,9 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
-    for summary in sorted(network.folder.glob('*summary.csv')):  # with those of the runs it started from
-        shutil.copyfile(summary, folder / summary.name)
-    for recipe in sorted(network.folder.glob('*recipe.yaml')):
-        (folder / recipe.name).write_text(_portable_recipe(recipe), encoding='utf-8')
+    for name in (STEPS_NAME, LOG_NAME):
+        shutil.copyfile(network.folder / name, folder / name)
+    (folder / RECIPE_NAME).write_text(_portable_recipe(network.folder / RECIPE_NAME), encoding='utf-8')
     write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
     write_json(folder / 'results.json', network.results)
     for name, figure in _figures(network.results).items():
@@ -85,14 +85,7 @@ def _portable_recipe(path: Path) -> str:
     """The recipe as it stands, unless it names files of the machine it ran on: their names alone are published."""
     text = path.read_text(encoding='utf-8')
     recipe = yaml.safe_load(text)
-    portable = {k: _without_folder(v) for k, v in recipe.items()}
-    return text if portable == recipe else yaml.safe_dump(portable, sort_keys=False)
-
-
-def _without_folder(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_folder(v) for v in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return text if portable(recipe) == recipe else yaml.safe_dump(portable(recipe), sort_keys=False)
 
 
 def check_folder(network: Network, folder: Path) -> str:

@@ -30,8 +30,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='push.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='*', metavar='MODEL',
-                        help='arch.tag of the package, or a folder with model.safetensors, recipe.yaml, summary.csv, '
-                             'multiexit.json and results.json (default: all of the package)')
+                        help='arch.tag of the package, or a folder with model.safetensors, recipe.yaml, history.yaml, '
+                             'history.csv, multiexit.json and results.json (default: all of the package)')
     parser.add_argument('--org', default=ORGANISATION, metavar='O', help='organisation or user (default: %(default)s)')
     parser.add_argument('--name', default='', metavar='ARCH.TAG',
                         help="repository name for a folder (default: the recipe's architecture and data set)")

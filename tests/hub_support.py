@@ -23,6 +23,7 @@ from timm_multiexit.files import write_json
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import CIFAR10_CLASSES
 from timm_multiexit.stopping.solve import solve_exit_config
+from timm_multiexit.training.history import History, Step
 
 PUSH = PROJECT / 'hub' / 'push.py'
 NAME = 'msfuse_cifar.cifar10'
@@ -155,7 +156,7 @@ def final(tmp_path_factory) -> Path:
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(dict(
         model='msfuse_cifar', dataset='torch/cifar10', epochs=3, opt='nmuon', lr=0.03, batch_size=256,
         initial_checkpoint='/somewhere/of/mine/start.safetensors', model_kwargs=SHAPE)))
-    (folder / 'summary.csv').write_text('epoch,train_loss\n0,2.1\n')
+    History([Step('mine', options={'epochs': 3})], [{'run': 'mine', 'epoch': '0', 'train_loss': '2.1'}]).write(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from timm_multiexit.files import write_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.stopping.config import ExitConfig
-from timm_multiexit.training.lineage import starting_runs
+from timm_multiexit.training.history import History, Parent, Step
 
 pytest_plugins = ['hub_support']  # its fixtures
 
@@ -28,8 +28,8 @@ def test_push_load_back_and_push_again(client, server, final):
     assert f'{REPO}: published' in done.out and HubServer.token not in done.out + done.err
     first, commit = server.commits(REPO)
     assert not first.files and set(commit.files) == {
-        'README.md', 'anytime.png', 'budgeted.png', 'config.json', 'model.safetensors', 'recipe.yaml', 'results.json',
-        'summary.csv'}
+        'README.md', 'anytime.png', 'budgeted.png', 'config.json', 'history.csv', 'history.yaml', 'model.safetensors',
+        'recipe.yaml', 'results.json'}
     stored = server.contents(REPO)
     assert stored['model.safetensors'] == (final / 'model.safetensors').read_bytes()
     config = json.loads(stored['config.json'])
@@ -246,32 +246,32 @@ for what in ('{final}', '--space'):
     assert len(server.commits('me/timm-multiexit-app')) == 2
 
 
+def step(run, *parents, epochs=3, **options):
+    return Step(run, list(parents), {'epochs': epochs, **options}, {'top1_mean': 90.5})
+
+
 def test_the_runs_behind_the_weights_are_published(client, server, final, built, tmp_path):
-    assert 'run1-' not in built['README.md'].decode() and not any(name.startswith('run') for name in built)
-    folder = copy_of(final, tmp_path)
-    for k in (1, 2):
-        (folder / f'run{k}-recipe.yaml').write_text(
-            f'epochs: {k}\ninitial_checkpoint: /somewhere/of/mine/model.safetensors\n')
-        (folder / f'run{k}-summary.csv').write_text(f'epoch,train_loss\n0,{k}.2\n')
-        client.push(folder).ok()
-        stored = server.contents(REPO)
-        assert stored[f'run{k}-recipe.yaml'] == f'epochs: {k}\ninitial_checkpoint: model.safetensors\n'.encode()
-        assert stored[f'run{k}-summary.csv'] == (folder / f'run{k}-summary.csv').read_bytes()
-        assert f'(run{k}-recipe.yaml)'.encode() in stored['README.md']
-        assert (b'an earlier run' if k == 1 else b'run 3 of a line') in stored['README.md']
-
-
-def test_a_run_that_started_where_another_did_is_told_from_the_line(client, server, final, tmp_path):
-    folder = copy_of(final, tmp_path)
-    for k, start in enumerate(("''", 'output/a/final/model.safetensors', 'output/b/final/model.safetensors',
-                               '[output/b/final/model.safetensors]'), start=1):
-        (folder / f'run{k}-recipe.yaml').write_text(f'initial_checkpoint: {start}\n')
+    """Parents, means, intermediate checkpoints and unknown starts are listed; folders of the machine are not."""
+    assert b'python train_timm.py --config recipe.yaml' in built['README.md']
+    folder = with_options(final, tmp_path, epochs=0)
+    w = 'model.safetensors'
+    steps = [
+        step('a', Parent('start.pth'), kd_checkpoint=['/somewhere/of/mine/t.safetensors']), step('b', Parent(w, 'a')),
+        step('c', Parent(w, 'a'), Parent(w, 'b'), Parent(w, 'b'), epochs=0),
+        step('d', Parent(w, 'c'), Parent('checkpoint-7.pth.tar', 'b', 7), epochs=0)]
+    History(steps, [{'run': run, 'epoch': '0'} for run in 'abcd']).write(folder)
     client.push(folder).ok()
-    card = server.contents(REPO)['README.md'].decode()
-    assert 'of the one before; only run 4 from the weights of run 2.' in card
-    (folder / 'run4-recipe.yaml').write_text('initial_checkpoint: [output/c/final/model.safetensors]\n')
-    client.push(folder).ok()
-    assert 'of the one before.' in server.contents(REPO)['README.md'].decode()
+    stored = server.contents(REPO)
+    for name in ('history.yaml', 'history.csv'):
+        assert stored[name] == (folder / name).read_bytes() and f'({name})' in stored['README.md'].decode()
+    assert b'somewhere' not in stored['history.yaml'] and b't.safetensors' in stored['history.yaml']
+    card = stored['README.md'].decode()
+    assert 'the mean of 2 sets of weights, with BN statistics' in card and '0 epochs,' not in card
+    assert 'the last of 4 runs' in card
+    assert [line for line in card.splitlines() if line.endswith('| 90.50 |')] == [
+        '| 1 | a | `start.pth` | 3 | 90.50 |', '| 2 | b | step 1 | 3 | 90.50 |',
+        '| 3 | c | mean of step 1, step 2 and step 2 | 0 | 90.50 |',
+        '| 4 | d | mean of step 3 and step 2 after 8 epochs | 0 | 90.50 |']
 
 
 def test_the_card_names_the_processes_of_a_batch(final, tmp_path):
@@ -283,49 +283,12 @@ def test_the_card_names_the_processes_of_a_batch(final, tmp_path):
         assert ('`sched: poly`, in 2 processes of `torchrun`' in card) is named and ('processes' in card) is named
 
 
-def test_the_mean_of_runs_is_called_that(client, server, final, tmp_path):
-    folder = copy_of(final, tmp_path)
-    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
-    recipe |= {'epochs': 0, 'initial_checkpoint': ['c/w.safetensors', 'c/w.safetensors', 'd/w.safetensors']}
-    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    client.push(folder).ok()
-    card = server.contents(REPO)['README.md'].decode()
-    assert 'the mean of the weights of several runs' in card and '0 epochs' not in card  # their recipes are not there
-    starts = [[], ['a/w.safetensors'], ['a/w.safetensors'], ['a/w.safetensors', 'b1/w.safetensors', 'b2/w.safetensors'],
-              ['c/w.safetensors']]
-    for k, start in enumerate(starts, start=1):
-        (folder / f'run{k}-recipe.yaml').write_text(yaml.safe_dump({'initial_checkpoint': start}))
-    client.push(folder).ok()
-    card = server.contents(REPO)['README.md'].decode()
-    assert 'the mean of the weights of runs 4 and 5, where 4 counts 2 times, with BN statistics' in card
-    assert ('of the one before; only run 3 from the weights of run 1, run 4 from the mean of the weights of runs 1, 2 '
-            'and 3, run 6 from the mean of the weights of runs 4 and 5, where 4 counts 2 times.') in card
-
-
-def test_the_mean_of_two_epochs_of_one_run_is_told(client, server, final, tmp_path):
-    folder = copy_of(final, tmp_path)
-    recipe = yaml.safe_load((folder / 'recipe.yaml').read_text())
-    recipe |= {'epochs': 0, 'initial_checkpoint': ['b/w.safetensors', 'b/epoch7.safetensors']}
-    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    for k, start in enumerate(([], ['a/w.safetensors']), start=1):
-        (folder / f'run{k}-recipe.yaml').write_text(yaml.safe_dump({'initial_checkpoint': start}))
-    client.push(folder).ok()
-    card = server.contents(REPO)['README.md'].decode()
-    assert 'the mean of 2 weights of run 2, with BN statistics' in card
-    assert 'of the one before; only run 3 from the mean of 2 weights of run 2.' in card
-
-
-def test_recipes_without_folders_tell_no_starts():
-    assert starting_runs([{}, {'initial_checkpoint': ['model.safetensors']}, {'initial_checkpoint': None}]) == [[]] * 3
-    assert starting_runs([{'initial_checkpoint': 'elsewhere/w.pth'}, {'initial_checkpoint': 'mine/w.pth'}]) == [[], [1]]
-
-
 @pytest.mark.parametrize('names, text', [
-    ('msfuse_cifar.cifar10', 'learnt from `msfuse_cifar.cifar10`, too'),
-    (['a', 'b'], 'learnt from the mean of `a` and `b`, too'),
-    (['a', 'a', 'b'], 'learnt from the mean of 2 runs of `a` and `b`, too'),
-    (['a', 'a'], 'learnt from the mean of 2 runs of `a`, too'),
-    (['a', 'b', 'c'], 'learnt from the mean of `a`, `b` and `c`, too'),
+    ('msfuse_cifar.cifar10', 'also distilled from `msfuse_cifar.cifar10`.'),
+    (['a', 'b'], 'also distilled from the mean of `a` and `b`.'),
+    (['a', 'a', 'b'], 'also distilled from the mean of 2 runs of `a` and `b`.'),
+    (['a', 'a'], 'also distilled from the mean of 2 runs of `a`.'),
+    (['a', 'b', 'c'], 'also distilled from the mean of `a`, `b` and `c`.'),
 ])
 def test_teachers_are_named(final, tmp_path, names, text):
     folder = with_options(final, tmp_path, kd_model_name=names)

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_multiexit.datasets import normalize
+from timm_multiexit.models._pretrained import WEIGHTS_DIR
+from timm_multiexit.training.history import History, Parent, Step, initial_history, sha256
 from timm_multiexit.training.options import parse_train_args
 
 SCRIPT = PROJECT / 'train_timm.py'
@@ -97,7 +99,10 @@ def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path)
     process.stderr.read()
     assert process.wait() == -signal.SIGKILL
     assert len(rows(tmp_path)) == 1
+    (begun,) = History.read(tmp_path / 'run').steps
     train(folder_dataset, tmp_path, '--resume', 'auto')
+    (ended,) = History.read(tmp_path / 'run' / 'final').steps
+    assert begun.run == ended.run and not begun.reached and ended.reached
     expected, resumed = weights(uninterrupted), weights(tmp_path)
     assert expected.keys() == resumed.keys()
     assert [k for k in expected if not torch.equal(expected[k], resumed[k])] == []
@@ -105,20 +110,32 @@ def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path)
     assert strip == [{k: v for k, v in r.items() if k != 'train_images_per_s'} for r in rows(uninterrupted)]
 
 
-def test_a_run_that_starts_from_another_one_keeps_its_recipe(uninterrupted, folder_dataset, tmp_path):
+def test_a_run_records_its_parents(uninterrupted, folder_dataset, tmp_path):
     start = uninterrupted / 'run' / 'final'
     train(folder_dataset, tmp_path, '--initial-checkpoint', str(start / 'model.safetensors'), '--lr', '0', epochs=1)
     final = tmp_path / 'run' / 'final'
-    assert sorted(p.name for p in final.iterdir()) == [
-        'model.safetensors', 'recipe.yaml', 'run1-recipe.yaml', 'run1-summary.csv', 'summary.csv']
-    assert (final / 'run1-summary.csv').read_bytes() == (start / 'summary.csv').read_bytes()
-    # A third run keeps both, under the names they had.
-    train(folder_dataset, tmp_path / 'third', '--initial-checkpoint', str(final / 'model.safetensors'), epochs=1)
-    third = tmp_path / 'third' / 'run' / 'final'
-    for k, folder in enumerate((start, final), start=1):
-        for name in ('recipe.yaml', 'summary.csv'):
-            assert (third / f'run{k}-{name}').read_bytes() == (folder / name).read_bytes()
-    assert len(list(third.iterdir())) == 7
+    assert {p.name for p in final.iterdir()} == {'history.csv', 'history.yaml', 'model.safetensors', 'recipe.yaml'}
+    (first,), log = History.read(start).steps, History.read(start).log
+    assert first.parents == [] and first.options['epochs'] == 3 and first.sha256 == sha256(start / 'model.safetensors')
+    assert first.reached == {k[5:]: float(v) for k, v in rows(uninterrupted)[-1].items() if k.startswith('eval_')}
+    assert log == [{'run': first.run, **row} for row in rows(uninterrupted)]
+    history = History.read(final)
+    assert history.steps[0] == first and [row['run'] for row in history.log] == 3 * [first.run] + [history.steps[1].run]
+    assert history.steps[1].parents == [Parent('model.safetensors', first.run, sha256=first.sha256)]
+    assert history.steps[1].run != first.run and history.steps[1].options['lr'] == 0
+    # A third run keeps both. The second one's last checkpoint is a parent too, by its epoch.
+    train(folder_dataset, tmp_path / 'third', '--initial-checkpoint', str(final / 'model.safetensors'),
+          str(tmp_path / 'run' / 'last.pth.tar'), epochs=1)
+    third = History.read(tmp_path / 'third' / 'run' / 'final')
+    assert third.steps[:2] == history.steps and len(third.steps) == 3 and third.log[:4] == history.log
+    assert [(parent.file, parent.run, parent.epoch) for parent in third.steps[2].parents] == [
+        ('model.safetensors', history.steps[1].run, None), ('last.pth.tar', history.steps[1].run, 0)]
+    # Other weights beside a history are not taken for those of its run.
+    shutil.copytree(start, tmp_path / 'moved')
+    other = tmp_path / 'moved' / 'other.safetensors'
+    save_file(load_file(final / 'model.safetensors'), other)
+    unknown = initial_history([other], 'new')
+    assert unknown == History([Step('new', [Parent('other.safetensors', sha256=sha256(other))])])
     # It really started there: without a step the weights are still those.
     name = 'stages.2.layers.0.'
     before, after = load_file(start / 'model.safetensors'), load_file(final / 'model.safetensors')
@@ -159,19 +176,16 @@ def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folde
     (row,) = rows(tmp_path)
     line = ' '.join(f"{float(row[f'eval_top1_exit{k}']):.2f}" for k in (1, 2, 3))
     assert f'With new BN statistics: top-1 per exit {line}' in log
-    assert {p.name for p in final.iterdir()} == {'model.safetensors', *(
-        f'{run}{name}' for run in ('', 'run1-', 'run2-') for name in ('recipe.yaml', 'summary.csv'))}
-    assert (final / 'run2-recipe.yaml').read_bytes() == (second / 'recipe.yaml').read_bytes()
+    runs = [History.read(folder).steps[-1].run for folder in (first, second, final)]
+    assert [step.run for step in History.read(final).steps] == runs
+    assert [parent.run for parent in History.read(final).steps[-1].parents] == runs[:2]
     # A further mean keeps what led to any of its parts, and what they share once.
-    third = tmp_path / 'third'
-    shutil.copytree(second, third)
-    (third / 'summary.csv').write_text('epoch,train_loss\n0,1.5\n')
     train(folder_dataset, tmp_path / 'both', '--initial-checkpoint',
-          *(str(folder / 'model.safetensors') for folder in (first, second, third)), '--update-bn', epochs=0)
-    both = tmp_path / 'both' / 'run' / 'final'
-    for k, folder in enumerate((first, second, third), start=1):
-        assert (both / f'run{k}-summary.csv').read_bytes() == (folder / 'summary.csv').read_bytes()
-    assert len([*both.glob('run*')]) == 6
+          *(str(folder / 'model.safetensors') for folder in (first, second, final)), '--update-bn', epochs=0)
+    both = History.read(tmp_path / 'both' / 'run' / 'final')
+    assert [step.run for step in both.steps[:-1]] == runs
+    assert [parent.run for parent in both.steps[-1].parents] == runs
+    assert [row['run'] for row in both.log] == 3 * [runs[0]] + 2 * [runs[1]] + [runs[2], both.steps[-1].run]
 
 
 def name_of(model, norm) -> str:
@@ -318,3 +332,18 @@ def test_recipes_name_a_network_and_known_options(recipe):
     assert recipe.stem in (args.experiment, f"comparison.{args.model.split('.')[1]}")
     assert args.model in (args.experiment, args.experiment.rpartition('.')[0])      # alone, or with the run's name
     assert timm.is_model(args.model)
+
+
+def test_shipped_weights_are_those_of_their_history():
+    for folder in sorted(WEIGHTS_DIR.iterdir()):
+        history, recipe = History.read(folder), yaml.safe_load((folder / 'recipe.yaml').read_text())
+        last = history.steps[-1]
+        assert last.sha256 == sha256(folder / 'model.safetensors')
+        assert len(last.parents) == len(recipe.pop('initial_checkpoint')) and recipe.items() <= last.options.items()
+        runs = [step.run for step in history.steps]
+        assert len(set(runs)) == len(runs) and list(dict.fromkeys(row['run'] for row in history.log)) == runs
+        for k, step in enumerate(history.steps):
+            assert {parent.run for parent in step.parents} <= set(runs[:k]) and bool(step.parents) == bool(k)
+            log = [row for row in history.log if row['run'] == step.run]
+            assert len(log) == max(step.options['epochs'], 1)
+            assert {name: float(log[-1][f'eval_{name}']) for name in step.reached} == step.reached

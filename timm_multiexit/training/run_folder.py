@@ -1,9 +1,10 @@
-"""The files of a run: recipe, summary, checkpoints, and at the end the final weights."""
+"""The files of a run: recipe, history, summary, checkpoints, and at the end the final weights."""
 import logging
 import os
+import secrets
 import shutil
 from pathlib import Path
-from typing import Dict
+from typing import Any, Dict
 
 import yaml
 from safetensors.torch import save_file
@@ -11,19 +12,18 @@ from timm.utils import CheckpointSaver, unwrap_model, update_summary
 from timm.utils.summary import trim_summary
 
 from ..stopping.config import RECIPE_NAME
-from .lineage import RUN_FILES, write_earlier_runs
+from .history import SUMMARY_NAME, History, initial_history, sha256
 from .trainer import Trainer
 
 _logger = logging.getLogger('train')
-SUMMARY_NAME = 'summary.csv'
 # Options that say where a run took place, not what it computed.
 _NOT_IN_RECIPE = (
     'config', 'data_dir', 'output', 'resume', 'rank', 'local_rank', 'distributed', 'device', 'experiment',
-    'sched_on_updates', 'dataset_download', 'threads', 'benchmark')
+    'sched_on_updates', 'dataset_download', 'threads', 'benchmark', 'run_id')
 
 
 class RunFolder:
-    """Written by one process: a row of the summary per epoch, checkpoints, and `final/` when the run is done.
+    """Written by one process: a summary row per epoch, checkpoints, and `final/` when the run is done.
 
     Args:
         trainer: Of the run.
@@ -38,6 +38,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         recipe = {k: v for k, v in vars(args).items() if k not in _NOT_IN_RECIPE}
         (path / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
+        self._begin_history(recipe, checkpoint)
         self.saver = CheckpointSaver(
             unwrap_model(trainer.task.get_trainable_module()), trainer.optimizer, args=args, task=trainer.task,
             checkpoint_dir=str(path), max_history=args.checkpoint_hist)
@@ -47,6 +48,21 @@ class RunFolder:
         trim_summary(self.summary, start_epoch)
         _logger.info(f'{args.model}: {len(trainer.loader)} batches of {args.batch_size} x {args.world_size}, '
                      f'{args.epochs - start_epoch} epochs to go, in {path}')
+
+    def _begin_history(self, recipe: Dict[str, Any], checkpoint: str) -> None:
+        """Records this run and its parents; a resumed run keeps its id and the parents it recorded first."""
+        args = self.trainer.args
+        resumed = History.read(Path(checkpoint).parent) if checkpoint else History()
+        if resumed.steps:
+            run = resumed.steps[-1].run
+            self.history = History(resumed.steps, [row for row in resumed.log if row['run'] != run])
+        else:
+            run = f'{args.experiment}-{secrets.token_hex(4)}'
+            self.history = initial_history(args.initial_checkpoint, run)
+        args.run_id = run  # checkpoints carry the options, and with them the id
+        self.step = self.history.steps[-1]
+        self.step.options = {k: v for k, v in recipe.items() if k != 'initial_checkpoint'}  # told by the parents
+        self.history.write(self.path)
 
     def end_epoch(self, epoch: int, train_metrics: Dict[str, float], eval_metrics: Dict[str, float]) -> None:
         """Appends the epoch to the summary, and writes a checkpoint where one is due.
@@ -59,6 +75,7 @@ class RunFolder:
         args = self.trainer.args
         if eval_metrics:
             _logger.info(f'Epoch {epoch}: {_accuracy_line(eval_metrics)}')
+            self.step.reached = eval_metrics
         # The row before the checkpoint: on resume a surplus row is dropped, a missing one would be lost.
         update_summary(epoch, train_metrics, dict.fromkeys(self.trainer.metrics, '') | eval_metrics, self.summary,
                        lr=self.trainer.optimizer.param_groups[0]['lr'])
@@ -68,24 +85,24 @@ class RunFolder:
     def end_update_bn(self, eval_metrics: Dict[str, float]) -> None:
         """Logs the accuracies under new BN statistics; they become the summary's only row if no epoch left one."""
         _logger.info(f'With new BN statistics: {_accuracy_line(eval_metrics)}')
+        self.step.reached = eval_metrics
         if not self.trainer.args.epochs:
             update_summary(0, {}, eval_metrics, self.summary)
 
     def export(self) -> None:
-        """Writes `final/`: the weights (EMA if kept) in half precision, recipe and summary, at once or not at all.
-
-        The recipes and summaries of the runs that led to the initial weights come along, as `run1-...` for the first.
-        """
+        """Writes `final/`, whole or not at all: the weights (EMA if kept) in half precision, recipe and history."""
         target, partial = self.path / 'final', self.path / 'final.partial'
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         task = self.trainer.task
         state = unwrap_model(task.get_trainable_module(ema=task.has_ema())).state_dict()
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, partial / 'model.safetensors', {'format': 'pt'})
-        for name in RUN_FILES:
-            shutil.copy(self.path / name, partial / name)
-        write_earlier_runs(partial, [Path(file).parent for file in self.trainer.args.initial_checkpoint])
+        weights = partial / 'model.safetensors'
+        save_file({k: v.contiguous().cpu() for k, v in state.items()}, weights, {'format': 'pt'})
+        shutil.copy(self.path / RECIPE_NAME, partial / RECIPE_NAME)
+        self.step.sha256 = sha256(weights)
+        self.history.write(self.path)  # a checkpoint of this run may be a parent too
+        History(self.history.steps, History.read(self.path).log).write(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         _logger.info(f'Final weights: {target / "model.safetensors"}')

@@ -1,0 +1,182 @@
+"""Where weights come from: the runs that led to them, recorded by each run and handed on to the runs it initialises.
+
+Two files stand beside weights. `history.yaml` lists the runs in order: parents, options, epochs and what each reached;
+the last one wrote the weights. `history.csv` is the log of all of them, with a column `run`.
+"""
+import argparse
+import csv
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import torch
+import yaml
+
+from ..errors import InputError
+from ..files import read_yaml, written_beside
+
+STEPS_NAME = 'history.yaml'
+LOG_NAME = 'history.csv'
+SUMMARY_NAME = 'summary.csv'  # the log of a run in progress
+_HEAD = '# Runs in order; options are those that differ from the run above. The last run wrote the weights.\n'
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A file of weights that a run started from.
+
+    Attributes:
+        file: Its name, without folders.
+        run: Id of the run that wrote it; '' if unknown.
+        epoch: That of an intermediate checkpoint, from 0; None for the final weights of the run.
+        sha256: Hex digest; '' if not recorded.
+    """
+
+    file: str
+    run: str = ''
+    epoch: Optional[int] = None
+    sha256: str = ''
+
+
+@dataclass
+class Step:
+    """One run.
+
+    Attributes:
+        run: Its id, unique among all runs.
+        parents: The files of `--initial-checkpoint`; with several, the run started from their mean.
+        options: Of train_timm.py, all but those that only say where it ran.
+        reached: Top-1 accuracy in percent of the exits and their mean at the end, on the images held out; {} before.
+        sha256: Digest of the final weights; '' before.
+    """
+
+    run: str
+    parents: List[Parent] = field(default_factory=list)
+    options: Dict[str, Any] = field(default_factory=dict)
+    reached: Dict[str, float] = field(default_factory=dict)
+    sha256: str = ''
+
+
+@dataclass
+class History:
+    """Runs in order, none before its parents, and their logs.
+
+    Attributes:
+        steps: The runs.
+        log: Rows of all summaries, each with its `run`.
+    """
+
+    steps: List[Step] = field(default_factory=list)
+    log: List[Dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> 'History':
+        """The history of the weights in a folder, of a run in progress too; empty if there is none.
+
+        Raises:
+            InputError: the files cannot be read.
+        """
+        path = folder / STEPS_NAME
+        if not path.is_file():
+            return cls()
+        steps: List[Step] = []
+        try:
+            for entry in read_yaml(path, 'history'):
+                options = {**(steps[-1].options if steps else {}), **entry['options'], 'epochs': entry['epochs']}
+                parents = [Parent(**parent) for parent in entry['parents']]
+                steps.append(Step(entry['run'], parents, options, entry['reached'], entry.get('sha256', '')))
+            run = steps[-1].run
+        except (TypeError, KeyError, IndexError) as error:
+            raise InputError(f"history '{path}' has no runs or lacks a field ({error}): restore the file") from error
+        log = _read_rows(folder / LOG_NAME)
+        log += [{'run': run, **row} for row in _read_rows(folder / SUMMARY_NAME)]
+        return cls(steps, log)
+
+    def write(self, folder: Path) -> None:
+        """Writes both files; options lose the folders of absolute paths."""
+        entries, before = [], {}
+        for step in self.steps:
+            options = portable(step.options)
+            changed = {k: v for k, v in options.items() if k != 'epochs' and (k not in before or v != before[k])}
+            parents = [{k: v for k, v in asdict(parent).items() if v not in ('', None)} for parent in step.parents]
+            entries.append(dict(
+                run=step.run, parents=parents, epochs=options['epochs'], options=_Inline(changed),
+                reached=_Inline(step.reached), **({'sha256': step.sha256} if step.sha256 else {})))
+            before = options
+        with written_beside(folder / STEPS_NAME) as partial:
+            text = yaml.dump(entries, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=118)
+            partial.write_text(_HEAD + text, encoding='utf-8')
+        columns = dict.fromkeys(['run', *(key for row in self.log for key in row)])
+        with written_beside(folder / LOG_NAME) as partial, partial.open('w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, list(columns), lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(self.log)
+
+
+def initial_history(files: Sequence[Union[str, Path]], run: str) -> History:
+    """The history of a new run: the histories of its parents, each run once, and the run itself.
+
+    Args:
+        files: Those of `--initial-checkpoint`. A file that is not of the run recorded beside it has no known run.
+        run: Id of the new run.
+    """
+    history, parents = History(), []
+    for path in map(Path, files):
+        origin = History.read(path.parent)
+        parent = _identify(path, origin)
+        parents.append(parent)
+        if parent.run:
+            known = {step.run for step in history.steps}
+            history.steps += [step for step in origin.steps if step.run not in known]
+            history.log += [row for row in origin.log if row['run'] not in known]
+    history.steps.append(Step(run, parents))
+    return history
+
+
+def _identify(path: Path, origin: History) -> Parent:
+    """The run that wrote a file, if it is the last one of the history beside it: known from digest or checkpoint."""
+    digest = sha256(path)
+    last = origin.steps[-1] if origin.steps else Step('')
+    if digest == last.sha256:
+        return Parent(path.name, last.run, sha256=digest)
+    if path.suffix != '.safetensors':
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as timm's CheckpointSaver stores the options
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        if last.run and getattr(checkpoint.get('args'), 'run_id', '') == last.run:
+            return Parent(path.name, last.run, checkpoint['epoch'], digest)
+    return Parent(path.name, sha256=digest)
+
+
+def portable(options: Dict[str, Any]) -> Dict[str, Any]:
+    """Options in which absolute paths, which mean nothing on another machine, are reduced to file names."""
+    def name(value):
+        if isinstance(value, list):
+            return [name(v) for v in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    return {k: name(v) for k, v in options.items()}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_rows(path: Path) -> List[Dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
+
+
+class _Inline(dict):
+    """A mapping written in braces."""
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data):
+        return True
+
+
+_Dumper.add_representer(
+    _Inline, lambda dumper, value: dumper.represent_mapping('tag:yaml.org,2002:map', value, flow_style=True))
