@@ -5,8 +5,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Union
 
-import yaml
-
 from .errors import InputError
 
 
@@ -76,6 +74,7 @@ def read_yaml(path: Union[str, Path], what: str) -> Any:
     Raises:
         InputError: it is not there, cannot be read, or is not YAML.
     """
+    import yaml  # stopping rules need this module, and run where YAML may be missing
     try:
         return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from timm.data import resolve_data_config
 from tqdm import tqdm
@@ -16,10 +17,9 @@ from ..errors import InputError
 from ..files import write_json, written_beside
 from ..models import MultiExitNet
 from ..stopping.costs import ExitCosts
-from ..stopping.scores import check_labelled_logits
-from ..stopping.search import interpolate
+from ..stopping.scores import check_labelled_logits, interpolate
 from ..stopping.simulate import simulate
-from ..stopping.solve import solve_families
+from ..stopping.solve import solve_policies
 from ..stopping.temperature import fit_temperature
 
 CALIBRATION_BINS = 15
@@ -60,7 +60,8 @@ def exit_logits(
             batches.append(torch.stack(model.forward_exits(x)).float().cpu())
             progress.update(len(x))
     logits = torch.cat(batches, 1)
-    return check_labelled_logits(logits, targets), targets
+    check_labelled_logits(logits, targets)
+    return logits, targets
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def evaluate(
         validation: On these, temperatures and thresholds are set.
         test: On these, everything is measured; the average cost is that of the exits really taken.
         costs: Of the exits.
-        budgets: Average MACs per image; None for `solver.budget_grid`, with the rows that `solve_families` adds to it.
+        budgets: Average MACs per image; None for `solve.budget_grid`, with the rows that `solve_policies` adds to it.
         measure: Confidence measure, see `policy.confidence`.
 
     Raises:
@@ -131,7 +132,7 @@ def evaluate(
             calibration_error_with_temperature=round(
                 calibration_error(test.logits[k], test.targets, temperatures[k]), 3)))
     budgeted = {}
-    families = solve_families(
+    families = solve_policies(
         validation.logits, validation.targets, costs.macs, budgets=budgets, measure=measure, temperatures=temperatures)
     for method, policies in families.items():
         rows = []
@@ -155,8 +156,7 @@ def compare(budgeted: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Any]:
     """Curves at the same average cost on test, in points of accuracy: search against the rule, fast against search."""
     curves = {}
     for method, rows in budgeted.items():
-        curves[method] = [torch.tensor([r[key] for r in rows], dtype=torch.float64)
-                          for key in ('average_macs', 'accuracy')]
+        curves[method] = [np.array([r[key] for r in rows]) for key in ('average_macs', 'accuracy')]
     macs, accuracy = curves['search']
     gain = accuracy - interpolate(*curves['geometric'], macs)
     fast = curves['fast'][1] - interpolate(*curves['search'], curves['fast'][0])

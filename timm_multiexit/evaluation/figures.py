@@ -1,11 +1,11 @@
 """The two figures of a report: accuracy of each exit, and accuracy under average budgets."""
 from typing import Any, Dict
 
-import torch
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..stopping.search import interpolate
+from ..stopping.scores import interpolate
 
 BLUE, ORANGE, GREEN, GREY = '#0b5394', '#d9730d', '#3d8b40', '#7a7a7a'
 
@@ -58,11 +58,10 @@ def budgeted_figure(results: Dict[str, Any]) -> Figure:
     ax.legend(frameon=False, fontsize=8, loc='lower right')
     _title(figure, 'Average budgets', results)
 
-    rule = [torch.tensor(c, dtype=torch.float64) for c in curves['geometric']]
     below.axhline(0., color=ORANGE, linestyle='--', linewidth=1.6)
     for method, color, width in (('fast', GREEN, 1.), ('search', BLUE, 2.)):
-        macs, accuracy = (torch.tensor(c, dtype=torch.float64) for c in curves[method])
-        below.plot(macs, accuracy - interpolate(*rule, macs), '-', color=color, linewidth=width)
+        macs, accuracy = np.array(curves[method])
+        below.plot(macs, accuracy - interpolate(*curves['geometric'], macs), '-', color=color, linewidth=width)
     below.set_ylabel('minus rule\n(points)')
     below.set_xlabel('average multiply-adds for one image (M)')
     return figure

@@ -1,23 +1,23 @@
-"""MSDNet's rule for thresholds, the reference: the share of images that leave at exit k is proportional to q^k.
+"""The geometric rule of MSDNet, the reference: the share of images that leave at exit k is proportional to q^k.
 
-Huang et al., ICLR 2018, section 4, budgeted batch classification; one q gives one point of the curve.
+Huang et al., ICLR 2018, section 4, budgeted batch classification; each q gives one point of the curve.
 """
 import math
 from typing import Sequence
 
-import torch
+import numpy as np
 
-from .policy import NEVER
+from .policy import NEVER, leaves
 from .scores import Scores, set_ends
 
 _Q_RANGE = (1e-4, 1e2)
 
 
-def geometric_thresholds(scores: Scores, ratios: Sequence[float]) -> torch.Tensor:
+def geometric_thresholds(scores: Scores, ratios: Sequence[float]) -> np.ndarray:
     """Thresholds for each q.
 
-    T_k is the confidence of the floor(N * share_k)-th most confident validation image not yet gone; where that is no
-    image at all, none leaves.
+    T_k is the confidence of the floor(N * share_k)-th most confident validation image that has not left before; where
+    that is no image, none leaves.
 
     Args:
         scores: Of the validation images.
@@ -27,37 +27,39 @@ def geometric_thresholds(scores: Scores, ratios: Sequence[float]) -> torch.Tenso
         float32 (len(ratios), num_exits - 1).
     """
     num_exits, images = scores.confidences.shape
-    ratios = torch.as_tensor(ratios, dtype=torch.float64)
-    shares = (ratios.log().unsqueeze(1) * torch.arange(1, num_exits + 1)).softmax(1)  # q^k / sum q^k without overflow
-    wanted = (images * shares).floor().long()
-    left = torch.ones(len(ratios), images, dtype=torch.bool)
-    thresholds = torch.full((len(ratios), num_exits - 1), NEVER)
+    powers = np.log(np.asarray(ratios))[:, None] * np.arange(1, num_exits + 1)
+    shares = np.exp(powers - powers.max(1, keepdims=True))  # q^k / sum q^k without overflow
+    shares /= shares.sum(1, keepdims=True)
+    wanted = np.floor(images * shares).astype(np.int64)
+    present = np.ones((len(powers), images), bool)
+    thresholds = np.full((len(powers), num_exits - 1), NEVER, np.float32)
     for k in range(num_exits - 1):
-        row, order = scores.confidences[k].sort(descending=True)
-        taken = left[:, order].cumsum(1)
-        last = torch.minimum(wanted[:, k], taken[:, -1])  # fewer are left than wanted: all of them
-        position = torch.searchsorted(taken, last.unsqueeze(1)).squeeze(1)
-        thresholds[:, k] = torch.where(last > 0, row[position.clamp(max=images - 1)], NEVER)
-        left &= scores.confidences[k] < thresholds[:, k:k + 1]
+        order = scores.order[k]
+        taken = present[:, order].cumsum(1, dtype=np.int32)
+        last = np.minimum(wanted[:, k], taken[:, -1])  # all of them where fewer are left than wanted
+        position = (taken < last[:, None]).sum(1)
+        row = scores.confidences[k][order]
+        thresholds[:, k] = np.where(last > 0, row[position.clip(max=images - 1)], NEVER)
+        present &= ~leaves(scores.confidences[k], thresholds[:, k:k + 1])
     return thresholds
 
 
-def solve_geometric(scores: Scores, budgets: Sequence[float]) -> torch.Tensor:
-    """Thresholds of the rule for each average cost, by bisection over q.
+def solve_geometric(scores: Scores, budgets: Sequence[float]) -> np.ndarray:
+    """The rule's thresholds for each average cost, by bisection over log q.
 
     Args:
         scores: Of the validation images.
-        budgets: Wanted average costs as shares of the full cost.
+        budgets: Average costs as shares of the full cost.
 
     Returns:
         float32 (len(budgets), num_exits - 1).
     """
-    wanted = torch.as_tensor(budgets, dtype=torch.float64)
-    low, high = (torch.full_like(wanted, math.log(q)) for q in _Q_RANGE)
+    wanted = np.asarray(budgets, np.float64)
+    low, high = (np.full_like(wanted, math.log(q)) for q in _Q_RANGE)
     for _ in range(30):
         middle = (low + high) / 2
-        below = scores.average_costs(geometric_thresholds(scores, middle.exp())) < wanted
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    ends = [geometric_thresholds(scores, x.exp()) for x in (low, high)]
-    errors = [(scores.average_costs(t) - wanted).abs() for t in ends]
-    return set_ends(torch.where((errors[0] <= errors[1]).unsqueeze(1), *ends), wanted, scores)
+        below = scores.average_costs(geometric_thresholds(scores, np.exp(middle))) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    ends = [geometric_thresholds(scores, np.exp(x)) for x in (low, high)]
+    errors = [np.abs(scores.average_costs(t) - wanted) for t in ends]
+    return set_ends(np.where((errors[0] <= errors[1])[:, None], *ends), wanted, scores)

@@ -1,8 +1,9 @@
 """From validation logits to policies: temperatures, a grid of budgets, and thresholds by one of three methods."""
+import dataclasses
 import math
 from typing import Dict, List, Optional, Sequence, Tuple
 
-import torch
+import numpy as np
 
 from ..errors import InputError
 from .config import ExitConfig
@@ -20,7 +21,7 @@ GRID_BUDGETS = 41
 
 
 def budget_grid(exit_macs: Sequence[float], count: int = GRID_BUDGETS) -> Tuple[float, ...]:
-    """Average budgets from the cheapest exit to the full cost, closest to each other near the ends.
+    """Average budgets from the cheapest exit to the full cost, densest near both ends.
 
     Thresholds change fastest near the ends, where the first images go on or the last ones leave.
 
@@ -34,43 +35,8 @@ def budget_grid(exit_macs: Sequence[float], count: int = GRID_BUDGETS) -> Tuple[
 
 
 def solve_policies(
-        logits: Sequence[torch.Tensor],
-        targets: torch.Tensor,
-        exit_macs: Sequence[int],
-        budgets: Optional[Sequence[float]] = None,
-        method: str = 'search',
-        measure: str = 'max_softmax',
-        temperatures: Optional[Sequence[float]] = None,
-        seed: int = 0,
-) -> List[ExitPolicy]:
-    """Policies for a family of average budgets.
-
-    Args:
-        logits: Validation logits, one (N, num_classes) per exit, of images under the test transform on which the
-            network was not trained.
-        targets: Their labels, int64 (N,).
-        exit_macs: Cumulative MACs of each exit.
-        budgets: Average MACs per image; None for `budget_grid`, and one MAC below each of its budgets where 'search'
-            or 'fast' begins to ask other exits, so that between any two neighbours thresholds can be interpolated.
-        method: 'search' (best accuracy, then fewest exits; see `search` and `sparse`), 'fast' (as few exits as cost no
-            more than 0.3 points, which takes less time at equal cost; see `sparse`) or 'geometric' (MSDNet's
-            rule, see `geometric`).
-        measure: Confidence measure, see `policy.confidence`.
-        temperatures: One per exit; None to fit them.
-        seed: Of the folds and reweightings of 'search' and 'fast'.
-
-    Returns:
-        One policy per budget, in the given order (rising if none are given), each with what it gives on these images.
-
-    Raises:
-        InputError: logits, labels or budgets that cannot be used, unknown method or measure.
-    """
-    return solve_families(logits, targets, exit_macs, (method,), budgets, measure, temperatures, seed)[method]
-
-
-def solve_families(
-        logits: Sequence[torch.Tensor],
-        targets: torch.Tensor,
+        logits: Sequence[np.ndarray],
+        targets: np.ndarray,
         exit_macs: Sequence[int],
         methods: Sequence[str] = METHODS,
         budgets: Optional[Sequence[float]] = None,
@@ -78,13 +44,35 @@ def solve_families(
         temperatures: Optional[Sequence[float]] = None,
         seed: int = 0,
 ) -> Dict[str, List[ExitPolicy]]:
-    """Policies by several methods, which share what takes long; arguments and errors as `solve_policies`."""
+    """Policies for a family of average budgets, by one or more methods.
+
+    Args:
+        logits: Validation logits, one (N, num_classes) per exit, of images under the test transform on which the
+            network was not trained; arrays or tensors.
+        targets: Their labels, int64 (N,).
+        exit_macs: Cumulative MACs of each exit.
+        methods: 'search' (best accuracy, then fewest exits; see `search` and `fewest_exits`), 'fast' (as few exits as
+            cost no more than 0.3 points, which takes less time at equal cost; see `fewest_exits`) or 'geometric'
+            (MSDNet's rule, see `geometric`).
+        budgets: Average MACs per image; None for `budget_grid`, and one MAC below each of its budgets where 'search'
+            or 'fast' begins to use other exits, so that thresholds can be interpolated between any two neighbours.
+        measure: Confidence measure, see `policy.confidence`.
+        temperatures: One per exit; None to fit them.
+        seed: Of the folds and reweightings of 'search' and 'fast'.
+
+    Returns:
+        By method, one policy per budget, in the given order (rising if none are given), each with what it gives on
+        these images.
+
+    Raises:
+        InputError: logits, labels or budgets that cannot be used, unknown method or measure.
+    """
     for method in methods:
         if method not in METHODS:
             raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     if measure not in MEASURES:
         raise InputError(f"unknown confidence measure '{measure}': choose one of {', '.join(MEASURES)}")
-    logits, targets = check_labelled_logits(logits, targets).cpu(), targets.cpu()
+    logits, targets = check_labelled_logits(logits, targets)
     if len(exit_macs) != len(logits):
         raise InputError(f'{len(exit_macs)} costs for the logits of {len(logits)} exits: give one cost per exit')
     fill = budgets is None
@@ -99,14 +87,14 @@ def solve_families(
     families = {}
     for method in methods:
         if len(logits) == 1:
-            rows = [(b, torch.zeros(0)) for b in budgets]
+            rows = [(b, np.zeros(0)) for b in budgets]
         elif method == 'geometric':
             rows = list(zip(budgets, solve_geometric(scores, shares)))
         else:
-            path = fewest_exits(scores, values, dense, shares, LITTLE if method == 'fast' else NOTHING)
-            rows = list(zip(budgets, path.thresholds))
+            thresholds, before = fewest_exits(scores, values, dense, shares, LITTLE if method == 'fast' else NOTHING)
+            rows = list(zip(budgets, thresholds))
             if fill:
-                rows += [(b - 1, row) for b, row in zip(budgets, path.before) if row is not None]
+                rows += [(b - 1, row) for b, row in zip(budgets, before) if row is not None]
                 rows.sort(key=lambda pair: pair[0])
         families[method] = []
         for budget, row in rows:
@@ -118,25 +106,24 @@ def solve_families(
 
 def _with_expectations(policy: ExitPolicy, logits, targets, exit_macs) -> ExitPolicy:
     result = simulate(policy, logits, exit_macs)
-    return ExitPolicy(
-        policy.thresholds, policy.temperatures, policy.measure, policy.budget,
-        expected_macs=round(result.average_macs), expected_accuracy=round(result.accuracy(targets), 3),
-        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)), method=policy.method)
+    return dataclasses.replace(
+        policy, expected_macs=round(result.average_macs), expected_accuracy=round(result.accuracy(targets), 3),
+        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)))
 
 
 def solve_exit_config(
-        logits: Sequence[torch.Tensor],
-        targets: torch.Tensor,
+        logits: Sequence[np.ndarray],
+        targets: np.ndarray,
         costs: ExitCosts,
         class_names: Optional[Sequence[str]] = None,
         method: str = 'search',
         **kwargs,
 ) -> ExitConfig:
-    """Everything that is stored with weights, from validation logits; further arguments as `solve_families`.
+    """Everything that is stored with weights, from validation logits; further arguments as `solve_policies`.
 
-    Stored are the policies of one method and those of 'fast' beside them.
+    The policies of one method are stored, and those of 'fast' beside them.
     """
-    families = solve_families(logits, targets, costs.macs, (method, 'fast'), **kwargs)
+    families = solve_policies(logits, targets, costs.macs, (method, 'fast'), **kwargs)
     policies = families[method]
     return ExitConfig(
         costs.macs, costs.params, costs.input_size, policies[0].temperatures, tuple(policies),

@@ -1,15 +1,16 @@
 """Solvers: the geometric rule to the letter, the search against it, budgets that hold on images not seen, bad input."""
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.geometric import geometric_thresholds
-from timm_multiexit.stopping.policy import NEVER
-from timm_multiexit.stopping.scores import Quantiles, Scores
-from timm_multiexit.stopping.search import choose_mixtures, descend, interpolate, mixture_values, prices
+from timm_multiexit.stopping.policy import NEVER, confidence
+from timm_multiexit.stopping.scores import Quantiles, Scores, interpolate
+from timm_multiexit.stopping.search import choose_mixtures, descend, mixture_values, prices
 from timm_multiexit.stopping.simulate import simulate
 from timm_multiexit.stopping.solve import METHODS, budget_grid, solve_exit_config, solve_policies
 from timm_multiexit.stopping.temperature import fit_temperature
@@ -30,7 +31,7 @@ def exits_of_rising_skill(images, seed, classes=6):
     logits = []
     for noise in (1.6, 1.1, 0.8, 0.6):
         logits.append(common + noise * torch.randn(images, classes, generator=generator))
-    return torch.stack(logits), targets
+    return torch.stack(logits).numpy(), targets.numpy()
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +46,7 @@ def test_images():
 
 @pytest.fixture(scope='module')
 def families(validation):
-    return {method: solve_policies(*validation, MACS, BUDGETS, method) for method in METHODS}
+    return solve_policies(*validation, MACS, METHODS, BUDGETS)
 
 
 def rule_by_hand(confidences, q):
@@ -74,8 +75,8 @@ def test_geometric_rule_to_the_letter(q):
 def test_geometric_shares_rise_by_q(validation):
     logits, targets = validation
     scores = Scores.from_logits(logits, targets, MACS, (1.,) * 4, 'max_softmax')
-    counts = torch.bincount(scores.exits(geometric_thresholds(scores, [0.7]))[0], minlength=4).double()
-    torch.testing.assert_close(counts[1:] / counts[:-1], torch.full((3,), 0.7).double(), atol=0.01, rtol=0)
+    counts = np.bincount(scores.exits(geometric_thresholds(scores, [0.7]))[0], minlength=4)
+    np.testing.assert_allclose(counts[1:] / counts[:-1], 0.7, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -95,8 +96,7 @@ def test_search_beats_the_rule_on_new_images(families, test_images):
     curves = {}
     for method, policies in families.items():
         results = [simulate(p, logits, MACS) for p in policies]
-        curves[method] = [torch.tensor(c, dtype=torch.float64) for c in (
-            [r.average_macs for r in results], [r.accuracy(targets) for r in results])]
+        curves[method] = np.array([[r.average_macs for r in results], [r.accuracy(targets) for r in results]])
     macs, accuracy = curves['search']
     gain = accuracy - interpolate(*curves['geometric'], macs)
     assert gain.mean() > 0.03 and gain.min() > -0.1
@@ -105,10 +105,11 @@ def test_search_beats_the_rule_on_new_images(families, test_images):
 @pytest.mark.parametrize('method', METHODS)
 def test_the_ends_hold_for_any_image(validation, method):
     logits, targets = validation
-    cheapest, full = solve_policies(logits[:, :300], targets[:300], MACS, [MACS[0], MACS[-1]], method)
+    cheapest, full = solve_policies(
+        logits[:, :300], targets[:300], MACS, [method], [MACS[0], MACS[-1]])[method]
     assert cheapest.exit_shares == (1., 0., 0., 0.) and cheapest.expected_macs == MACS[0]
     assert full.exit_shares == (0., 0., 0., 1.) and full.expected_macs == MACS[-1]
-    extreme = torch.stack([torch.zeros(6), 1000. * torch.eye(6)[0]]).expand(4, 2, 6)  # no idea, and all too sure
+    extreme = np.tile(np.stack([np.zeros(6), 1000. * np.eye(6)[0]]), (4, 1, 1))  # no confidence, and all of it
     assert simulate(cheapest, extreme, MACS).exit_index.tolist() == [0, 0]
     assert simulate(full, extreme, MACS).exit_index.tolist() == [3, 3]
 
@@ -117,8 +118,8 @@ def test_descent_raises_the_objective_to_a_point_that_no_single_exit_can_better(
     logits, targets = validation
     scores = Scores.from_logits(logits[:, :600], targets[:600], MACS, (1.,) * 4, 'max_softmax')
     price = prices()
-    start = torch.full((len(price), 3), 0.7)
-    found = descend(scores, torch.ones(600), start, sweeps=30)
+    start = np.full((len(price), 3), 0.7, np.float32)
+    found = descend(scores, np.ones(600, np.float32), start, sweeps=30)
 
     def objective(thresholds):
         return scores.average_values(thresholds) - price * scores.average_costs(thresholds)
@@ -127,7 +128,7 @@ def test_descent_raises_the_objective_to_a_point_that_no_single_exit_can_better(
     assert (best > objective(start) - 1e-6).all() and (best > objective(start) + 1e-3).any()
     for k in range(3):
         for step in (-0.1, -0.02, 0.02, 0.1):
-            moved = found.clone()
+            moved = found.copy()
             moved[:, k] += step
             # images that already left count a little too, hence not exactly 0
             assert (objective(moved) - best).max() < 5e-3
@@ -136,28 +137,30 @@ def test_descent_raises_the_objective_to_a_point_that_no_single_exit_can_better(
 def test_cross_validation_keeps_to_the_rule_where_going_on_is_worth_nothing():
     """All exits give the same answers: no thresholds are better than others, and none must look so."""
     logits, targets = exits_of_rising_skill(500, seed=5)
-    same = logits[:1].expand(4, -1, -1)
+    same = np.tile(logits[:1], (4, 1, 1))
     scores = Scores.from_logits(same, targets, MACS, (1.,) * 4, 'max_softmax')
-    scores = dataclasses.replace(scores, values=mixture_values(same.contiguous(), targets))
+    scores = dataclasses.replace(scores, values=mixture_values(same, targets))
     chosen, gains, _ = choose_mixtures(scores)
-    assert not chosen.any() and gains.abs().max() < 1e-6
+    assert not chosen.any() and np.abs(gains).max() < 1e-6
 
 
-def test_solving_twice_gives_the_same(validation):
+def test_solving_twice_gives_the_same_from_arrays_and_from_tensors(validation):
     logits, targets = validation
-    first, second = (solve_policies(logits[:, :300], targets[:300], MACS, [30e6]) for _ in range(2))
+    first, second = (solve_policies(logits[:, :300], targets[:300], MACS, ['search'], [30e6]) for _ in range(2))
     assert first == second
+    tensors = [torch.from_numpy(x).requires_grad_() for x in logits[:, :300]], torch.from_numpy(targets[:300])
+    assert first == solve_policies(*tensors, MACS, ['search'], [30e6])
 
 
 @pytest.mark.parametrize('measure', ['entropy', 'margin'])
 def test_other_measures_keep_budgets_too(validation, measure):
-    (policy,) = solve_policies(*validation, MACS, [30e6], 'geometric', measure)
+    (policy,) = solve_policies(*validation, MACS, ['geometric'], [30e6], measure)['geometric']
     assert policy.measure == measure and policy.expected_macs == pytest.approx(30e6, rel=0.003)
 
 
 def test_one_exit_takes_all():
     logits, targets = exits_of_rising_skill(100, seed=0)
-    (policy,) = solve_policies(logits[:1], targets, MACS[:1], [MACS[0]])
+    (policy,) = solve_policies(logits[:1], targets, MACS[:1], ['search'], [MACS[0]])['search']
     assert policy.thresholds == (0.,) and policy.exit_shares == (1.,)
 
 
@@ -176,14 +179,14 @@ def test_temperature_of_faultless_logits_is_bounded():
 
 
 def test_quantiles_turn_thresholds_into_ranks_and_back(validation):
-    confidences = validation[0].softmax(2).amax(2)
+    confidences = np.stack([confidence(x) for x in validation[0]])
     quantiles = Quantiles(confidences)
-    ranks = torch.tensor([[0., 0.25, 1.], [0.1, 0.5, 0.999]], dtype=torch.float64)
+    ranks = np.array([[0., 0.25, 1.], [0.1, 0.5, 0.999]])
     thresholds = quantiles.thresholds(ranks)
     assert thresholds[0, 0] == 0. and thresholds[0, 2] == NEVER
-    below = (confidences[:3, None] < thresholds.T.unsqueeze(2)).double().mean(2).T
-    torch.testing.assert_close(below, ranks, atol=1e-3, rtol=0)
-    torch.testing.assert_close(quantiles.ranks(thresholds), ranks, atol=1e-3, rtol=0)
+    below = (confidences[:3, None] < thresholds.T[:, :, None]).mean(2).T
+    np.testing.assert_allclose(below, ranks, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(quantiles.ranks(thresholds), ranks, atol=1e-3, rtol=0)
 
 
 def test_the_grid_goes_from_the_cheapest_exit_to_the_full_cost():
@@ -203,7 +206,8 @@ def test_stored_family_answers_budgets_between_the_grid(validation, test_images)
 
 def bad(validation, **changes):
     logits, targets = validation
-    return {**dict(logits=logits[:, :50], targets=targets[:50], exit_macs=MACS, budgets=[30e6]), **changes}
+    values = dict(logits=logits[:, :50], targets=targets[:50], exit_macs=MACS, methods=['search'], budgets=[30e6])
+    return {**values, **changes}
 
 
 @pytest.mark.parametrize('change, words', [
@@ -215,12 +219,12 @@ def bad(validation, **changes):
     (lambda v: dict(logits=v[0][:, :50, :1], targets=v[1][:50] * 0), 'single class'),
     (lambda v: dict(logits=[]), 'per exit'),
     (lambda v: dict(logits=[v[0][0, :50], v[0][1, :40]]), 'all alike'),
-    (lambda v: dict(logits=v[0][:, :50].clone().index_fill_(1, torch.tensor([3, 4]), float('nan'))), '2 of 50 images'),
+    (lambda v: dict(logits=np.where(np.isin(np.arange(50), [3, 4])[:, None], np.nan, v[0][:, :50])), '2 of 50 images'),
     (lambda v: dict(targets=v[1][:49]), 'one label per image'),
     (lambda v: dict(targets=v[1][:50] + 1), 'give whole numbers from 0 to 5'),
     (lambda v: dict(targets=v[1][:50] - 1), 'labels from -1'),
-    (lambda v: dict(targets=v[1][:50].float()), 'whole numbers'),
-    (lambda v: dict(method='guess'), "unknown method 'guess'"),
+    (lambda v: dict(targets=v[1][:50].astype(float)), 'whole numbers'),
+    (lambda v: dict(methods=['guess']), "unknown method 'guess'"),
     (lambda v: dict(measure='luck'), "unknown confidence measure 'luck'"),
 ])
 def test_bad_input_is_refused(validation, change, words):
