@@ -48,8 +48,6 @@ def doing(what: str):
     """Turns errors of the client into one clear line that begins with what was being done."""
     try:
         yield
-    except InputError:
-        raise
     except HUB_ERRORS as error:
         raise InputError(f'{what} failed: {explain(error)}') from error
 

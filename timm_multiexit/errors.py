@@ -1,9 +1,12 @@
-"""The exceptions for bad input: a message names what was given and what to do."""
+"""Errors in what the user gave: a message names it and says what to do."""
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used. The command line prints the message and exits with code 2."""
+class InputError(Exception):
+    """Something the user gave cannot be used. The command line prints the message and exits with code 2.
+
+    Not a ValueError: handlers of library errors must not catch it.
+    """
 
 
 class MissingFileError(InputError):
-    """A repository does not hold the file. It was reached: being unable to ask is an InputError of no such kind."""
+    """A repository was reached but lacks this file; one that cannot be reached is a plain `InputError`."""

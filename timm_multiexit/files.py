@@ -1,4 +1,7 @@
-"""Files written beside and renamed, so that an interruption leaves the old file or the new one, never half of one."""
+"""Atomic writes, and readers whose errors name the file.
+
+A file is written under another name in its folder and renamed: an interruption leaves the old one or the new one.
+"""
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -10,14 +13,15 @@ from .errors import InputError
 
 @contextmanager
 def written_beside(path: Union[str, Path]) -> Iterator[Path]:
-    """A path in the same folder to write to; it takes the place of `path` when the block ends without an error.
+    """A temporary path to write to, in the folder of `path`, which it replaces if the block ends without an error.
 
-    The suffix is kept, since writers of figures choose their format by it. Missing folders are made.
+    Missing folders are created.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be created or written to.
     """
     path = Path(path)
+    # With the same suffix: Matplotlib chooses the format by it.
     partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,12 +30,12 @@ def written_beside(path: Union[str, Path]) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"'{path}' cannot be written ({error.strerror or error}): choose another place") from error
     finally:
-        with suppress(OSError):  # renamed, or never made
+        with suppress(OSError):  # already renamed, or never written
             partial.unlink()
 
 
 def write_json(path: Union[str, Path], content: Any) -> None:
-    """Writes JSON with one indented line per entry of the outer levels and short lists on one line."""
+    """Writes JSON indented by two spaces, values that fit on one line of 120 columns unbroken."""
     with written_beside(path) as partial:
         partial.write_text(_format(content) + '\n', encoding='utf-8')
 
@@ -52,10 +56,10 @@ def read_json(path: Union[str, Path], what: str) -> Any:
 
     Args:
         path: The file.
-        what: What it should hold, for the error.
+        what: What the file is, for the error message.
 
     Raises:
-        InputError: it is not there, cannot be read, or is not JSON.
+        InputError: the file is missing, cannot be read, or is not JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
@@ -69,12 +73,12 @@ def read_yaml(path: Union[str, Path], what: str) -> Any:
 
     Args:
         path: The file.
-        what: What it should hold, for the error.
+        what: What the file is, for the error message.
 
     Raises:
-        InputError: it is not there, cannot be read, or is not YAML.
+        InputError: the file is missing, cannot be read, or is not YAML.
     """
-    import yaml  # stopping rules need this module, and run where YAML may be missing
+    import yaml  # not on top: devices run `stopping` without it
     try:
         return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -1,4 +1,4 @@
-"""What the package needs only for some of its commands, by the name of the extra that installs it."""
+"""Packages that only some commands need, by the extra that installs them."""
 import importlib.util
 from typing import List
 
@@ -11,16 +11,16 @@ EXTRAS = dict(
 
 
 def missing_packages(extra: str) -> List[str]:
-    """Packages of an extra that are not installed."""
+    """Packages of an extra that are not installed, by import name."""
     return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
 
 
 def require_extra(extra: str, what: str) -> None:
-    """Refuses what cannot work without an extra.
+    """Checks that the packages of an extra are installed.
 
     Args:
         extra: A key of `EXTRAS`.
-        what: Who asks, for the message.
+        what: The command or feature that needs them, for the error message.
 
     Raises:
         InputError: a package of the extra is not installed.

@@ -53,8 +53,6 @@ def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[I
             raise InputError(f"'{path}' has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million"
                              ) from None
         except (OSError, SyntaxError, ValueError, EOFError) as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"'{path}' is damaged or truncated ({error}): save it again") from None
 
 

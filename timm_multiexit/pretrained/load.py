@@ -73,8 +73,6 @@ def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str,
         return timm.create_model(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes, **kwargs)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"the teacher '{name}' cannot be loaded ({first_line(error)}): choose a teacher of timm's"
                          ) from error
 

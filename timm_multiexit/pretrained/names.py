@@ -36,8 +36,6 @@ def check_name(name: str) -> None:
             else:
                 raise InputError(f"unknown source '{source}:' in '{name}': use hf-hub: or local-dir:")
         except LOAD_ERRORS as error:
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"'{name}' cannot be read, {CONFIG_FILE}: {first_line(error)}") from error
         if not timm.is_model(arch):
             raise InputError(f"'{name}' holds a '{arch}', which this version does not know")
