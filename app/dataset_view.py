@@ -9,7 +9,7 @@ from image_view import at_cost, exit_positions, percent
 
 from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.stopping.costs import format_macs
-from timm_multiexit.stopping.policy import NEVER, ExitPolicy
+from timm_multiexit.stopping.policy import ExitPolicy
 
 
 def accuracy_range(curve: Curve) -> Tuple[float, float]:
@@ -103,14 +103,19 @@ def shares_picture(curve: Curve, config: ExitConfig, budget: float) -> str:
     """The network from left to right: how many images reach each exit, and how many leave there."""
     point = curve.at(budget)
     policy = config.policy_for(budget)
+    used = policy.exits_in_use
     n, macs = config.num_exits, config.exit_macs
     positions = exit_positions(macs, 0.82 / n)
     left, items = 1., []
     for k, share in enumerate(point.shares):
         start = positions[k - 1] if k else 0.
-        threshold = policy.thresholds[k]
-        short, words = ('rest', 'all remaining images') if k == n - 1 else ('off', 'not used') if threshold > 1. else (
-            f'≥ {threshold:.3f}', f'at a confidence of {threshold:.1%} or more')
+        if k not in used:
+            short, words = 'off', 'not used'
+        elif k == used[-1]:
+            short, words = 'rest', 'all remaining images'
+        else:
+            short = f'≥ {policy.thresholds[k]:.3f}'
+            words = f'at a confidence of {policy.thresholds[k]:.1%} or more'
         items.append(f"""
 <li class="exit ran" style="--from:{100 * start:.2f};--to:{100 * positions[k]:.2f};--left:{max(left, 0.):.4f};
   --p:{100 * share:.2f};--share:{share:.4f}">
@@ -155,7 +160,7 @@ def gallery(assets: Assets, policy: ExitPolicy) -> str:
             x, y = image.tile % assets.columns, image.tile // assets.columns
             tiles.append(f'<li><span class="tile{"" if correct else " wrong"}" role="img" style="--tx:{x};--ty:{y}" '
                          f'title="{escape(text)}" aria-label="{escape(text)}"></span></li>')
-        none = 'not used' if policy.thresholds[k] >= NEVER else 'none of these'
+        none = 'none of these' if k in policy.exits_in_use else 'not used'
         body = f'<ul>{"".join(tiles)}</ul>' if tiles else f'<p>{none}</p>'
         columns.append(f'<div class="leaving" data-exit="{k + 1}"><h4>exit {k + 1}</h4>{body}</div>')
     return f"""

@@ -11,7 +11,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.stopping.config import ExitConfig
-from timm_multiexit.stopping.policy import ExitPolicy
+from timm_multiexit.stopping.policy import ExitPolicy, leaves
 
 ASSETS = Path(__file__).resolve().parent / 'assets'
 SAMPLES = Path(timm_multiexit.__file__).resolve().parent / 'samples'
@@ -46,8 +46,8 @@ class GalleryImage:
 
     def exit_under(self, policy: ExitPolicy) -> int:
         """Index of the exit at which the image leaves."""
-        last = policy.num_exits - 1
-        return next((k for k in range(last) if self.confidences[k] >= policy.thresholds[k]), last)
+        stops = (k for k, threshold in enumerate(policy.thresholds[:-1]) if leaves(self.confidences[k], threshold))
+        return next(stops, policy.num_exits - 1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The model card: front matter and text, with every figure taken from what is stored beside the weights."""
+"""The model card: front matter and text. Every figure comes from the files stored beside the weights."""
 import sys
 from typing import Any, Dict, List, Union
 
@@ -44,7 +44,7 @@ _BUDGET_ROWS = 9
 
 
 def build_card(network: Network, organisation: str) -> ModelCard:
-    """The card of a network published in the name of an organisation."""
+    """The card of a network that an organisation publishes."""
     data = card_data(network)
     parts = [
         f'---\n{data.to_yaml()}\n---', f'# Model card for {network.name}', _what_it_is(network), _exits(network),
@@ -85,18 +85,18 @@ def _what_it_is(network: Network) -> str:
     module = sys.modules[type(network.model).__module__].__doc__.strip().splitlines()[0]
     size = ' x '.join(map(str, exits.input_size[1:]))
     rows = [
-        'An image classifier with several exits: classifiers along its depth, each of which gives an answer. An easy '
-        'image may leave early, a hard one goes on, and what an answer costs is known beforehand.',
+        'A multi-exit image classifier: it can answer at any of several classifiers (exits) along its depth. Easy '
+        'images stop early, hard ones use the whole network, and the cost of each exit is known in advance.',
         f'- **Architecture:** {module}']
     if cfg.get('paper_name'):
         rows.append(f"- **Paper:** [{cfg['paper_name']}]({cfg['origin_url']})")
     weights = sum(p.numel() for p in network.model.parameters())
     rows += [
-        f'- **Trained on:** {_dataset(network)[1]}, {network.model.num_classes} classes, images of {size} pixels',
+        f'- **Trained on:** {_dataset(network)[1]}, {network.model.num_classes} classes, {size} pixel images',
         f'- **Parameters:** {weights / 1e6:.2f} M',
         f'- **Exits:** {exits.num_exits}, from {format_macs(exits.exit_macs[0])} to '
-        f'{format_macs(exits.exit_macs[-1])} multiply-adds (MACs) for one image',
-        '- **Package:** `timm-multiexit`; importing it registers the architecture in timm']
+        f'{format_macs(exits.exit_macs[-1])} multiply-adds (MACs) per image',
+        '- **Package:** `timm-multiexit`, which registers the architecture in timm when imported']
     return rows[0] + '\n\n' + '\n'.join(rows[1:])
 
 
@@ -108,10 +108,10 @@ def _exits(network: Network) -> str:
         for e in network.results['exits']]
     head = ['exit', 'MACs', 'parameters', 'top-1 (%)', 'calibration error (%)', 'with temperature (%)', 'temperature']
     return (
-        f"## Exits\n\nMeasured on {network.results['test_images']:,} test images. Costs are cumulative: all that must "
-        "have run for that exit's answer. Temperatures were fitted on "
-        f"{network.results['validation_images']:,} validation images.\n\n{_table(head, rows)}\n\n"
-        '![Accuracy of each exit against its cost](anytime.png)')
+        f"## Exits\n\nMeasured on {network.results['test_images']:,} test images. Costs are cumulative, up to and "
+        f"including that exit. Temperatures were fitted on {network.results['validation_images']:,} validation images."
+        f"\n\n{_table(head, rows)}\n\n"
+        '![Accuracy and cost of each exit](anytime.png)')
 
 
 def _budgets(network: Network) -> str:
@@ -122,16 +122,16 @@ def _budgets(network: Network) -> str:
         shares = ' / '.join(f'{100 * s:.0f}' for s in point['exit_shares'])
         rows.append([
             format_macs(point['budget']), format_macs(point['average_macs']), f"{point['accuracy']:.2f}", shares])
-    head = ['average budget', 'average MACs on test', 'top-1 (%)', 'images leaving at each exit (%)']
+    head = ['average budget', 'average MACs on the test set', 'top-1 (%)', 'images leaving at each exit (%)']
     fast, gains = '', network.results.get('comparison', {})
     if network.exits.fast_policies and 'mean_gain_fast' in gains:
-        fast = (' A second family, `policy_for(budget, fast=True)`, asks fewer exits, which takes less time at equal '
-                f'cost; its accuracy differs by {gains["mean_gain_fast"]:+.2f} points on average and by '
+        fast = (' A second set of thresholds, `policy_for(budget, fast=True)`, evaluates fewer exits and is faster '
+                f'at equal cost; its accuracy differs by {gains["mean_gain_fast"]:+.2f} points on average and by '
                 f"{gains['smallest_gain_fast']:+.2f} at worst.")
     return (
-        '## Average budgets\n\nThe thresholds come with the weights: each was set on validation images for its '
-        f'budget, and measured on the test set.{fast}\n\n{_table(head, rows)}\n\n'
-        '![Accuracy against average cost](budgeted.png)')
+        '## Average budgets\n\nThresholds for these budgets are stored with the weights. They were chosen on '
+        f'validation images and measured on the test set.{fast}\n\n{_table(head, rows)}\n\n'
+        '![Accuracy and average cost](budgeted.png)')
 
 
 def _table(head: List[str], rows: List[List[str]]) -> str:
@@ -147,7 +147,7 @@ from PIL import Image
 image = Image.open(files('timm_multiexit') / 'samples' / 'cifar10_test_0001_ship.png')
 """
 
-# timm's three ways to use a network, with the import of this package, then this package's own two.
+# The three ways that timm's own cards show, then two of this package.
 _SNIPPETS = {
     'Image classification': """model = timm.create_model('{place}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
@@ -159,8 +159,8 @@ top3_probabilities, top3_classes = output.softmax(1).topk(3)
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
 with torch.inference_mode():
     maps = model(transform(image).unsqueeze(0))
-for one in maps:  # the map that each exit reads, shallow to deep
-    print(one.shape)
+for feature_map in maps:  # the input of each exit, shallow to deep
+    print(feature_map.shape)
 """,
     'Image embeddings': """model = timm.create_model('{place}', pretrained=True, num_classes=0).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
@@ -173,13 +173,13 @@ with torch.inference_mode():
     for exit_index, logits in enumerate(model.iter_exits(transform(image).unsqueeze(0))):
         probability, label = logits.softmax(1).max(1)
         if probability > 0.9:
-            break  # nothing deeper was computed
+            break  # deeper stages do not run
 """,
     'Budgeted classification': """from timm_multiexit import load_exit_config
 
 model = timm.create_model('{place}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-policy = load_exit_config('{place}').policy_for(average_budget={budget})  # multiply-adds for an image
+policy = load_exit_config('{place}').policy_for(average_budget={budget})  # multiply-adds per image
 with torch.inference_mode():
     for exit_index, logits in enumerate(model.iter_exits(transform(image).unsqueeze(0))):
         if policy.decide(exit_index, logits).leaves:
@@ -194,7 +194,7 @@ def _usage(network: Network, place: str) -> str:
     budget = f'{policies[len(policies) // 2].budget:.3g}' if policies else ''
     values = dict(place=place, features=network.model.num_features, budget=budget)
     parts = [
-        '## Usage', 'Install the package `timm-multiexit` first, from a clone: `python -m pip install .`']
+        '## Usage', 'Install `timm-multiexit` from a clone first: `python -m pip install .`']
     for title, code in _SNIPPETS.items():
         if 'budget}' in code and not policies:
             continue
@@ -268,15 +268,14 @@ def _teachers(names: Union[str, List[str]]) -> str:
 def _limits(network: Network) -> str:
     size = ' x '.join(map(str, network.exits.input_size[1:]))
     return (
-        f'## Limits\n\n- It knows the {network.model.num_classes} classes of {_dataset(network)[1]} and names one of '
-        f'them for any image. Images are resized to {size} pixels.\n'
-        '- Costs count the multiply-adds of convolutions and linear layers; they are no running time, which depends '
-        'on the machine and the batch.\n'
-        '- An average budget is kept on images like those on which the thresholds were set. On harder ones fewer '
-        'leave early and the average rises.\n'
-        '- Confidence is no promise: an early exit can be sure and wrong. On images of another kind it is not '
-        'calibrated.\n'
-        '- One training run was measured; the spread between runs is not known.')
+        f'## Limits\n\n- It assigns every image to one of the {network.model.num_classes} classes of '
+        f'{_dataset(network)[1]}. Images are resized to {size} pixels.\n'
+        '- Costs count the multiply-adds of convolutions and linear layers. Latency also depends on the machine and '
+        'the batch size.\n'
+        '- An average budget holds for images like the validation images. If images are harder, fewer stop early and '
+        'the average cost rises.\n'
+        '- An early exit can be confident and wrong, and confidence is not calibrated on other kinds of images.\n'
+        '- Accuracy is of one training run; the variance between runs was not measured.')
 
 
 def _citation(network: Network) -> str:

@@ -1,4 +1,4 @@
-"""A trained network as it is published: its weights and all that is stored beside them, read and checked."""
+"""A trained network to publish: its weights and the files beside them, read and checked."""
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from timm_multiexit.pretrained.names import check_name, list_networks
 from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, History
 
-# The one place of the name under which everything is published; `--org` overrides it.
+# Default owner of everything that is published; `--org` overrides it.
 ORGANISATION = 'timm-multiexit'
 
 _MADE_BY = {
@@ -27,21 +27,22 @@ _MADE_BY = {
     RECIPE_NAME: 'give the folder final/ of a run of train_timm.py',
     STEPS_NAME: 'give the folder final/ of a run of train_timm.py',
     LOG_NAME: 'give the folder final/ of a run of train_timm.py',
-    FILE_NAME: 'make it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
-    'results.json': 'make it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
+    FILE_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
+    'results.json':
+        'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
 }
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, from a folder of the package or of a user.
+    """A network with its weights, from the package or a user's folder.
 
     Attributes:
-        name: 'arch.tag', the repository's name.
+        name: 'arch.tag', also the repository's name.
         folder: Holds model.safetensors, multiexit.json, results.json, recipe.yaml, history.yaml and history.csv.
         model: With these weights, in eval mode.
         exits: Costs and policies.
-        results: Of timm-multiexit evaluate.
+        results: From timm-multiexit evaluate.
         recipe: Options of train_timm.py.
         history: The runs that led to it, and itself.
         packaged: Whether the weights come with the package.
@@ -66,33 +67,33 @@ class Network:
 
 
 def packaged_networks():
-    """Names 'arch.tag' of the networks whose weights come with the package."""
+    """Names 'arch.tag' of the networks with weights in the package."""
     return list_networks(pretrained=True)
 
 
 def read_network(given: str, name: str = '') -> Network:
-    """Reads a network to publish and checks that all that is stored beside the weights belongs to them.
+    """Reads a network to publish and checks that the files beside the weights belong to them.
 
     Args:
         given: 'arch.tag' of the package, or a folder.
-        name: Repository name in place of the recipe's arch and data set; for folders.
+        name: Repository name for a folder; '' for the recipe's architecture and dataset.
 
     Raises:
-        InputError: unknown name, something is missing, or does not fit the rest.
+        InputError: unknown name, a missing file, or files that do not belong together.
     """
     folder = Path(given)
     packaged = not folder.is_dir()
     if packaged:
         if '/' in given or '\\' in given:
-            raise InputError(f"'{given}' is no folder: give one with {WEIGHTS_FILE}, or a name like arch.tag")
+            raise InputError(f"'{given}' is not a folder: give one with {WEIGHTS_FILE}, or a name like arch.tag")
         check_name(given)
         if given not in packaged_networks():
-            trained = ', '.join(packaged_networks()) or 'none so far'
-            raise InputError(f"no weights for '{given}' come with the package: give a folder, or one of {trained}")
+            trained = ', '.join(packaged_networks()) or 'none yet'
+            raise InputError(f"the package holds no weights for '{given}': give a folder, or one of {trained}")
         folder = WEIGHTS_DIR / given
     for required, remedy in _MADE_BY.items():
         if not (folder / required).is_file():
-            raise InputError(f"'{folder}' holds no {required}: {remedy}")
+            raise InputError(f"'{folder}' has no {required}: {remedy}")
     recipe = _read_recipe(folder / RECIPE_NAME)
     results = read_json(folder / 'results.json', 'results')
     exits = ExitConfig.load(folder / FILE_NAME)
@@ -102,7 +103,7 @@ def read_network(given: str, name: str = '') -> Network:
     elif not name:
         name = _default_name(recipe)
     if not re.fullmatch(r'\w+\.[\w-]+', name):
-        raise InputError(f"repository name '{name}': write it as ARCH.TAG, like msfuse_cifar.flowers")
+        raise InputError(f"'{name}' is not a repository name: give ARCH.TAG, like msfuse_cifar.flowers")
     model = _load(folder / WEIGHTS_FILE, name if packaged else str(recipe['model']), recipe, packaged)
     network = Network(name, folder, model, exits, results, recipe, history, packaged)
     _check(network)
@@ -112,14 +113,14 @@ def read_network(given: str, name: str = '') -> Network:
 def _read_recipe(path: Path) -> Dict[str, Any]:
     recipe = read_yaml(path, 'recipe')
     if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
-        raise InputError(f"'{path}' is no recipe, it names no model and dataset: give a run's own")
+        raise InputError(f"'{path}' is not a recipe, it names no model and dataset: give the run's own recipe")
     return recipe
 
 
 def _default_name(recipe: Dict[str, Any]) -> str:
     kind, _, dataset = str(recipe['dataset']).rpartition('/')
-    if not kind:  # 'folder' says nothing
-        raise InputError(f"data set '{recipe['dataset']}' gives the repository no name: pass --name ARCH.TAG")
+    if not kind:  # 'folder' names no dataset
+        raise InputError(f"dataset '{recipe['dataset']}' gives no repository name: pass --name ARCH.TAG")
     return f"{str(recipe['model']).partition('.')[0]}.{dataset}"
 
 
@@ -131,7 +132,7 @@ def _load(path: Path, name: str, recipe: Dict[str, Any], packaged: bool) -> Mult
         state = load_file(path)
         num_classes = len(state['exits.0.fc.weight'])
         kwargs = {} if packaged else dict(recipe.get('model_kwargs') or {})
-        # The name that was trained, so that mean and deviation are those of the training.
+        # The name used in training, for its mean and standard deviation.
         model = timm.create_model(name, **{**kwargs, 'num_classes': num_classes})
         model.load_state_dict(state)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
@@ -146,24 +147,24 @@ def _check(network: Network) -> None:
     network.exits.check_network(network.model)
     costs = exit_costs(network.model, network.exits.input_size)
     if tuple(costs.macs) != network.exits.exit_macs:
-        raise InputError(f"{FILE_NAME} of '{network.folder}' holds other costs than its network: calibrate it again")
+        raise InputError(f"the costs in {FILE_NAME} of '{network.folder}' are not the network's: calibrate it again")
     results = network.results
     needed = {'exits', 'budgeted', 'test_images', 'validation_images', 'dataset'}
     if not isinstance(results, dict) or not needed <= results.keys():
-        raise InputError(f"results.json of '{network.folder}' is not of timm-multiexit evaluate: evaluate it again")
+        raise InputError(f"results.json of '{network.folder}' is not from timm-multiexit evaluate: evaluate it again")
     if [e['macs'] for e in results['exits']] != list(costs.macs):
         raise InputError(f"results.json of '{network.folder}' is of another network: evaluate it again")
 
 
 def same_images(model: MultiExitNet, count: int = 4) -> torch.Tensor:
-    """Fixed images (count, C, H, W) to compare two copies of a network on."""
+    """Fixed images (count, C, H, W) for comparing two copies of a network."""
     size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     return torch.rand((count, *size), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
 def differences(ours: MultiExitNet, theirs: torch.nn.Module) -> int:
-    """Number of exits whose logits differ in any bit between two copies of a network."""
+    """Number of exits whose logits differ between two copies of a network, bit for bit."""
     images = same_images(ours)
     if not isinstance(theirs, MultiExitNet) or theirs.num_exits != ours.num_exits:
         return ours.num_exits

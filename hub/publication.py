@@ -1,4 +1,4 @@
-"""The folder that becomes a model repository: built from what is stored beside the weights, then checked."""
+"""The model repository: built from the files beside the weights, then checked."""
 import hashlib
 import json
 import shutil
@@ -30,18 +30,18 @@ CARD = 'README.md'
 
 
 def build_folder(network: Network, folder: Path, organisation: str) -> Path:
-    """Writes the repository of a network: the same bytes for the same network, so that pushing it again is no change.
+    """Writes the repository of a network. The output is deterministic, so pushing it again changes nothing.
 
     Args:
         network: What to publish.
-        folder: Where; it is made if need be.
-        organisation: In whose name, for the snippets of the card.
+        folder: Where to write; created if missing.
+        organisation: Owner of the repository, for the snippets in the card.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: the figures cannot be drawn, matplotlib is not installed.
+        InputError: matplotlib, which draws the figures, is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
@@ -57,11 +57,11 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
 
 
 def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
-    """timm's config.json with our one key.
+    """timm's config.json with the key `multiexit`.
 
     Args:
         network: What to publish.
-        scratch: File that timm writes on the way.
+        scratch: Temporary file that timm writes.
     """
     cfg = dict(tag=network.tag, classifier=[f'exits.{k}.fc' for k in range(network.model.num_exits)])
     extra = {CONFIG_KEY: network.exits.to_dict()}
@@ -70,40 +70,40 @@ def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
     save_config_for_hf(network.model, str(scratch), model_config=dict(pretrained_cfg=cfg, **extra))
     config = json.loads(scratch.read_text(encoding='utf-8'))
     if not network.exits.class_names and not network.packaged:
-        config['pretrained_cfg'].pop('label_names', None)  # those of the architecture's cfg, not of the user's data
+        config['pretrained_cfg'].pop('label_names', None)  # they are the cfg's, not the user's
     return config
 
 
 def _figures(results: Dict[str, Any]) -> Dict[str, 'Figure']:
-    """The figures of a repository, by file name; raises InputError where matplotlib is not installed."""
-    require_extra('plots', 'a model repository')  # the Space has no figures and does without
+    """The figures of a repository, by file name; InputError if matplotlib is not installed."""
+    require_extra('plots', 'a model repository')  # the Space needs no figures
     from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
     return {'anytime.png': anytime_figure(results), 'budgeted.png': budgeted_figure(results)}
 
 
 def _portable_recipe(path: Path) -> str:
-    """The recipe as it stands, unless it names files of the machine it ran on: their names alone are published."""
+    """The recipe unchanged, except that absolute paths are reduced to file names."""
     text = path.read_text(encoding='utf-8')
     recipe = yaml.safe_load(text)
     return text if portable(recipe) == recipe else yaml.safe_dump(portable(recipe), sort_keys=False)
 
 
 def check_folder(network: Network, folder: Path) -> str:
-    """Loads the folder back as a user would, compares the logits, and has the card checked.
+    """Loads the folder as a user would, compares the logits, and validates the card.
 
     Returns:
-        A note if the Hub's validator could not be asked, else ''.
+        A note if the Hub's validator could not be reached, else ''.
 
     Raises:
-        InputError: what is in the folder is not the network, or the card is not valid.
+        InputError: the folder does not reproduce the network, or the card is not valid.
     """
     place = f'local-dir:{folder}'
     differing = differences(network.model, timm.create_model(place, pretrained=True))
     if differing:
         raise InputError(f'{network.name} loaded from its folder differs in the logits of {differing} exits: '
-                         'its config.json does not describe these weights')
+                         'config.json does not match the weights')
     if load_exit_config(place) != network.exits:
-        raise InputError(f'{network.name}: the policies in its config.json are not the stored ones')
+        raise InputError(f'{network.name}: config.json does not hold the stored policies')
     card = ModelCard.load(folder / CARD)
     parsed = card.data.eval_results or []
     measured = [e['accuracy'] for e in network.results['exits']]
@@ -113,23 +113,23 @@ def check_folder(network: Network, folder: Path) -> str:
 
 
 def validate_card(card: ModelCard, repo_type: str = 'model') -> str:
-    """Asks the Hub's own validator.
+    """Validates a card with the Hub's own validator.
 
     Returns:
-        A note if it could not be asked, else ''.
+        A note if it could not be reached, else ''.
 
     Raises:
-        InputError: it refuses the card.
+        InputError: it rejects the card.
     """
     try:
         card.validate(repo_type=repo_type)
     except (HfHubHTTPError, HTTPError) as error:
-        return f"the card was not checked by the Hub's validator: {explain(error)}"
+        return f"the Hub did not validate the card: {explain(error)}"
     except ValueError as error:
-        raise InputError(f'the Hub refuses the front matter of the card: {error}') from error
+        raise InputError(f'the Hub rejects the front matter of the card: {error}') from error
     return ''
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """SHA-256 of a file, in hex."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

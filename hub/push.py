@@ -1,12 +1,12 @@
 """Publishes trained networks and the app on the Hugging Face Hub.
 
-    python hub/push.py                                     # every network whose weights come with the package
+    python hub/push.py                                     # every network with weights in the package
     python hub/push.py msfuse_cifar.cifar10 --dry-run      # what would be sent
     python hub/push.py RUNS/mine/final --org me            # a checkpoint of train_timm.py
     python hub/push.py --space                             # the app
 
-Each repository is built in a temporary folder, loaded back from there and compared, sent in one commit, and loaded
-back from the Hub. Run again without a change, it makes no commit. The token is huggingface_hub's: `hf auth login` or
+Each repository is built in a temporary folder, loaded from there and compared, uploaded in one commit, then loaded from
+the Hub and compared again. If nothing changed, no commit is made. The token is huggingface_hub's: `hf auth login` or
 HF_TOKEN.
 """
 import argparse
@@ -31,45 +31,45 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         prog='push.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='*', metavar='MODEL',
                         help='arch.tag of the package, or a folder with model.safetensors, recipe.yaml, history.yaml, '
-                             'history.csv, multiexit.json and results.json (default: all of the package)')
+                             'history.csv, multiexit.json and results.json (default: all in the package)')
     parser.add_argument('--org', default=ORGANISATION, metavar='O', help='organisation or user (default: %(default)s)')
     parser.add_argument('--name', default='', metavar='ARCH.TAG',
-                        help="repository name for a folder (default: the recipe's architecture and data set)")
+                        help="repository name for a folder (default: the recipe's architecture and dataset)")
     parser.add_argument('--space', action='store_true', help='push the app, and networks only if named')
-    parser.add_argument('--dry-run', action='store_true', help='show what would be sent, and send nothing')
-    parser.add_argument('--revision', default=None, metavar='R', help='branch, made if need be (default: main)')
-    parser.add_argument('--private', action='store_true', help='a repository that is made is private')
+    parser.add_argument('--dry-run', action='store_true', help='show what would be uploaded, upload nothing')
+    parser.add_argument('--revision', default=None, metavar='R', help='branch, created if missing (default: main)')
+    parser.add_argument('--private', action='store_true', help='create repositories as private')
     args = parser.parse_args(argv)
     if args.name and (len(args.models) != 1 or not Path(args.models[0]).is_dir()):
-        parser.error('--name goes with one MODEL that is a folder; a packaged network keeps its name')
+        parser.error('--name needs exactly one MODEL, a folder; networks of the package keep their names')
     return args
 
 
 def show(changes: List[Change]) -> None:
-    """One line a file: what happens to it, bytes, SHA-256, path."""
+    """Prints one line per file: action, bytes, SHA-256, path."""
     for c in changes:
         print(f"  {c.action:<8}{c.size:>12,}  {c.digest or '-':<64}  {c.path}")
 
 
 def show_plan(api: HfApi, target: Target, folder: Path) -> None:
-    """What a push would do, file by file."""
+    """Prints what a push would do, file by file."""
     note, remote = '', {}
     try:
         commit, remote = remote_files(api, target)
-        note = f'there: commit {commit[:12]}' if commit else 'not there yet'
+        note = f'at commit {commit[:12]}' if commit else 'does not exist yet'
     except HUB_ERRORS as error:
-        note = f'compared with nothing: {explain(error)}'
+        note = f'not compared: {explain(error)}'
     changes = compare(folder, remote)
     print(f'{target.repo_type} {target} ({note})')
     show(changes)
     sent = [c for c in changes if c.action in ('add', 'replace')]
-    print(f"  would be sent: {len(sent)} files, {sum(c.size for c in sent):,} bytes"
-          f"{'; in one commit' if any(c.action != 'keep' for c in changes) else '; no commit, nothing differs'}")
+    print(f"  to upload: {len(sent)} files, {sum(c.size for c in sent):,} bytes"
+          f"{' in one commit' if any(c.action != 'keep' for c in changes) else '; no change, no commit'}")
 
 
 def push(args: argparse.Namespace, api: HfApi, target: Target, folder: Path,
          verify: Callable[[Target, str], None]) -> None:
-    """Sends a folder that was checked, and verifies what the Hub then holds."""
+    """Uploads a checked folder, then verifies the repository."""
     if args.dry_run:
         show_plan(api, target, folder)
         return
@@ -82,7 +82,7 @@ def push(args: argparse.Namespace, api: HfApi, target: Target, folder: Path,
 
 
 def push_network(args: argparse.Namespace, api: HfApi, network: Network) -> None:
-    """Builds, checks, sends and verifies one network."""
+    """Builds, checks, uploads and verifies one network."""
     with TemporaryDirectory() as scratch:
         folder = build_folder(network, Path(scratch) / network.name, args.org)
         report(check_folder(network, folder))
@@ -91,7 +91,7 @@ def push_network(args: argparse.Namespace, api: HfApi, network: Network) -> None
 
 
 def push_space(args: argparse.Namespace, api: HfApi) -> None:
-    """Builds, checks, sends and verifies the app."""
+    """Builds, checks, uploads and verifies the app."""
     with TemporaryDirectory() as scratch:
         folder = build_space(Path(scratch) / SPACE, args.org)
         report(check_space(folder))
@@ -105,15 +105,15 @@ def report(note: str) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Runs the command; returns the exit code: 0, 2 for what cannot be done, 130 when interrupted."""
+    """Runs the command; returns the exit code: 0, 2 on an error, 130 when interrupted."""
     args = parse_args(argv)
     try:
         if not args.dry_run:
             require_token()
         names = args.models or ([] if args.space else packaged_networks())
         if not names and not args.space:
-            raise InputError('no weights come with this package yet: name a folder')
-        # All are read before the first is sent: a mistake in the last should not leave some published.
+            raise InputError('this package holds no weights: name a folder')
+        # Read all before uploading the first, so that an error in the last publishes nothing.
         networks = [read_network(name, args.name) for name in names]
         api = HfApi(library_name='timm-multiexit', library_version=__version__)
         for network in networks:
@@ -123,7 +123,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except InputError as error:
         print(f'push.py: error: {error}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # a commit is one request: nothing is left half published
+    except KeyboardInterrupt:  # a commit is one request, so nothing is half published
         print('interrupted', file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""The folder that becomes the Space: the app at its top, the package beside it, and what both need."""
+"""The Space: the app at the top, the package beside it, and their requirements."""
 import shutil
 import subprocess
 import sys
@@ -15,29 +15,29 @@ from timm_multiexit.errors import InputError
 PROJECT = Path(__file__).resolve().parent.parent
 SPACE = 'timm-multiexit-app'
 
-# Caches, stubs that gradio writes while it runs, and the tools that only the maker of the app runs.
+# Caches, stubs that gradio writes at run time, and the development tools.
 _LEFT_OUT = shutil.ignore_patterns('__pycache__', '.*', '*.pyi', 'tools')
 
-# Spaces have no GPU by default; PyPI's Linux wheels of torch bring gigabytes of CUDA libraries.
+# Spaces have no GPU by default; the default Linux wheels of torch bring gigabytes of CUDA libraries.
 _TORCH_INDEX = '--extra-index-url https://download.pytorch.org/whl/cpu'
 
 
 def build_space(folder: Path, organisation: str, app: Path = PROJECT / 'app') -> Path:
-    """Writes the Space: the app's files at the top and the package with its weights as a folder beside them.
+    """Writes the Space: the app's files at the top and the package with its weights in a folder beside them.
 
-    The package is sent along, so that the Space shows the very state it was pushed from; what it needs is installed
-    there from requirements.txt, and gradio by the SDK version that the front matter names.
+    The package is included so that the Space runs exactly the version it was pushed from. Its dependencies are listed
+    in requirements.txt; gradio comes with the SDK version in the front matter.
 
     Args:
         folder: Where to write.
-        organisation: Whose networks the Space is linked with.
+        organisation: Owner of the networks that the Space links to.
         app: The app's folder.
 
     Raises:
-        InputError: the app is not there, or its front matter cannot be read.
+        InputError: no app, or its front matter cannot be read.
     """
     if not (app / CARD).is_file():
-        raise InputError(f"'{app}' holds no {CARD} with a Space's front matter: run this from a clone of the project")
+        raise InputError(f"'{app}' has no {CARD} with a Space's front matter: run this from a clone of the project")
     shutil.copytree(app, folder, ignore=_LEFT_OUT, dirs_exist_ok=True)
     shutil.copytree(PROJECT / 'timm_multiexit', folder / 'timm_multiexit', ignore=_LEFT_OUT, dirs_exist_ok=True)
     shutil.copyfile(PROJECT / 'LICENSE', folder / 'LICENSE')
@@ -58,10 +58,10 @@ def _load_card(folder: Path) -> SpaceCard:
 
 
 def check_space(folder: Path) -> str:
-    """Checks the front matter, and that the package is found in the folder as it will be on the Space.
+    """Checks the front matter, and that the package is imported from the folder, as on the Space.
 
     Returns:
-        A note if the Hub's validator could not be asked, else ''.
+        A note if the Hub's validator could not be reached, else ''.
 
     Raises:
         InputError: the Space would not start.
@@ -72,13 +72,13 @@ def check_space(folder: Path) -> str:
         raise InputError(f"the front matter of the app's {CARD} must hold sdk: gradio and sdk_version")
     app_file = values.get('app_file') or ''
     if not (folder / app_file).is_file():
-        raise InputError(f"the front matter of the app's {CARD} names app_file '{app_file}', which is not there")
+        raise InputError(f"the front matter of the app's {CARD} names app_file '{app_file}', which does not exist")
     found = subprocess.run(
         [sys.executable, '-c', 'import timm_multiexit; print(timm_multiexit.__file__)'], cwd=folder,
         capture_output=True, text=True)
     lines = found.stdout.split()
     if found.returncode or not lines or folder.resolve() not in Path(lines[-1]).resolve().parents:
-        reason = (found.stderr.splitlines() or ['another copy is found'])[-1]
+        reason = (found.stderr.splitlines() or ['another copy is imported'])[-1]
         raise InputError(f'the package does not import in the Space: {reason}')
     for cache in folder.rglob('__pycache__'):
         shutil.rmtree(cache)

@@ -1,4 +1,4 @@
-"""A folder against a repository of the Hub: what differs, one commit that makes it equal, and the check afterwards."""
+"""Uploads a folder to the Hub: compare, one commit, verify."""
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ _KEPT = ('.gitattributes',)  # the Hub's own
 
 @dataclass(frozen=True)
 class Target:
-    """Where to: 'ORG/NAME', its type ('model' or 'space'), a branch, and whether a new repository is private."""
+    """A repository 'ORG/NAME', its type ('model' or 'space'), a branch, and whether to create it as private."""
 
     repo_id: str
     repo_type: str = 'model'
@@ -35,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Change:
-    """One file: what happens to it ('add', 'replace', 'keep', 'delete'), bytes, and SHA-256 ('' if deleted)."""
+    """One file: the action ('add', 'replace', 'keep', 'delete'), bytes, and SHA-256 ('' if deleted)."""
 
     action: str
     path: str
@@ -45,7 +45,7 @@ class Change:
 
 @contextmanager
 def doing(what: str):
-    """Turns errors of the client into one clear line that begins with what was being done."""
+    """Turns errors of the client into one line that begins with what was being done."""
     try:
         yield
     except HUB_ERRORS as error:
@@ -53,10 +53,10 @@ def doing(what: str):
 
 
 def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
-    """What it takes to make a repository's files equal to a folder's, by their hashes.
+    """The changes that make a repository equal to a folder, from the files' hashes.
 
     Args:
-        folder: The files.
+        folder: The local files.
         remote: The repository's files by path, from `remote_files`.
     """
     changes = []
@@ -77,7 +77,7 @@ def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
 
 
 def remote_files(api: HfApi, target: Target) -> Tuple[Optional[str], Dict[str, RepoFile]]:
-    """The commit that a branch stands at, and its files by path; None and nothing if there is no such branch yet."""
+    """The head commit of a branch and its files by path; None and {} if the branch does not exist yet."""
     where = dict(repo_type=target.repo_type, revision=target.revision)
     try:
         commit = api.repo_info(target.repo_id, **where).sha
@@ -91,27 +91,27 @@ def remote_files(api: HfApi, target: Target) -> Tuple[Optional[str], Dict[str, R
 
 
 def require_token() -> None:
-    """Checks that there is a token, where huggingface_hub looks for it.
+    """Checks that huggingface_hub finds a token.
 
     Raises:
-        InputError: there is none.
+        InputError: it finds none.
     """
     if not get_token():
         raise InputError('no token for the Hub: log in with `hf auth login` or set HF_TOKEN')
 
 
 def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, bool]:
-    """Makes a repository's files equal to a folder's in one commit: all of it is published or nothing.
+    """Makes a repository equal to a folder in one commit: everything is published or nothing.
 
-    A repository or branch that is not there yet is made. If nothing differs, no commit is made.
+    A missing repository or branch is created. If nothing differs, no commit is made.
 
     Returns:
-        The commit that the branch stands at, and whether it is new.
+        The head commit of the branch, and whether it is new.
 
     Raises:
-        InputError: what failed, why, and what to do. The branch then stands where it stood.
+        InputError: what failed, why, and what to do. The branch is then unchanged.
     """
-    with doing(f'making the repository {target.repo_id}'):
+    with doing(f'creating the repository {target.repo_id}'):
         api.create_repo(
             target.repo_id, repo_type=target.repo_type, private=target.private or None, exist_ok=True,
             space_sdk='gradio' if target.repo_type == 'space' else None)
@@ -120,7 +120,7 @@ def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, b
     with doing(f'reading the repository {target}'):
         parent, remote = remote_files(api, target)
     if parent is None:
-        raise InputError(f'the Hub does not show the repository {target} that it has just made: run this again')
+        raise InputError(f'the Hub does not show the repository {target} that it just created: run this again')
     operations = []
     for change in compare(folder, remote):
         if change.action in ('add', 'replace'):
@@ -130,8 +130,8 @@ def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, b
     if not operations:
         return parent, False
     with doing(f'uploading to {target} (nothing was published)'):
-        # The parent makes the Hub refuse the commit if someone else's came between. With one thread an error is the
-        # first one: with several, one closes the connection under the others, which then report that.
+        # parent_commit makes the Hub refuse the commit if the branch has moved. One thread, so that the error reported
+        # is the first: with several, one closes the connection of the others, which then report that.
         info = api.create_commit(
             target.repo_id, operations, commit_message=message, repo_type=target.repo_type, revision=target.revision,
             parent_commit=parent, num_threads=1)
@@ -139,20 +139,20 @@ def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, b
 
 
 def verify_files(api: HfApi, target: Target, folder: Path) -> None:
-    """Checks by their hashes that the repository's files are the folder's.
+    """Checks by hash that the repository holds the folder's files.
 
     Raises:
-        InputError: they are not, or the Hub cannot be asked.
+        InputError: it does not, or the Hub cannot be reached.
     """
     with doing(f'published, but checking {target} afterwards'):
         _, remote = remote_files(api, target)
     wrong = [c.path for c in compare(folder, remote) if c.action != 'keep']
     if wrong:
-        raise InputError(f"published, but {', '.join(wrong)} of {target} is not what was sent: run this again")
+        raise InputError(f"published, but {', '.join(wrong)} of {target} differs from the upload: run this again")
 
 
 def verify_network(target: Target, commit: str, network: Network) -> None:
-    """Loads a published network as a user would, past the cache, and compares every exit's logits and the policies.
+    """Loads a published network as a user would, with an empty cache, and compares all logits and the policies.
 
     Raises:
         InputError: it cannot be loaded, or differs.
@@ -163,5 +163,5 @@ def verify_network(target: Target, commit: str, network: Network) -> None:
         exits = ExitConfig.load(config)
     differing = differences(network.model, loaded)
     if differing or exits != network.exits:
-        what = f'{differing} exits give other logits' if differing else 'it holds other policies'
+        what = f'the logits of {differing} exits differ' if differing else 'the policies differ'
         raise InputError(f'published, but hf-hub:{target} is not {network.name}: {what}')

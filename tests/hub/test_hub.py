@@ -1,4 +1,4 @@
-"""hub/push.py and loading from the Hub: the real client against a small Hub on a real socket."""
+"""hub/push.py and loading from the Hub, with the real client against a small Hub on a real socket."""
 import json
 import re
 
@@ -71,7 +71,7 @@ def test_new_weights_make_one_commit_and_stale_files_go(client, server, final, b
     save_file(state, changed / 'model.safetensors')
     shown = client.push(changed, '--dry-run').ok().out
     assert re.search(r'replace .* model.safetensors', shown) and re.search(r'delete .* old.txt', shown)
-    assert re.search(r'keep .* config.json', shown) and 'would be sent: 1 files' in shown
+    assert re.search(r'keep .* config.json', shown) and 'to upload: 1 files' in shown
     before = len(server.commits(REPO))
     client.push(changed).ok()
     assert len(server.commits(REPO)) == before + 1
@@ -80,7 +80,7 @@ def test_new_weights_make_one_commit_and_stale_files_go(client, server, final, b
     assert now['model.safetensors'] == (changed / 'model.safetensors').read_bytes()
 
 
-def test_second_revision_stands_beside_main(client, server, final, built, tmp_path):
+def test_a_second_revision_beside_main(client, server, final, built, tmp_path):
     server.put(REPO, built)
     changed = copy_of(final, tmp_path)
     config = json.loads((changed / 'multiexit.json').read_text())
@@ -140,12 +140,12 @@ except InputError as error:
     assert not server.requests
 
 
-def test_dry_run_shows_what_would_be_sent_and_sends_nothing(client, server, final, built):
+def test_dry_run_shows_the_changes_and_uploads_nothing(client, server, final, built):
     import hashlib
     shown = client.push(final, '--dry-run', HF_TOKEN='').ok().out
     digest = hashlib.sha256((final / 'model.safetensors').read_bytes()).hexdigest()
     size = (final / 'model.safetensors').stat().st_size
-    assert re.search(rf'add +{size:,}  {digest}  model.safetensors', shown) and 'not there yet' in shown
+    assert re.search(rf'add +{size:,}  {digest}  model.safetensors', shown) and 'does not exist yet' in shown
     assert not server.repositories and not [r for r in server.requests if 'create' in r or 'commit/' in r]
     sent = dict(built)
     for line in shown.splitlines()[1:-1]:
@@ -155,7 +155,7 @@ def test_dry_run_shows_what_would_be_sent_and_sends_nothing(client, server, fina
         assert len(content) == int(size.replace(',', ''))
     assert not sent
     server.stop()
-    assert 'compared with nothing' in client.push(final, '--dry-run').ok().out
+    assert 'not compared' in client.push(final, '--dry-run').ok().out
 
 
 def test_private_and_name(client, server, final):

@@ -94,9 +94,9 @@ def test_someone_else_commits_in_between(client, server, folder):
     client.send(folder).ok()
 
 
-def test_card_that_the_hub_refuses(client, server, final):
+def test_card_that_the_hub_rejects(client, server, final):
     server.faults.append(Fault('POST /api/validate-yaml', 400))
-    client.push(final).refused('refuses the front matter')
+    client.push(final).refused('rejects the front matter')
     assert not server.repositories
 
 
@@ -182,8 +182,8 @@ def write_and_name(server, tmp_path: Path, place: str, files: dict) -> str:
     ('no results', ['results.json', 'timm-multiexit evaluate']),
     ('no policies', ['multiexit.json', 'timm-multiexit calibrate']),
     ('no weights', ['model.safetensors', 'train_timm.py']), ('corrupt weights', ['do not load']),
-    ('other weights', ['do not load']), ('other results', ['another network']), ('other policies', ['other costs']),
-    ('recipe', ['names no model']), ('folder data', ['--name']),
+    ('other weights', ['do not load']), ('other results', ['another network']),
+    ('other policies', ['costs in multiexit.json']), ('recipe', ['names no model']), ('folder data', ['--name']),
 ])
 def test_folder_that_cannot_be_published(client, server, final, tmp_path, change, words):
     folder = copy_of(final, tmp_path)
@@ -214,5 +214,5 @@ def test_folder_that_cannot_be_published(client, server, final, tmp_path, change
 
 def test_unknown_names(client):
     client.push('msfuse_cifra.cifar10').refused("did you mean msfuse_cifar?")
-    client.push('no/such/folder').refused('is no folder')
-    client.push('msdnet_cifar.cifar100', '--dry-run').refused('come with the package')
+    client.push('no/such/folder').refused('is not a folder')
+    client.push('msdnet_cifar.cifar100', '--dry-run').refused('holds no weights')
