@@ -22,7 +22,6 @@ from timm_multiexit.training.history import History, Parent, Step, initial_histo
 from timm_multiexit.training.options import parse_train_args
 
 SCRIPT = PROJECT / 'train_timm.py'
-RECIPES = sorted((PROJECT / 'timm_multiexit' / 'recipes').glob('*.yaml'))
 
 
 @pytest.fixture(scope='module')
@@ -322,16 +321,6 @@ def test_no_epochs_are_for_the_export_of_weights(capsys, extra):
     with pytest.raises(SystemExit):
         parse_train_args('', ['--epochs', '0', *extra])
     assert '--epochs 0 trains nothing' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
-def test_recipes_name_a_network_and_known_options(recipe):
-    args = parse_train_args('', ['--config', str(recipe)])
-    # The tag matters: it gives the mean and deviation that evaluation of these weights will use.
-    assert args.model.endswith(f".{args.dataset.split('/')[1]}")
-    assert recipe.stem in (args.experiment, f"comparison.{args.model.split('.')[1]}")
-    assert args.model in (args.experiment, args.experiment.rpartition('.')[0])      # alone, or with the run's name
-    assert timm.is_model(args.model)
 
 
 def test_shipped_weights_are_those_of_their_history():
