@@ -1,6 +1,5 @@
 """Networks with trained weights, each loaded once for all visitors; the only module of the app that runs a model."""
 import functools
-import re
 import statistics
 import threading
 import time
@@ -12,11 +11,12 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.functional import to_pil_image
 
+from timm_multiexit.datasets import DATASETS
 from timm_multiexit.errors import InputError
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.pretrained.exit_config import load_exit_config
 from timm_multiexit.pretrained.load import load_model
-from timm_multiexit.pretrained.names import list_networks, require_weights
+from timm_multiexit.pretrained.names import class_labels, list_networks, require_weights
 from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.stopping.costs import ExitCosts
 
@@ -50,18 +50,12 @@ class Network:
         else:
             self.costs = exit_costs(self.model)
             self.temperatures = (1.,) * self.model.num_exits
-        self.labels = self._labels()
+        self.labels = class_labels(self.model, self.config.class_names if self.config else None)
         data = resolve_data_config(model=self.model)
         self.size: int = data['input_size'][-1]
         self._transform = create_transform(**data)
         self._mean, self._std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
         self.milliseconds = self._measure()
-
-    def _labels(self) -> Tuple[str, ...]:
-        for names in (self.config and self.config.class_names, self.model.pretrained_cfg.get('label_names')):
-            if names and len(names) == self.model.num_classes:
-                return tuple(names)
-        return tuple(f'class {i}' for i in range(self.model.num_classes))
 
     def _measure(self) -> Tuple[float, ...]:
         x = torch.zeros(1, *self.costs.input_size)
@@ -140,4 +134,5 @@ def display_name(name: str) -> str:
     arch, dot, tag = name.partition('.')
     if not dot or ':' in name:
         return name
-    return f"{re.sub(r'^cifar(?=[0-9]+$)', 'CIFAR-', tag)} · {arch}"
+    title = DATASETS[tag].title if tag in DATASETS else tag
+    return f'{title} · {arch}'

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,10 @@ from conftest import PROJECT
 from hub_server import HubServer
 from safetensors.torch import save_file
 
+from timm_multiexit.datasets import DATASETS
 from timm_multiexit.evaluation.evaluate import LabelledLogits, evaluate
+from timm_multiexit.files import write_json
 from timm_multiexit.models._costs import exit_costs
-from timm_multiexit.models._pretrained import CIFAR10_CLASSES
 from timm_multiexit.stopping.solve import solve_exit_config
 from timm_multiexit.training.history import History, Step
 
@@ -149,9 +150,10 @@ def final(tmp_path_factory) -> Path:
             logits[k, torch.arange(300), targets] += 1. + k
         splits.append(LabelledLogits(logits, targets))
     validation, test = splits
-    results = replace(evaluate(validation, test, costs), model='msfuse_cifar', dataset='torch/cifar10')
-    results.save(folder / 'results.json')
-    solve_exit_config(validation.logits, validation.targets, costs, CIFAR10_CLASSES).save(folder / 'multiexit.json')
+    results = evaluate(validation, test, costs)
+    write_json(folder / 'results.json', dict(model='msfuse_cifar', dataset='torch/cifar10', **results))
+    classes = DATASETS['cifar10'].classes
+    solve_exit_config(validation.logits, validation.targets, costs, classes).save(folder / 'multiexit.json')
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(dict(
         model='msfuse_cifar', dataset='torch/cifar10', epochs=3, opt='nmuon', lr=0.03, batch_size=256,
         initial_checkpoint='/somewhere/of/mine/start.safetensors', model_kwargs=SHAPE)))

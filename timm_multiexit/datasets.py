@@ -1,10 +1,14 @@
-"""Images in memory: splits with a fixed generator, and a loader that augments whole batches where the data lies.
+"""Data sets: one record for each that the package knows, fixed splits, and whole splits in memory.
 
-On two cores and on one fast GPU alike, decoding and augmenting image by image would be the bottleneck for 32x32 images.
-Here the data set is one uint8 tensor on the training device and a batch is one gather.
+Adding a data set is one entry of `DATASETS`: every network then has a tag for it, and the commands, the app and the
+model cards read its names and statistics.
+
+Decoding and augmenting image by image is the bottleneck for 32x32 images, on two cores and on one fast GPU alike. So a
+split is one uint8 tensor on the training device, and a batch is one gather.
 """
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -12,10 +16,78 @@ from timm.data import create_dataset
 
 from .errors import InputError
 
-VALIDATION_IMAGES = 5000
+VALIDATION_IMAGES = 5000  # held out of the training images by default
 SPLIT_SEED = 0
 SPLITS = ('train', 'validation', 'train+validation', 'test')
 Numbers = Union[Sequence[float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the package knows of a data set.
+
+    Attributes:
+        name: timm's name of it.
+        title: Its name in text.
+        hub_id: Its id on the Hugging Face Hub.
+        classes: Class names in the order of the targets.
+        mean: Mean of each channel over the training images, in 0-1.
+        std: Standard deviation of each channel, in 0-1.
+        input_size: (C, H, W).
+    """
+    name: str
+    title: str
+    hub_id: str
+    classes: Tuple[str, ...]
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+    input_size: Tuple[int, int, int] = (3, 32, 32)
+
+
+# By the tag of weights trained on them. A network's name without a tag means the first one that has weights.
+DATASETS: Dict[str, Dataset] = dict(
+    cifar10=Dataset(
+        name='torch/cifar10',
+        title='CIFAR-10',
+        hub_id='uoft-cs/cifar10',
+        classes=tuple('airplane automobile bird cat deer dog frog horse ship truck'.split()),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    cifar100=Dataset(
+        name='torch/cifar100',
+        title='CIFAR-100',
+        hub_id='uoft-cs/cifar100',
+        classes=tuple("""
+            apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+            castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+            elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+            lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+            pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+            shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+            television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """.split()),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+)
+
+
+def find_dataset(name: str) -> Optional[Dataset]:
+    """The record of a data set by timm's name, None if there is none."""
+    return next((dataset for dataset in DATASETS.values() if dataset.name == name), None)
+
+
+def trained_on(pretrained_cfg: Dict[str, Any]) -> Dataset:
+    """The data set that weights were trained on, by the tag of their pretrained cfg.
+
+    Raises:
+        InputError: the tag names none.
+    """
+    tag = pretrained_cfg.get('tag') or ''
+    if tag not in DATASETS:
+        raise InputError(f"the weights do not say which data set they are for (tag '{tag}'): pass --dataset")
+    return DATASETS[tag]
 
 
 def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -26,10 +98,10 @@ def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -
         validation_images: How many of them to hold out.
 
     Returns:
-        Two sorted int64 tensors, disjoint, together all images.
+        Two sorted int64 tensors without a common element, together all images.
 
     Raises:
-        InputError: nothing would be left to train on.
+        InputError: no training images would be left.
     """
     if not 0 <= validation_images < num_images:
         raise InputError(f'cannot hold out {validation_images} of {num_images} training images: hold out fewer')
@@ -37,16 +109,26 @@ def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -
     return order[validation_images:].sort().values, order[:validation_images].sort().values
 
 
-def open_dataset(name: str, root: str, train: bool, download: bool = False):
-    """A data set by timm's name ('torch/cifar10', 'torch/cifar100', 'folder', ...).
+def open_dataset(name: str, root: str, train: bool, download: bool = False) -> Any:
+    """Opens timm's data set.
+
+    Args:
+        name: timm's name ('torch/cifar10', 'folder', ...).
+        root: Its folder.
+        train: The training images, else the test images.
+        download: Let torchvision download it.
+
+    Returns:
+        A torch data set of (PIL image, target) pairs.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not there or cannot be read.
     """
     try:
         return create_dataset(name, root=root, split='train' if train else 'validation', download=download)
     except (RuntimeError, OSError, AssertionError, ValueError) as error:
-        hint = 'pass --dataset-download to fetch it' if name.startswith('torch/') else 'check --data-dir and --dataset'
+        hint = ('pass --dataset-download to download it' if name.startswith('torch/')
+                else 'check --data-dir and --dataset')
         raise InputError(f"data set '{name}' cannot be read from '{root}' ({error}): {hint}") from error
 
 
@@ -57,20 +139,20 @@ def load_images(
         download: bool = False,
         validation_images: int = VALIDATION_IMAGES,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """One split of a data set, whole.
+    """One whole split of a data set.
 
     Args:
         name: timm's name of the data set.
         root: Its folder.
         split: 'train', 'validation' (held out of the training images), 'train+validation', or 'test'.
-        download: Let torchvision fetch it.
+        download: Let torchvision download it.
         validation_images: How many training images to hold out.
 
     Returns:
         Images uint8 (N, C, H, W) and targets int64 (N,).
 
     Raises:
-        InputError: unknown split, data set not there, or images of different sizes.
+        InputError: unknown split, a data set that cannot be read, or images of different sizes.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split '{split}': choose one of {', '.join(SPLITS)}")
@@ -82,7 +164,7 @@ def load_images(
     return images, targets
 
 
-def _stack(dataset) -> Tuple[torch.Tensor, torch.Tensor]:
+def _stack(dataset: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     pixels = getattr(dataset, 'data', None)
     if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # torchvision's CIFAR, already decoded
         images, targets = torch.from_numpy(pixels), torch.as_tensor(dataset.targets)
@@ -100,14 +182,23 @@ def _stack(dataset) -> Tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalize(images: torch.Tensor, mean: Numbers, std: Numbers) -> torch.Tensor:
-    """uint8 (B, C, H, W) in 0-255 to float32, channels last, each channel less its mean and by its deviation."""
+    """Subtracts each channel's mean and divides by its standard deviation.
+
+    Args:
+        images: uint8 (B, C, H, W), 0-255.
+        mean: Per channel, in 0-1.
+        std: Per channel, in 0-1.
+
+    Returns:
+        float32 (B, C, H, W), channels last.
+    """
     mean = torch.as_tensor(mean, device=images.device).mul(255.).view(1, -1, 1, 1)
     scale = torch.as_tensor(std, device=images.device).mul(255.).reciprocal_().view(1, -1, 1, 1)
     return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).mul_(scale)
 
 
 def class_names(name: str, root: str) -> Optional[Tuple[str, ...]]:
-    """Names of a data set's classes, if it has them and lies in `root`."""
+    """Class names of the data set in the folder `root`; None if the folder or the names are missing."""
     if not Path(root).is_dir():
         return None
     classes = getattr(open_dataset(name, root, train=False), 'classes', None)

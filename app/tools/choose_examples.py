@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 import timm_multiexit  # noqa: F401 - registers the networks
-from timm_multiexit.cli.evaluate import default_dataset
-from timm_multiexit.datasets import load_images
+from timm_multiexit.datasets import load_images, trained_on
 from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
@@ -185,7 +184,7 @@ def main() -> None:
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
         labels = config.class_names or model.pretrained_cfg['label_names']
-        images, targets = load_images(default_dataset(model), args.data_dir, 'test')
+        images, targets = load_images(trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
         test = LabelledLogits(*exit_logits(model, images, targets, args.batch_size, label=name))
         make_assets(name, labels, config, images, test)
         print(f'{ASSETS / name}: {", ".join(EXAMPLES_FILE.split() + SPRITE_FILE.split())}')

@@ -17,14 +17,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options that name a network and its weights, the same for every subcommand; see `loading.load_model`."""
-    parser.add_argument('--checkpoint', default='', metavar='FILE',
-                        help='weights to use in place of the pretrained ones')
-    parser.add_argument('--num-classes', type=int, default=None, metavar='N')
-    parser.add_argument('--device', default='cpu')
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs a subcommand; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')

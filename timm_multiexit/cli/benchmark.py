@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Tuple
 import torch
 from timm.data import resolve_data_config
 
-from ..datasets import load_images, normalize
+from ..datasets import load_images, normalize, trained_on
 from ..errors import InputError
 from ..evaluation.timing import device_name, measure_exits, measure_policies
 from ..files import write_json
@@ -16,8 +16,7 @@ from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
 from ..stopping.costs import ExitCosts, format_macs, parse_macs
 from ..stopping.policy import ExitPolicy, check_exits
-from . import add_model_options
-from .evaluate import default_dataset
+from ._common import add_model_options
 
 
 def add_parser(subparsers) -> None:
@@ -70,7 +69,7 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
 
 
 def test_images(args: argparse.Namespace, model) -> Tuple[torch.Tensor, torch.Tensor]:
-    images, targets = load_images(args.dataset or default_dataset(model), args.data_dir, 'test')
+    images, targets = load_images(args.dataset or trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
     config = resolve_data_config(model=model)
     return normalize(images[:args.images], config['mean'], config['std']), targets[:args.images]
 

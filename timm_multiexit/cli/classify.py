@@ -3,7 +3,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import Callable, Iterator, List, Tuple
+from typing import Callable, Iterator, List, Sequence, Tuple
 
 import torch
 from timm.data import create_transform, resolve_data_config
@@ -14,10 +14,10 @@ from ..inference.images import read_image
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.exit_config import load_exit_config
 from ..pretrained.load import load_model
-from ..pretrained.names import require_weights
+from ..pretrained.names import class_labels, require_weights
 from ..stopping.costs import ExitCosts, format_macs, parse_macs, parse_milliseconds
 from ..stopping.policy import ExitPolicy
-from . import add_model_options
+from ._common import add_model_options
 
 # An exit that ran, its logits (1, num_classes), and why it is the last to run, or ''.
 Step = Tuple[int, torch.Tensor, str]
@@ -55,7 +55,7 @@ class ExitRow:
     top: List[Tuple[str, float]]
 
 
-def _row(k: int, logits: torch.Tensor, costs: ExitCosts, labels: List[str]) -> ExitRow:
+def _row(k: int, logits: torch.Tensor, costs: ExitCosts, labels: Sequence[str]) -> ExitRow:
     top = logits.float().softmax(1)[0].topk(min(3, logits.shape[1]))
     return ExitRow(k + 1, costs.macs[k], [(labels[i], p) for p, i in zip(*(t.tolist() for t in top))])
 
@@ -120,8 +120,7 @@ def run(args: argparse.Namespace) -> int:
     runner = None if deadline is None else AnytimeRunner(model, 'auto', costs)
     config = resolve_data_config(model=model)
     transform = create_transform(**config)
-    names = model.pretrained_cfg.get('label_names') or ()
-    labels = list(names) if len(names) == model.num_classes else [f'class {i}' for i in range(model.num_classes)]
+    labels = class_labels(model)
     results, failed = [], False
     for path in args.images:
         try:

@@ -1,18 +1,18 @@
-"""The contract of a multi-exit network, and everything timm asks of a model, once for all architectures.
+"""The contract of a multi-exit network, and timm's model interface, shared by all architectures.
 
-Data flow: image -> stage 0 -> exit 0 -> stop, or go on -> stage 1 -> exit 1 -> ...
+Data flow: image -> stage 0 -> exit 0 -> stop, or continue -> stage 1 -> exit 1 -> ...
 
 A network is a list of stages and a list of exits of the same length. The *state* is a list of feature maps, batch
 first. Stage k maps the state to the next one; the first stage receives `[image]`. The last tensor of a state is the
-map that the exit reads, and a state holds nothing that neither its exit nor a later stage reads. So whoever runs the
-network may stop after any exit, and may drop finished images by indexing every tensor of the state.
+map that the exit reads, and every other tensor is read by a later stage. So inference may stop after any exit, and may
+drop finished images by indexing every tensor of the state.
 """
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 from timm.layers import ClassifierHead, create_classifier
-from timm.models import checkpoint
-from timm.models._features import feature_take_indices  # private, but every timm model with these methods uses it
+from timm.models import build_model_with_cfg, checkpoint
+from timm.models._features import feature_take_indices  # private, but used by every timm model with these methods
 from torch import nn
 
 
@@ -36,15 +36,15 @@ class Stage(nn.Module):
 
     @torch.jit.ignore
     def keep_maps(self, kept: List[int]) -> List[int]:
-        """Removes whatever only served other maps of the state that the stage gives.
+        """Removes the parts of the stage that only compute maps which are no longer needed.
 
-        A layer that hands on several maps has this method too; one without it maps the last map to the last one.
+        A layer that outputs several maps has this method too; one without it maps the last map to the last one.
 
         Args:
-            kept: Maps of the stage's output that are still needed, counted from the end: -1 is the last.
+            kept: Output maps that are still needed, counted from the end: -1 is the last.
 
         Returns:
-            Maps of the stage's input that are then needed, counted from the end.
+            Input maps that are then needed, counted from the end.
         """
         for layer in reversed(self.layers):
             kept = layer.keep_maps(kept) if hasattr(layer, 'keep_maps') else [-1]
@@ -52,10 +52,10 @@ class Stage(nn.Module):
 
 
 class ExitHead(ClassifierHead):
-    """One exit: convolutions of its own, global pooling, dropout, linear classifier.
+    """One exit: its own convolutions, global pooling, dropout, linear classifier.
 
     Args:
-        convs: What runs before the pooling; maps (B, in_chs, H, W) to (B, in_features, H', W').
+        convs: Layers before the pooling, (B, in_chs, H, W) to (B, in_features, H', W').
         in_chs: Channels of the map that the exit reads.
         in_features: Channels after `convs`.
         num_classes: Classes of the classifier, 0 for none.
@@ -87,9 +87,9 @@ class ExitHead(ClassifierHead):
             device=None,
             dtype=None,
     ) -> None:
-        """A new classifier, on other features or after another pooling where given.
+        """Replaces the classifier, and the number of features and the pooling where they are given.
 
-        timm's own method takes neither `in_features` nor a device before 1.0.30.
+        Before 1.0.30, timm's own method takes neither `in_features` nor a device.
         """
         self.in_features = in_features or self.in_features
         pool_type = self.global_pool.pool_type if pool_type is None else pool_type
@@ -100,7 +100,7 @@ class ExitHead(ClassifierHead):
         self.fc.train(self.training)
 
     def prune_convs(self) -> None:
-        """Removes the exit's own convolutions and classifier: the exit then hands on the map that it reads."""
+        """Removes the exit's convolutions and classifier: the exit then returns the map that it reads."""
         self.convs = nn.Identity()
         self.reset(0, '', in_features=self.in_chs)
 
@@ -118,20 +118,63 @@ class ExitHead(ClassifierHead):
         return self.forward_head(self.forward_features(x), pre_logits=pre_logits)
 
 
-class MultiExitNet(nn.Module):
-    """Base class of the networks: `stages` and `exits`, of equal number, and what follows from them.
-
-    * `model(x)` in eval mode gives the last exit's logits (B, num_classes). In train mode it gives the mean of all
-      exits' logits, so that every parameter gets a gradient from any tool that expects one tensor; after
-      `set_exit_training(True)` a tuple of all exits' logits, shallow to deep.
-    * `forward_exits(x)` gives the logits of every exit, `iter_exits(x)` one at a time, on demand.
-
-    An architecture builds its stages and exits and hands them to this constructor.
+class StageBuilder:
+    """Cuts a chain of layers into stages: add layers in the order in which they run, and exits between them.
 
     Args:
-        stages: What maps a state to the next one.
+        num_classes: Classes of the exits, 0 for no classifier.
+        global_pool: timm's pooling type, '' for none.
+        drop_rate: Dropout before the classifiers.
+    """
+
+    def __init__(self, num_classes: int, global_pool: str, drop_rate: float, device=None, dtype=None):
+        self.stages: List[Stage] = []
+        self.exits: List[ExitHead] = []
+        self.feature_info: List[Dict[str, Any]] = []
+        self._layers: List[nn.Module] = []
+        self._head_args = (num_classes, global_pool, drop_rate)
+        self._dd = dict(device=device, dtype=dtype)
+
+    def add(self, layer: nn.Module) -> None:
+        """Appends a layer; it maps a state to the next one."""
+        self._layers.append(layer)
+
+    def add_exit(
+            self,
+            in_chs: int,
+            reduction: int,
+            convs: Optional[nn.Module] = None,
+            in_features: Optional[int] = None,
+    ) -> None:
+        """Ends a stage after the last layer, with an exit.
+
+        Args:
+            in_chs: Channels of the map that the exit reads.
+            reduction: Image size divided by the size of that map.
+            convs: Layers of the exit before its pooling; None for none.
+            in_features: Channels after `convs`; None for `in_chs`.
+        """
+        self.feature_info.append(dict(num_chs=in_chs, reduction=reduction, module=f'stages.{len(self.stages)}'))
+        self.stages.append(Stage(self._layers))
+        self._layers = []
+        self.exits.append(ExitHead(
+            nn.Identity() if convs is None else convs, in_chs, in_features or in_chs, *self._head_args, **self._dd))
+
+
+class MultiExitNet(nn.Module):
+    """Base class of the networks: `stages` and as many `exits`.
+
+    * `model(x)` returns the last exit's logits (B, num_classes) in eval mode. In train mode it returns the mean of all
+      exits' logits, so that every parameter gets a gradient with any tool that expects one tensor; after
+      `set_exit_training(True)` a tuple of all exits' logits, shallow to deep.
+    * `forward_exits(x)` returns the logits of every exit, `iter_exits(x)` computes them one at a time, on demand.
+
+    An architecture builds its stages and exits with a `StageBuilder` and passes them to this constructor.
+
+    Args:
+        stages: Each maps a state to the next one.
         exits: One head per stage; it reads the last tensor of the state.
-        feature_info: One dict(num_chs, reduction, module) per stage, of the map that its exit reads.
+        feature_info: One dict(num_chs, reduction, module) per stage, for the map that its exit reads.
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the image.
 
@@ -170,7 +213,7 @@ class MultiExitNet(nn.Module):
     def num_exits(self) -> int:
         return len(self.exits)
 
-    # What timm asks of a model
+    # timm's model interface
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -188,7 +231,7 @@ class MultiExitNet(nn.Module):
 
     @torch.jit.ignore
     def set_exit_training(self, enable: bool = True) -> None:
-        """Whether train mode returns a tuple of all exits' logits (cf. timm's set_distilled_training)."""
+        """Sets whether train mode returns a tuple of all exits' logits (cf. timm's set_distilled_training)."""
         self.exit_training = enable
 
     @torch.jit.ignore
@@ -197,9 +240,9 @@ class MultiExitNet(nn.Module):
         return tuple(head.fc for head in self.exits)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """New classifiers on every exit; `global_pool=None` keeps the pooling."""
+        """Replaces the classifier of every exit; `global_pool=None` keeps the pooling."""
         self.num_classes = num_classes
-        # A head may be left with no parameter of its own that would tell.
+        # A head without convolutions and classifier has no parameter that would tell device and dtype.
         like = next(self.parameters())
         for head in self.exits:
             head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
@@ -207,14 +250,19 @@ class MultiExitNet(nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: Optional[Union[int, List[int]]] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Drops the stages behind the deepest of `indices`, what served only them, and the exits that are not needed.
+        """Removes the stages after the deepest of `indices`, all that only they read, and the exits.
 
-        With `prune_head=False` the result is a working network that ends at that exit. With `prune_norm=True` the
-        features end at the map that the exit would read, without the exit's own convolutions.
+        Args:
+            indices: Stages to keep: the last n if an int, all if None.
+            prune_norm: Remove the last exit's convolutions too: features are then the map that this exit reads.
+            prune_head: Remove the classifiers. False leaves a working network that ends at the deepest of `indices`.
+
+        Returns:
+            `indices` as numbers from 0.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[:max_index + 1]
@@ -247,10 +295,13 @@ class MultiExitNet(nn.Module):
         Args:
             x: Images (B, C, H, W).
             indices: Stages to take: the last n if an int, all if None.
-            norm: Apply the last exit's own convolutions to the last map.
-            stop_early: Do not run stages behind the last one taken.
+            norm: Apply the last exit's convolutions to the last map.
+            stop_early: Do not run stages after the last one taken.
             output_fmt: 'NCHW' only.
             intermediates_only: Return the maps without the final features.
+
+        Returns:
+            The maps (B, C_k, H_k, W_k) as a list; unless `intermediates_only`, a tuple of the final features and them.
         """
         assert output_fmt == 'NCHW', 'Output format must be NCHW.'
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
@@ -290,9 +341,9 @@ class MultiExitNet(nn.Module):
 
     @torch.jit.ignore
     def iter_exits(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Anytime prediction: yields one exit's logits (B, num_classes) at a time, shallow to deep.
+        """Anytime prediction: yields the logits (B, num_classes) of one exit at a time, shallow to deep.
 
-        A stage runs when its exit's logits are asked for, and not before. Closing the generator ends the work.
+        A stage runs only when its exit's logits are requested. Closing the generator skips the rest.
         """
         state = [x]
         for stage, head in zip(self.stages, self.exits):
@@ -306,3 +357,19 @@ class MultiExitNet(nn.Module):
                 return tuple(logits)
             return torch.stack(logits).mean(0)
         return self.forward_head(self.forward_features(x))
+
+
+Network = TypeVar('Network', bound=MultiExitNet)
+
+
+def build_network(model_cls: Type[Network], variant: str, pretrained: bool = False, **kwargs: Any) -> Network:
+    """Builds a registered network by timm's rules; with `features_only` it returns the maps of all stages by default.
+
+    Args:
+        model_cls: Class of the network.
+        variant: Its name in the registry, with or without tag.
+        pretrained: Load the weights of its pretrained cfg.
+        **kwargs: Arguments of the class and of timm's `build_model_with_cfg`.
+    """
+    feature_cfg = dict(out_indices=None, feature_cls='getter')
+    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)

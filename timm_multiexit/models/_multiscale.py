@@ -12,7 +12,7 @@ import torch
 from timm.layers import ConvNormAct
 from torch import nn
 
-from ._base import ExitHead, MultiExitNet, Stage
+from ._base import MultiExitNet, StageBuilder
 from ._blocks import init_weights
 
 
@@ -110,29 +110,24 @@ class MultiScaleNet(MultiExitNet):
         num_scales = len(scale_factors)
         active = scale_schedule(sum(steps), num_scales)
         held = self.held_scales(active)
-        layers: List[nn.Module] = [self.stem_type(in_chans, base_width, scale_factors, held[0], **kwargs)]
-        stages, exits, feature_info = [], [], []
+        net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)
+        net.add(self.stem_type(in_chans, base_width, scale_factors, held[0], **kwargs))
         n, layer = base_width, 0
-        for k, step in enumerate(steps):
+        for step in steps:
             for _ in range(step):
                 f, b = scale_factors[-held[layer]:], factors[-held[layer]:]
                 out_scales = held[layer + 1]
-                layers.append(self.layer_type([n * s for s in f], [growth * s for s in f], b, out_scales, **kwargs))
+                net.add(self.layer_type([n * s for s in f], [growth * s for s in f], b, out_scales, **kwargs))
                 n += growth
                 if layer > 0 and active[layer] < active[layer - 1]:
                     f, thin = f[-out_scales:], max(1, int(n * reduction))
-                    layers.append(Transition([n * s for s in f], [thin * s for s in f], **kwargs))
+                    net.add(Transition([n * s for s in f], [thin * s for s in f], **kwargs))
                     n = thin
                 layer += 1
             chs = n * scale_factors[-1]
-            stages.append(Stage(layers))
-            layers = []
-            exits.append(ExitHead(
-                self.exit_convs(chs, head_width, **kwargs), chs, head_width, num_classes, global_pool, drop_rate,
-                device=device, dtype=dtype))
-            feature_info.append(dict(
-                num_chs=chs, reduction=self.finest_reduction * 2 ** (num_scales - 1), module=f'stages.{k}'))
-        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+            size_reduction = self.finest_reduction * 2 ** (num_scales - 1)
+            net.add_exit(chs, size_reduction, self.exit_convs(chs, head_width, **kwargs), head_width)
+        super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
 
 

@@ -13,16 +13,16 @@ Left open by the papers, and chosen here:
 * The head: BN, activation, global average pooling and a linear classifier, as the network's own; each exit has its
   own BN. The two strided convolutions of MSDNet's exits would cost up to 42 M MACs at 32x32.
 """
-from typing import Any, Dict, List, Sequence, Type, Union
+from typing import Any, List, Sequence, Type, Union
 
 import torch
 from timm.layers import create_conv2d, get_norm_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._base import ExitHead, MultiExitNet, Stage
+from ._base import MultiExitNet, StageBuilder, build_network
 from ._blocks import chain_exits, init_weights
-from ._pretrained import cifar_cfg
+from ._pretrained import pretrained_cfgs
 
 __all__ = ['DenseNetMC']
 
@@ -119,49 +119,33 @@ class DenseNetMC(MultiExitNet):
             raise ValueError(f'compression={compression}: a transition keeps a share of the width in (0, 1]')
 
         chs = base_width
-        layers: List[nn.Module] = [Stem(in_chans, chs, **dd)]
-        stages, exits, feature_info = [], [], []
+        net = StageBuilder(num_classes, global_pool, drop_rate, **dd)
+        net.add(Stem(in_chans, chs, **dd))
         for number in range(1, num_blocks * depth + 1):
             block, index = divmod(number - 1, depth)
             if block > 0 and index == 0:
                 thin = max(1, int(chs * compression))
-                layers.append(Transition(chs, thin, **kwargs))
+                net.add(Transition(chs, thin, **kwargs))
                 chs = thin
-            layers.append(DenseLayer(chs, growth, **kwargs))
+            net.add(DenseLayer(chs, growth, **kwargs))
             chs += growth
             if number in with_exit:
-                feature_info.append(dict(num_chs=chs, reduction=2 ** block, module=f'stages.{len(stages)}'))
-                stages.append(Stage(layers))
-                layers = []
-                exits.append(ExitHead(
-                    norm_act_layer(chs, **dd), chs, chs, num_classes, global_pool, drop_rate, **dd))
-        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+                net.add_exit(chs, 2 ** block, norm_act_layer(chs, **dd))
+        super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return cifar_cfg(
-        pool_size=(8, 8),
-        first_conv='stages.0.layers.0.conv',
-        paper_ids='arXiv:1703.09844',
-        paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
-        **kwargs)
-
-
-default_cfgs = generate_default_cfgs({
-    'densenet52_mc_cifar.cifar10': _cfg(name='densenet52_mc_cifar.cifar10', num_exits=7),
-    'densenet52_mc_cifar.cifar100': _cfg(name='densenet52_mc_cifar.cifar100', num_exits=7),
-})
-
-
-def _create_densenet_mc(variant: str, pretrained: bool = False, **kwargs: Any) -> DenseNetMC:
-    out_indices = tuple(range(len(chain_exits(kwargs['num_blocks'], kwargs['depth'], kwargs['exit_after']))))
-    return build_model_with_cfg(
-        DenseNetMC, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
+default_cfgs = generate_default_cfgs(pretrained_cfgs(
+    'densenet52_mc_cifar',
+    num_exits=7,
+    pool_size=(8, 8),
+    first_conv='stages.0.layers.0.conv',
+    paper_ids='arXiv:1703.09844',
+    paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
+))
 
 
 @register_model
 def densenet52_mc_cifar(pretrained: bool = False, **kwargs: Any) -> DenseNetMC:
     """52 layers, exits after layer 6 and 12 of each block and at the end: 7 exits, 16 to 133 M MACs at 32x32."""
-    args = dict(num_blocks=3, depth=16, exit_after=(6, 12))
-    return _create_densenet_mc('densenet52_mc_cifar', pretrained, **dict(args, **kwargs))
+    return build_network(DenseNetMC, 'densenet52_mc_cifar', pretrained, **kwargs)

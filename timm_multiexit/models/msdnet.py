@@ -6,12 +6,13 @@ https://arxiv.org/abs/1703.09844
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from ._base import build_network
 from ._blocks import Bottleneck, ConvChain, strided_convs
 from ._multiscale import MultiScaleNet
-from ._pretrained import cifar_cfg
+from ._pretrained import pretrained_cfgs
 
 __all__ = ['MSDNet']
 
@@ -141,36 +142,30 @@ class MSDNet(MultiScaleNet):
         return strided_convs(in_chs, width, **kwargs)
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return cifar_cfg(
+def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:
+    return pretrained_cfgs(
+        arch,
+        num_exits,
         pool_size=(2, 2),
         first_conv='stages.0.layers.0.convs.0.conv',
         paper_ids='arXiv:1703.09844',
         paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
-        **kwargs)
+    )
 
 
 default_cfgs = generate_default_cfgs({
-    'msdnet_cifar.cifar10': _cfg(name='msdnet_cifar.cifar10', num_exits=7),
-    'msdnet_cifar.cifar100': _cfg(name='msdnet_cifar.cifar100', num_exits=7),
-    'msdnet_cifar_budgeted.cifar10': _cfg(name='msdnet_cifar_budgeted.cifar10', num_exits=5),
-    'msdnet_cifar_budgeted.cifar100': _cfg(name='msdnet_cifar_budgeted.cifar100', num_exits=5),
+    **_cfgs('msdnet_cifar', num_exits=7),
+    **_cfgs('msdnet_cifar_budgeted', num_exits=5),
 })
-
-
-def _create_msdnet(variant: str, pretrained: bool = False, **kwargs: Any) -> MSDNet:
-    out_indices = tuple(range(len(kwargs['steps'])))
-    return build_model_with_cfg(
-        MSDNet, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
 
 
 @register_model
 def msdnet_cifar(pretrained: bool = False, **kwargs: Any) -> MSDNet:
     """The network for anytime prediction: 16 layers, 7 exits, 15 to 75 M MACs at 32x32."""
-    return _create_msdnet('msdnet_cifar', pretrained, **dict(dict(steps=(4, 2, 2, 2, 2, 2, 2)), **kwargs))
+    return build_network(MSDNet, 'msdnet_cifar', pretrained, **kwargs)
 
 
 @register_model
 def msdnet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> MSDNet:
     """The network for budgeted batch classification: 15 layers, 5 exits, 7 to 58 M MACs at 32x32."""
-    return _create_msdnet('msdnet_cifar_budgeted', pretrained, **dict(dict(steps=(1, 2, 3, 4, 5)), **kwargs))
+    return build_network(MSDNet, 'msdnet_cifar_budgeted', pretrained, **dict(dict(steps=(1, 2, 3, 4, 5)), **kwargs))

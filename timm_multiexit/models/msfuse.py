@@ -11,12 +11,13 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 from timm.layers import ConvNormAct
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from ._base import build_network
 from ._blocks import Bottleneck
 from ._multiscale import MultiScaleNet
-from ._pretrained import cifar_cfg
+from ._pretrained import pretrained_cfgs
 
 __all__ = ['MSFuse']
 
@@ -134,37 +135,31 @@ class MSFuse(MultiScaleNet):
         )
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return cifar_cfg(
+def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:
+    return pretrained_cfgs(
+        arch,
+        num_exits,
         pool_size=(2, 2),
         first_conv='stages.0.layers.0.conv1.conv',
         paper_name='Multi-Exit Resource-Efficient Neural Architecture for Image Classification with Optimized Fusion '
                    'Block',
         origin_url='https://hal.science/hal-04181149',
-        **kwargs)
+    )
 
 
 default_cfgs = generate_default_cfgs({
-    'msfuse_cifar.cifar10': _cfg(name='msfuse_cifar.cifar10', num_exits=7),
-    'msfuse_cifar.cifar100': _cfg(name='msfuse_cifar.cifar100', num_exits=7),
-    'msfuse_cifar_budgeted.cifar10': _cfg(name='msfuse_cifar_budgeted.cifar10', num_exits=5),
-    'msfuse_cifar_budgeted.cifar100': _cfg(name='msfuse_cifar_budgeted.cifar100', num_exits=5),
+    **_cfgs('msfuse_cifar', num_exits=7),
+    **_cfgs('msfuse_cifar_budgeted', num_exits=5),
 })
-
-
-def _create_msfuse(variant: str, pretrained: bool = False, **kwargs: Any) -> MSFuse:
-    out_indices = tuple(range(len(kwargs['steps'])))
-    return build_model_with_cfg(
-        MSFuse, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
 
 
 @register_model
 def msfuse_cifar(pretrained: bool = False, **kwargs: Any) -> MSFuse:
     """The paper's network: 16 layers, 7 exits, 15 to 64 M MACs at 32x32."""
-    return _create_msfuse('msfuse_cifar', pretrained, **dict(dict(steps=(4, 2, 2, 2, 2, 2, 2)), **kwargs))
+    return build_network(MSFuse, 'msfuse_cifar', pretrained, **kwargs)
 
 
 @register_model
 def msfuse_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> MSFuse:
     """The counterpart of MSDNet's budgeted network: 15 layers, 5 exits, 7 to 53 M MACs at 32x32."""
-    return _create_msfuse('msfuse_cifar_budgeted', pretrained, **dict(dict(steps=(1, 2, 3, 4, 5)), **kwargs))
+    return build_network(MSFuse, 'msfuse_cifar_budgeted', pretrained, **dict(dict(steps=(1, 2, 3, 4, 5)), **kwargs))

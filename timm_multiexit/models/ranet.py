@@ -11,12 +11,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type,
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._base import ExitHead, MultiExitNet, Stage
+from ._base import MultiExitNet, StageBuilder, build_network
 from ._blocks import Bottleneck, ConvChain, init_weights, strided_convs
-from ._pretrained import cifar_cfg
+from ._pretrained import pretrained_cfgs
 
 __all__ = ['RANet']
 
@@ -300,21 +300,16 @@ class RANet(MultiExitNet):
         plans = plan_blocks(
             scales, block_layers, exits_per_net, base_width, growth, width_factors, compress, reduction)
 
-        layers: List[nn.Module] = [Stem(in_chans, [base_width * f for f in width_factors], scales, **kwargs)]
-        stages, exits, feature_info = [], [], []
+        net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)
+        net.add(Stem(in_chans, [base_width * f for f in width_factors], scales, **kwargs))
         for plan in plans:
             if plan.low is not None:
-                layers.append(FusionBlock(plan, compress, factors, **kwargs))
+                net.add(FusionBlock(plan, compress, factors, **kwargs))
                 continue
-            layers.append(PlainBlock(plan, factors, **kwargs))
-            feature_info.append(dict(
-                num_chs=plan.out_chs, reduction=2 ** (scales[-1] - 1), module=f'stages.{len(stages)}'))
-            stages.append(Stage(layers))
-            layers = []
-            exits.append(ExitHead(
-                strided_convs(plan.out_chs, head_width, **kwargs), plan.out_chs, head_width, num_classes, global_pool,
-                drop_rate, device=device, dtype=dtype))
-        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+            net.add(PlainBlock(plan, factors, **kwargs))
+            convs = strided_convs(plan.out_chs, head_width, **kwargs)
+            net.add_exit(plan.out_chs, 2 ** (scales[-1] - 1), convs, head_width)
+        super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
 
 
@@ -352,37 +347,31 @@ def check_networks(
         raise ValueError(f'reduction={reduction}: a transition keeps a share of the width in (0, 1]')
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return cifar_cfg(
+def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:
+    return pretrained_cfgs(
+        arch,
+        num_exits,
         pool_size=(2, 2),
         first_conv='stages.0.layers.0.convs.0.conv',
         paper_ids='arXiv:2003.07326',
         paper_name='Resolution Adaptive Networks for Efficient Inference',
-        **kwargs)
+    )
 
 
 default_cfgs = generate_default_cfgs({
-    'ranet_cifar.cifar10': _cfg(name='ranet_cifar.cifar10', num_exits=8),
-    'ranet_cifar.cifar100': _cfg(name='ranet_cifar.cifar100', num_exits=8),
-    'ranet_cifar_budgeted.cifar10': _cfg(name='ranet_cifar_budgeted.cifar10', num_exits=6),
-    'ranet_cifar_budgeted.cifar100': _cfg(name='ranet_cifar_budgeted.cifar100', num_exits=6),
+    **_cfgs('ranet_cifar', num_exits=8),
+    **_cfgs('ranet_cifar_budgeted', num_exits=6),
 })
-
-
-def _create_ranet(variant: str, pretrained: bool = False, **kwargs: Any) -> RANet:
-    out_indices = tuple(range(len(kwargs['scales']) * kwargs.get('exits_per_net', 2)))
-    return build_model_with_cfg(
-        RANet, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
 
 
 @register_model
 def ranet_cifar(pretrained: bool = False, **kwargs: Any) -> RANet:
     """Scales 1-2-3-3, 4 layers in every block: 8 exits, 16 to 94 M MACs at 32x32."""
-    return _create_ranet('ranet_cifar', pretrained, **dict(dict(scales=(1, 2, 3, 3)), **kwargs))
+    return build_network(RANet, 'ranet_cifar', pretrained, **kwargs)
 
 
 @register_model
 def ranet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> RANet:
     """Scales 1-2-3, 2k layers in block k: 6 exits, 8 to 59 M MACs at 32x32."""
     args = dict(scales=(1, 2, 3), block_layers=(2, 4, 6, 8, 10, 12), width_factors=(4, 2, 1))
-    return _create_ranet('ranet_cifar_budgeted', pretrained, **dict(args, **kwargs))
+    return build_network(RANet, 'ranet_cifar_budgeted', pretrained, **dict(args, **kwargs))

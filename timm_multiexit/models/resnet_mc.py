@@ -13,17 +13,17 @@ Left open by the papers, and chosen here:
   it, the cost is 136.1 M. The latter is the default, `narrow_stride=False` is the former.
 * The shortcut where the shape changes: subsampled and filled up with zeros, He et al.'s option A for CIFAR.
 """
-from typing import Any, Dict, List, Sequence, Type, Union
+from typing import Any, List, Sequence, Type, Union
 
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, create_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._base import ExitHead, MultiExitNet, Stage
+from ._base import MultiExitNet, StageBuilder, build_network
 from ._blocks import ConvStem, chain_exits, init_weights
-from ._pretrained import cifar_cfg
+from ._pretrained import pretrained_cfgs
 
 __all__ = ['ResNetMC']
 
@@ -89,48 +89,32 @@ class ResNetMC(MultiExitNet):
             raise ValueError(f'widths={tuple(widths)}: the shortcuts need widths of 1 or more that do not fall')
 
         chs = widths[0]
-        layers: List[nn.Module] = [ConvStem(in_chans, chs, **kwargs)]
-        stages, exits, feature_info = [], [], []
+        net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)
+        net.add(ConvStem(in_chans, chs, **kwargs))
         for number in range(1, len(widths) * depth + 1):
             resolution, index = divmod(number - 1, depth)
             width = widths[resolution]
             stride = 2 if resolution > 0 and index == 0 else 1
             mid_chs = chs if narrow_stride and stride > 1 else width
-            layers.append(BasicBlock(chs, mid_chs, width, stride, **kwargs))
+            net.add(BasicBlock(chs, mid_chs, width, stride, **kwargs))
             chs = width
             if number in with_exit:
-                feature_info.append(dict(num_chs=chs, reduction=2 ** resolution, module=f'stages.{len(stages)}'))
-                stages.append(Stage(layers))
-                layers = []
-                exits.append(ExitHead(
-                    nn.Identity(), chs, chs, num_classes, global_pool, drop_rate, device=device, dtype=dtype))
-        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+                net.add_exit(chs, 2 ** resolution)
+        super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return cifar_cfg(
-        pool_size=(8, 8),
-        first_conv='stages.0.layers.0.conv.conv',
-        paper_ids='arXiv:1703.09844',
-        paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
-        **kwargs)
-
-
-default_cfgs = generate_default_cfgs({
-    'resnet62_mc_cifar.cifar10': _cfg(name='resnet62_mc_cifar.cifar10', num_exits=7),
-    'resnet62_mc_cifar.cifar100': _cfg(name='resnet62_mc_cifar.cifar100', num_exits=7),
-})
-
-
-def _create_resnet_mc(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetMC:
-    out_indices = tuple(range(len(chain_exits(len(kwargs['widths']), kwargs['depth'], kwargs['exit_after']))))
-    return build_model_with_cfg(
-        ResNetMC, variant, pretrained, feature_cfg=dict(out_indices=out_indices, feature_cls='getter'), **kwargs)
+default_cfgs = generate_default_cfgs(pretrained_cfgs(
+    'resnet62_mc_cifar',
+    num_exits=7,
+    pool_size=(8, 8),
+    first_conv='stages.0.layers.0.conv.conv',
+    paper_ids='arXiv:1703.09844',
+    paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
+))
 
 
 @register_model
 def resnet62_mc_cifar(pretrained: bool = False, **kwargs: Any) -> ResNetMC:
     """62 layers, exits after block 4 and 8 of each resolution and at the end: 7 exits, 19 to 136 M MACs at 32x32."""
-    args = dict(widths=(16, 32, 64), depth=10, exit_after=(4, 8))
-    return _create_resnet_mc('resnet62_mc_cifar', pretrained, **dict(args, **kwargs))
+    return build_network(ResNetMC, 'resnet62_mc_cifar', pretrained, **kwargs)

@@ -8,16 +8,16 @@ No paper has this network. It costs more MACs than the multi-scale ones, but the
 processor does several times faster than as many MACs in narrow layers. So it learns in little time, and its errors
 differ from theirs: together they teach better than either alone.
 """
-from typing import Any, Dict, List, Sequence, Type, Union
+from typing import Any, List, Sequence, Type, Union
 
 import torch
 from timm.layers import ConvNormAct, create_conv2d, get_norm_act_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ._base import ExitHead, MultiExitNet, Stage
+from ._base import MultiExitNet, StageBuilder, build_network
 from ._blocks import ConvStem, init_weights
-from ._pretrained import cifar_cfg
+from ._pretrained import pretrained_cfgs
 
 __all__ = ['VGGMC']
 
@@ -85,38 +85,27 @@ class VGGMC(MultiExitNet):
             raise ValueError(f'depth={depth}: give 1 convolution or more for each resolution')
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         chs = stem_width
-        layers: List[nn.Module] = [ConvStem(in_chans, chs, **kwargs)]
-        stages, exits, feature_info = [], [], []
-        for resolution, width in enumerate(widths):
-            layers += [PooledConv(chs, width, **kwargs), *(ResidualConv(width, **kwargs) for _ in range(depth - 1))]
+        net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)
+        net.add(ConvStem(in_chans, chs, **kwargs))
+        for resolution, width in enumerate(widths, 1):
+            net.add(PooledConv(chs, width, **kwargs))
+            for _ in range(depth - 1):
+                net.add(ResidualConv(width, **kwargs))
             chs = width
-            feature_info.append(dict(num_chs=chs, reduction=2 ** (resolution + 1), module=f'stages.{resolution}'))
-            stages.append(Stage(layers))
-            layers = []
-            exits.append(ExitHead(
-                nn.Identity(), chs, chs, num_classes, global_pool, drop_rate, device=device, dtype=dtype))
-        super().__init__(stages, exits, feature_info, num_classes, in_chans)
+            net.add_exit(chs, 2 ** resolution)
+        super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
-    return cifar_cfg(pool_size=(4, 4), first_conv='stages.0.layers.0.conv.conv', **kwargs)
-
-
-default_cfgs = generate_default_cfgs({
-    'vgg8_mc_cifar.cifar10': _cfg(name='vgg8_mc_cifar.cifar10', num_exits=3),
-    'vgg8_mc_cifar.cifar100': _cfg(name='vgg8_mc_cifar.cifar100', num_exits=3),
-})
-
-
-def _create_vgg_mc(variant: str, pretrained: bool = False, **kwargs: Any) -> VGGMC:
-    return build_model_with_cfg(
-        VGGMC, variant, pretrained,
-        feature_cfg=dict(out_indices=tuple(range(len(kwargs['widths']))), feature_cls='getter'), **kwargs)
+default_cfgs = generate_default_cfgs(pretrained_cfgs(
+    'vgg8_mc_cifar',
+    num_exits=3,
+    pool_size=(4, 4),
+    first_conv='stages.0.layers.0.conv.conv',
+))
 
 
 @register_model
 def vgg8_mc_cifar(pretrained: bool = False, **kwargs: Any) -> VGGMC:
     """8 layers, exits at 16x16, 8x8 and 4x4 of a 32x32 image."""
-    args = dict(stem_width=32, widths=(64, 256, 256))
-    return _create_vgg_mc('vgg8_mc_cifar', pretrained, **dict(args, **kwargs))
+    return build_network(VGGMC, 'vgg8_mc_cifar', pretrained, **kwargs)

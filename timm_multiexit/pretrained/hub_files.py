@@ -52,12 +52,13 @@ def explain(error: BaseException) -> str:
                 return f'too many requests (429): run this again {f"in {wait} s" if wait else "later"}'
             if status >= 500:
                 return f'the Hub has a fault ({status}): run this again later'
-            return _REASONS.get(status) or _line(e)
+            return _REASONS.get(status) or first_line(e)
     if any(isinstance(e, (HTTPError, ConnectionError)) for e in seen):
-        return f'the Hub cannot be reached ({_line(seen[-1])}): check the connection and HF_ENDPOINT, run this again'
+        return (f'the Hub cannot be reached ({first_line(seen[-1])}): check the connection and HF_ENDPOINT, then run '
+                'this again')
     if 'Consistency check failed' in str(seen[0]):
         return 'the download was cut off: run this again'
-    return _line(seen[0]) + (f' ({_line(seen[-1])})' if len(seen) > 1 else '')
+    return first_line(seen[0]) + (f' ({first_line(seen[-1])})' if len(seen) > 1 else '')
 
 
 def _lacks_file(error: BaseException) -> bool:
@@ -65,7 +66,7 @@ def _lacks_file(error: BaseException) -> bool:
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

@@ -1,23 +1,30 @@
-"""Names of networks and of their weights."""
+"""Names of networks and of their weights: 'arch', 'arch.tag', 'hf-hub:ORG/NAME[@REVISION]' or 'local-dir:PATH'."""
 import difflib
 import pickle
-from typing import List
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
 
 import timm
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from timm.models._hub import load_model_config_from_path  # private: timm exports only the Hub's twin of it
+from timm.models._hub import load_model_config_from_path  # private: timm exports only its twin for the Hub
 
 from ..errors import InputError
-from .hub_files import CONFIG_FILE, hub_file
+from ..models import MultiExitNet
+from .hub_files import CONFIG_FILE, first_line, hub_file
 
+# What timm, torch and the Hub's client raise on a config or weights that are missing, damaged or do not fit.
 LOAD_ERRORS = (
     OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError, SafetensorError,
     HfHubHTTPError, HFValidationError)
 
 
 def list_networks(pretrained: bool = False) -> List[str]:
-    """Names of this package's networks in timm's registry; with `pretrained` those with weights, as 'arch.tag'."""
+    """Names of this package's networks in timm's registry.
+
+    Args:
+        pretrained: List the trained weights instead, as 'arch.tag'.
+    """
     names = []
     for arch in timm.list_models():
         if timm.model_entrypoint(arch).__module__.startswith('timm_multiexit.models.'):
@@ -26,23 +33,20 @@ def list_networks(pretrained: bool = False) -> List[str]:
 
 
 def check_name(name: str) -> None:
-    if ':' in name:
-        source, _, place = name.partition(':')
-        try:
-            if source == 'hf-hub':
-                arch = load_model_config_from_path(hub_file(place, CONFIG_FILE).parent)[1]
-            elif source == 'local-dir':
-                arch = load_model_config_from_path(place)[1]
-            else:
-                raise InputError(f"unknown source '{source}:' in '{name}': use hf-hub: or local-dir:")
-        except LOAD_ERRORS as error:
-            raise InputError(f"'{name}' cannot be read, {CONFIG_FILE}: {first_line(error)}") from error
+    """Checks that a name is one of timm's networks, and its tag one of that network's.
+
+    Raises:
+        InputError: it is not, or the repository or folder that it names cannot be read.
+    """
+    source, colon, place = name.partition(':')
+    if colon:
+        arch = _stored_arch(name, source, place)
         if not timm.is_model(arch):
-            raise InputError(f"'{name}' holds a '{arch}', which this version does not know")
+            raise InputError(f"'{name}' holds a '{arch}', which this version does not know: update timm-multiexit")
         return
     arch, _, tag = name.partition('.')
-    networks = list_networks()
     if not timm.is_model(arch):
+        networks = list_networks()
         near = difflib.get_close_matches(arch, networks, n=1, cutoff=0.5)
         hint = f'did you mean {near[0]}?' if near else f"choose one of {', '.join(networks)}"
         raise InputError(f"unknown network '{arch}': {hint}")
@@ -51,8 +55,19 @@ def check_name(name: str) -> None:
         raise InputError(f"unknown tag '{tag}' of {arch}: choose one of {', '.join(tags)}")
 
 
+def _stored_arch(name: str, source: str, place: str) -> str:
+    """The architecture that the config of a repository or folder names."""
+    if source not in ('hf-hub', 'local-dir'):
+        raise InputError(f"unknown source '{source}:' in '{name}': use hf-hub: or local-dir:")
+    folder = hub_file(place, CONFIG_FILE).parent if source == 'hf-hub' else Path(place)
+    try:
+        return load_model_config_from_path(folder)[1]
+    except LOAD_ERRORS as error:
+        raise InputError(f"'{name}' cannot be read, {CONFIG_FILE}: {first_line(error)}") from error
+
+
 def require_weights(name: str) -> None:
-    """Checks that a registered name has pretrained weights.
+    """Checks that a registered name has exits and pretrained weights; names of repositories and folders pass.
 
     Raises:
         InputError: it has none.
@@ -60,15 +75,28 @@ def require_weights(name: str) -> None:
     if ':' in name:
         return
     check_name(name)
-    if name.partition('.')[0] not in list_networks():
-        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+    arch, _, tag = name.partition('.')
+    networks = list_networks()
+    if arch not in networks:
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(networks)}")
     trained = list_networks(pretrained=True)
-    arch = name.partition('.')[0]
-    if not (name in trained or ('.' not in name and any(t.partition('.')[0] == arch for t in trained))):
+    if not any(t == name or (not tag and t.partition('.')[0] == arch) for t in trained):
         raise InputError(
             f"there are no trained weights for '{name}' yet: pass --checkpoint FILE, or choose one of "
             f"{', '.join(trained) or 'none so far'}")
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def class_labels(model: MultiExitNet, stored: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
+    """Names of a network's classes, in the order of its logits.
+
+    Args:
+        model: The network.
+        stored: Names stored with its weights; they take precedence over those of its pretrained cfg.
+
+    Returns:
+        The first of the two that has as many names as the network has classes, else 'class 0', 'class 1', ...
+    """
+    for names in (stored, model.pretrained_cfg.get('label_names')):
+        if names and len(names) == model.num_classes:
+            return tuple(names)
+    return tuple(f'class {i}' for i in range(model.num_classes))

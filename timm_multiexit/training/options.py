@@ -7,6 +7,7 @@ import torch
 import yaml
 from timm.utils import ParseKwargs
 
+from ..datasets import VALIDATION_IMAGES
 from .task import KD_EXITS
 
 
@@ -53,7 +54,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--data-dir', default='data', metavar='DIR', help='folder of the data set')
     group.add_argument('--dataset', default='torch/cifar10', help="timm's name of the data set")
     group.add_argument('--dataset-download', action='store_true', help='let torchvision download the data set')
-    group.add_argument('--validation-images', type=int, default=5000, metavar='N',
+    group.add_argument('--validation-images', type=int, default=VALIDATION_IMAGES, metavar='N',
                        help='training images to hold out, the same ones in every run')
     group.add_argument('--loader', choices=['memory', 'timm'], default='memory',
                        help="whole data set on the device with batched augmentation, or timm's PIL pipeline")
