@@ -2,12 +2,14 @@
 import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
+import numpy as np
 from PIL import Image
 
 import timm_multiexit
 from timm_multiexit.errors import InputError
+from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.stopping.config import ExitConfig
@@ -132,16 +134,9 @@ class Curve:
 
     def at(self, budget: float) -> CurvePoint:
         """The point at a budget, interpolated between the stored ones."""
-        if budget <= self.budgets[0]:
-            return self.points[0]
-        if budget >= self.budgets[-1]:
-            return self.points[-1]
-        k = next(i for i, b in enumerate(self.budgets) if b >= budget)
-        a, b = self.points[k - 1], self.points[k]
-        w = (budget - self.budgets[k - 1]) / (self.budgets[k] - self.budgets[k - 1])
-        return CurvePoint(
-            a.macs + w * (b.macs - a.macs), a.accuracy + w * (b.accuracy - a.accuracy),
-            tuple(x + w * (y - x) for x, y in zip(a.shares, b.shares)))
+        columns = zip(*((p.macs, p.accuracy, *p.shares) for p in self.points))
+        macs, accuracy, *shares = (float(np.interp(budget, self.budgets, column)) for column in columns)
+        return CurvePoint(macs, accuracy, tuple(shares))
 
 
 def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
@@ -152,21 +147,21 @@ def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
     policies = config.policies
     if not policies:
         return None
-    path = WEIGHTS_DIR / name / 'results.json'
+    path = WEIGHTS_DIR / name / RESULTS_NAME
     if ':' not in name and path.is_file():
-        return _test_curve(read_json(path, 'results'), policies[0].method)
+        return _test_curve(Results.load(path), policies[0].method)
     if any(p.expected_macs is None or p.expected_accuracy is None or p.exit_shares is None for p in policies):
         return None
     points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy, p.exit_shares) for p in policies)
     return Curve('the validation images', tuple(p.budget for p in policies), points)
 
 
-def _test_curve(results: Dict[str, Any], method: str) -> Curve:
-    rows: List[Dict[str, Any]] = results['budgeted'].get(method) or next(iter(results['budgeted'].values()))
-    points = tuple(CurvePoint(r['average_macs'], r['accuracy'], tuple(r['exit_shares'])) for r in rows)
+def _test_curve(results: Results, method: str) -> Curve:
+    rows = results.budgeted.get(method) or next(iter(results.budgeted.values()))
+    points = tuple(CurvePoint(r.average_macs, r.accuracy, r.exit_shares) for r in rows)
     return Curve(
-        f"{results['test_images']:,} test images", tuple(r['budget'] for r in rows), points,
-        tuple((e['macs'], e['accuracy']) for e in results['exits']))
+        f'{results.test_images:,} test images', tuple(r.budget for r in rows), points,
+        tuple((e.macs, e.accuracy) for e in results.exits))
 
 
 def parse_position(text: Optional[str], count: int) -> int:

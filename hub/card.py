@@ -55,9 +55,9 @@ def card_data(network: Network) -> ModelCardData:
     results = [
         EvalResult(
             task_type='image-classification', task_name='Image Classification', dataset_type=dataset,
-            dataset_name=title, dataset_split='test', metric_type='accuracy', metric_value=e['accuracy'],
-            metric_name=f"Top-1 accuracy (%), exit {e['exit']} ({format_macs(e['macs'])} MACs)")
-        for e in network.results['exits']]
+            dataset_name=title, dataset_split='test', metric_type='accuracy', metric_value=e.accuracy,
+            metric_name=f"Top-1 accuracy (%), exit {e.exit} ({format_macs(e.macs)} MACs)")
+        for e in network.results.exits]
     return ModelCardData(
         license=network.model.pretrained_cfg.get('license') or 'other',
         library_name='timm',
@@ -71,7 +71,7 @@ def card_data(network: Network) -> ModelCardData:
 
 
 def _dataset(network: Network):
-    name = network.results['dataset']
+    name = network.results.dataset
     known = find_dataset(name)
     return (known.hub_id, known.title) if known else (network.tag, network.tag)
 
@@ -98,32 +98,30 @@ def _what_it_is(network: Network) -> str:
 
 def _exits(network: Network) -> str:
     rows = [
-        [str(e['exit']), format_macs(e['macs']), f"{e['params'] / 1e6:.2f} M", f"{e['accuracy']:.2f}",
-         f"{e['calibration_error']:.2f}", f"{e['calibration_error_with_temperature']:.2f}",
-         f"{e['temperature']:.3f}"]
-        for e in network.results['exits']]
+        [str(e.exit), format_macs(e.macs), f'{e.params / 1e6:.2f} M', f'{e.accuracy:.2f}',
+         f'{e.calibration_error:.2f}', f'{e.calibration_error_with_temperature:.2f}', f'{e.temperature:.3f}']
+        for e in network.results.exits]
     head = ['exit', 'MACs', 'parameters', 'top-1 (%)', 'calibration error (%)', 'with temperature (%)', 'temperature']
     return (
-        f"## Exits\n\nMeasured on {network.results['test_images']:,} test images. Costs are cumulative, up to and "
-        f"including that exit. Temperatures were fitted on {network.results['validation_images']:,} validation images."
+        f"## Exits\n\nMeasured on {network.results.test_images:,} test images. Costs are cumulative, up to and "
+        f"including that exit. Temperatures were fitted on {network.results.validation_images:,} validation images."
         f"\n\n{_table(head, rows)}\n\n"
         '![Accuracy and cost of each exit](anytime.png)')
 
 
 def _budgets(network: Network) -> str:
-    every = network.results['budgeted']['search']
+    every = network.results.budgeted['search']
     step = max(1, -(-len(every) // _BUDGET_ROWS))
     rows = []
     for point in every[::step]:
-        shares = ' / '.join(f'{100 * s:.0f}' for s in point['exit_shares'])
-        rows.append([
-            format_macs(point['budget']), format_macs(point['average_macs']), f"{point['accuracy']:.2f}", shares])
+        shares = ' / '.join(f'{100 * s:.0f}' for s in point.exit_shares)
+        rows.append([format_macs(point.budget), format_macs(point.average_macs), f'{point.accuracy:.2f}', shares])
     head = ['average budget', 'average MACs on the test set', 'top-1 (%)', 'images leaving at each exit (%)']
-    fast, gains = '', network.results.get('comparison', {})
-    if network.exits.fast_policies and 'mean_gain_fast' in gains:
+    fast, gains = '', network.results.comparison
+    if network.exits.fast_policies:
         fast = (' A second set of thresholds, `policy_for(budget, fast=True)`, evaluates fewer exits and is faster '
-                f'at equal cost; its accuracy differs by {gains["mean_gain_fast"]:+.2f} points on average and by '
-                f"{gains['smallest_gain_fast']:+.2f} at worst.")
+                f'at equal cost; its accuracy differs by {gains.mean_gain_fast:+.2f} points on average and by '
+                f'{gains.smallest_gain_fast:+.2f} at worst.')
     return (
         '## Average budgets\n\nThresholds for these budgets are stored with the weights. They were chosen on '
         f'validation images and measured on the test set.{fast}\n\n{_table(head, rows)}\n\n'

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from timm_multiexit.errors import InputError
-from timm_multiexit.files import read_json, read_yaml
+from timm_multiexit.evaluation.results import RESULTS_NAME, Results
+from timm_multiexit.files import read_yaml
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
@@ -28,8 +29,7 @@ _MADE_BY = {
     STEPS_NAME: 'give the folder final/ of a run of train_timm.py',
     LOG_NAME: 'give the folder final/ of a run of train_timm.py',
     FILE_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
-    'results.json':
-        'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
+    RESULTS_NAME: 'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
 }
 
 
@@ -52,7 +52,7 @@ class Network:
     folder: Path
     model: MultiExitNet
     exits: ExitConfig
-    results: Dict[str, Any]
+    results: Results
     recipe: Dict[str, Any]
     history: History
     packaged: bool
@@ -95,7 +95,7 @@ def read_network(given: str, name: str = '') -> Network:
         if not (folder / required).is_file():
             raise InputError(f"'{folder}' has no {required}: {remedy}")
     recipe = _read_recipe(folder / RECIPE_NAME)
-    results = read_json(folder / 'results.json', 'results')
+    results = Results.load(folder / RESULTS_NAME)
     exits = ExitConfig.load(folder / FILE_NAME)
     history = History.read(folder)
     if packaged:
@@ -148,12 +148,8 @@ def _check(network: Network) -> None:
     costs = exit_costs(network.model, network.exits.input_size)
     if tuple(costs.macs) != network.exits.exit_macs:
         raise InputError(f"the costs in {FILE_NAME} of '{network.folder}' are not the network's: calibrate it again")
-    results = network.results
-    needed = {'exits', 'budgeted', 'test_images', 'validation_images', 'dataset'}
-    if not isinstance(results, dict) or not needed <= results.keys():
-        raise InputError(f"results.json of '{network.folder}' is not from timm-multiexit evaluate: evaluate it again")
-    if [e['macs'] for e in results['exits']] != list(costs.macs):
-        raise InputError(f"results.json of '{network.folder}' is of another network: evaluate it again")
+    if [e.macs for e in network.results.exits] != list(costs.macs):
+        raise InputError(f"{RESULTS_NAME} of '{network.folder}' is of another network: evaluate it again")
 
 
 def same_images(model: MultiExitNet, count: int = 4) -> torch.Tensor:

@@ -16,6 +16,7 @@ from timm.models._hub import (
 )
 
 from timm_multiexit.errors import InputError
+from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
 from timm_multiexit.pretrained.exit_config import load_exit_config
@@ -49,7 +50,7 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
         shutil.copyfile(network.folder / name, folder / name)
     (folder / RECIPE_NAME).write_text(_portable_recipe(network.folder / RECIPE_NAME), encoding='utf-8')
     write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
-    write_json(folder / 'results.json', network.results)
+    network.results.save(folder / RESULTS_NAME)
     for name, figure in _figures(network.results).items():
         figure.savefig(folder / name, dpi=150, metadata={'Software': None})
     (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')
@@ -74,7 +75,7 @@ def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
     return config
 
 
-def _figures(results: Dict[str, Any]) -> Dict[str, 'Figure']:
+def _figures(results: Results) -> Dict[str, 'Figure']:
     """The figures of a repository, by file name; InputError if matplotlib is not installed."""
     require_extra('plots', 'a model repository')  # the Space needs no figures
     from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
@@ -106,7 +107,7 @@ def check_folder(network: Network, folder: Path) -> str:
         raise InputError(f'{network.name}: config.json does not hold the stored policies')
     card = ModelCard.load(folder / CARD)
     parsed = card.data.eval_results or []
-    measured = [e['accuracy'] for e in network.results['exits']]
+    measured = [e.accuracy for e in network.results.exits]
     if [r.metric_value for r in parsed] != measured:
         raise InputError(f'the model-index in the card of {network.name} does not hold the measured accuracies')
     return validate_card(card)

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 
 from timm_multiexit.datasets import DATASETS
 from timm_multiexit.evaluation.evaluate import LabelledLogits, evaluate
-from timm_multiexit.files import write_json
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.stopping.solve import solve_exit_config
 from timm_multiexit.training.history import History, Step
@@ -150,8 +149,8 @@ def final(tmp_path_factory) -> Path:
             logits[k, torch.arange(300), targets] += 1. + k
         splits.append(LabelledLogits(logits, targets))
     validation, test = splits
-    results = evaluate(validation, test, costs)
-    write_json(folder / 'results.json', dict(model='msfuse_cifar', dataset='torch/cifar10', **results))
+    results = replace(evaluate(validation, test, costs), model='msfuse_cifar', dataset='torch/cifar10')
+    results.save(folder / 'results.json')
     classes = DATASETS['cifar10'].classes
     solve_exit_config(validation.logits, validation.targets, costs, classes).save(folder / 'multiexit.json')
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(dict(

@@ -86,7 +86,7 @@ def trained_on(pretrained_cfg: Dict[str, Any]) -> Dataset:
     """
     tag = pretrained_cfg.get('tag') or ''
     if tag not in DATASETS:
-        raise InputError(f"the weights do not say which data set they are for (tag '{tag}'): pass --dataset")
+        raise InputError(f"the tag '{tag}' of the weights names no data set: pass --dataset")
     return DATASETS[tag]
 
 

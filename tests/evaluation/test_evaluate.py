@@ -19,6 +19,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation import evaluate as evaluation
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, oracle
 from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
+from timm_multiexit.evaluation.results import OracleResult, Results
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.exit_config import load_recipe
@@ -102,15 +103,15 @@ def test_tables_say_what_the_json_says(report):
 
 
 def test_figures_draw_the_results(report):
-    results = json.loads((report / 'results.json').read_text())
+    results = Results.load(report / 'results.json')
     (line,) = anytime_figure(results).axes[0].lines
-    assert list(line.get_ydata()) == [e['accuracy'] for e in results['exits']]
+    assert list(line.get_ydata()) == [e.accuracy for e in results.exits]
     axes = budgeted_figure(results).axes
     lines = {line.get_label(): line for line in axes[0].lines}
-    assert list(lines['thresholds by search'].get_ydata()) == [r['accuracy'] for r in results['budgeted']['search']]
-    assert list(lines['fast: few exits asked'].get_ydata()) == [r['accuracy'] for r in results['budgeted']['fast']]
+    assert list(lines['thresholds by search'].get_ydata()) == [r.accuracy for r in results.budgeted['search']]
+    assert list(lines['fast: few exits in use'].get_ydata()) == [r.accuracy for r in results.budgeted['fast']]
     assert len(lines) == 5
-    assert list(axes[1].lines[-1].get_ydata()) == pytest.approx(results['comparison']['gains'], abs=1e-3)
+    assert list(axes[1].lines[-1].get_ydata()) == pytest.approx(results.comparison.gains, abs=1e-3)
     for name in ('anytime.png', 'budgeted.png'):
         with Image.open(report / name) as image:
             assert min(image.size) > 500 and len(image.convert('L').getcolors()) > 20
@@ -119,7 +120,7 @@ def test_figures_draw_the_results(report):
 @pytest.mark.parametrize('draw', [anytime_figure, budgeted_figure])
 def test_the_title_of_a_figure_is_not_cut_off(draw):
     name = 'msfuse_cifar_budgeted.cifar100'  # the longest that is shipped
-    figure = draw(json.loads((WEIGHTS_DIR / name / 'results.json').read_text()))
+    figure = draw(Results.load(WEIGHTS_DIR / name / 'results.json'))
     figure.draw_without_rendering()
     inside = figure.get_window_extent()
     (title,) = (text for text in figure.findobj(Text) if name in text.get_text())
@@ -204,11 +205,11 @@ def test_oracle_stops_at_the_first_right_exit():
     targets = torch.tensor([0, 0, 0, 0])
     answers = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]])  # the last image is never right
     test = LabelledLogits(torch.nn.functional.one_hot(answers, 2).float(), targets)
-    assert oracle(test, (10, 20, 40)) == [
-        dict(exits=1, average_macs=10, accuracy=25.),
-        dict(exits=2, average_macs=round((10 + 3 * 20) / 4), accuracy=50.),
-        dict(exits=3, average_macs=round((10 + 20 + 2 * 40) / 4), accuracy=75.),
-    ]
+    assert oracle(test, (10, 20, 40)) == (
+        OracleResult(exits=1, average_macs=10, accuracy=25.),
+        OracleResult(exits=2, average_macs=round((10 + 3 * 20) / 4), accuracy=50.),
+        OracleResult(exits=3, average_macs=round((10 + 20 + 2 * 40) / 4), accuracy=75.),
+    )
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -225,6 +226,6 @@ def test_evaluation_of_overconfident_logits_is_mended_by_temperature():
     logits[2] *= 3.
     halves = [LabelledLogits(logits[:, part], targets[part]) for part in (slice(0, 2000), slice(2000, 4000))]
     results = evaluation.evaluate(*halves, ExitCosts((10, 20, 40), (1, 2, 3), (3, 32, 32)), budgets=[10, 25, 40])
-    last = results['exits'][2]
-    assert last['temperature'] == pytest.approx(3., rel=0.1)
-    assert last['calibration_error_with_temperature'] < 4. < 8. < last['calibration_error']
+    last = results.exits[2]
+    assert last.temperature == pytest.approx(3., rel=0.1)
+    assert last.calibration_error_with_temperature < 4. < 8. < last.calibration_error

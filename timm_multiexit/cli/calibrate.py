@@ -14,8 +14,8 @@ from .evaluate import add_data_options, prepare, split_logits
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'calibrate', help='thresholds for a checkpoint, from validation images',
-        description='Fits temperatures and thresholds for a family of average budgets on validation images, and writes '
-                    f'them as {FILE_NAME} beside the checkpoint, where classify --average-budget finds them.')
+        description='Fits temperatures, and thresholds for a range of average budgets, on validation images; writes '
+                    f'them to {FILE_NAME} beside the checkpoint, where classify --average-budget finds them.')
     parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
     add_model_options(parser)
     add_data_options(parser)
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     names = class_names(dataset, args.data_dir)
     if names is not None and len(names) != model.num_classes:
         raise InputError(
-            f"data set '{dataset}' has {len(names)} classes and the network {model.num_classes}: pass the --dataset "
-            'that it was trained on')
+            f"data set '{dataset}' has {len(names)} classes, the network {model.num_classes}: pass the --dataset that "
+            'it was trained on')
     config = solve_exit_config(
         validation.logits, validation.targets, costs, names, method=args.method, measure=args.measure)
     config.save(output)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 def print_config(config: ExitConfig, images: int) -> None:
     print(f'{len(config.policies)} policies from {images:,} validation images')
-    print(f"{'budget':>9} {'expected':>9} {'top-1':>6}  leave at each exit")
+    print(f"{'budget':>9} {'expected':>9} {'top-1':>6}  share leaving at each exit")
     for p in config.policies[::max(1, len(config.policies) // 10)]:
         shares = ' '.join(f'{100 * s:.0f}%' for s in p.exit_shares)
         print(f'{format_macs(p.budget):>9} {format_macs(p.expected_macs):>9} {p.expected_accuracy:>6.2f}  {shares}')

@@ -1,5 +1,6 @@
 """`timm-multiexit evaluate MODEL --data-dir D`: accuracy of each exit and under average budgets, on the test set."""
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Tuple
 
@@ -9,6 +10,7 @@ from .. import __version__
 from ..datasets import VALIDATION_IMAGES, load_images, trained_on
 from ..errors import InputError
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
+from ..evaluation.results import Results
 from ..models import MultiExitNet
 from ..models._costs import exit_costs
 from ..optional import require_extra
@@ -23,7 +25,7 @@ from ._common import add_model_options
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'evaluate', help='accuracy of each exit and under average budgets',
-        description='Measures every exit on the test set, and average budgets with thresholds from validation images. '
+        description='Measures every exit on the test set, and average budgets under thresholds from validation images. '
                     'Writes results.json, two CSV tables and two figures.')
     parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
     add_model_options(parser)
@@ -33,20 +35,21 @@ def add_parser(subparsers) -> None:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Options that name the images, and how sure is measured."""
+    """Options that name the images and the confidence measure."""
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the data set')
     parser.add_argument('--dataset', default='', metavar='NAME',
-                        help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
-    parser.add_argument('--dataset-download', action='store_true', help='let torchvision fetch it')
+                        help="timm's name, like torch/cifar10 or folder (default: that of the weights)")
+    parser.add_argument('--dataset-download', action='store_true', help='let torchvision download it')
     parser.add_argument('--validation-images', type=int, default=None, metavar='N',
-                        help='training images on which thresholds are set, held out as in train_timm.py (default: as '
-                             f'many as the recipe beside the weights held out, else {VALIDATION_IMAGES})')
-    parser.add_argument('--measure', choices=MEASURES, default='max_softmax', help='confidence (default: %(default)s)')
+                        help='training images on which thresholds are set, held out as in train_timm.py (default: the '
+                             f'number in the recipe beside the weights, else {VALIDATION_IMAGES})')
+    parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
+                        help='confidence measure (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=256, metavar='N')
 
 
 def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
-    """The network and the name of the data set that the options ask for.
+    """The network and the data set that the options name.
 
     Raises:
         InputError: options that cannot be used.
@@ -54,7 +57,7 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
     if args.batch_size < 1:
         raise InputError(f'--batch-size {args.batch_size}: give 1 or more')
     if args.validation_images is not None and args.validation_images < 1:
-        raise InputError(f'--validation-images {args.validation_images}: thresholds need validation images')
+        raise InputError(f'--validation-images {args.validation_images}: give 1 or more')
     if not args.checkpoint:
         require_weights(args.model)
     model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
@@ -62,11 +65,11 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
     dataset = args.dataset or trained_on(model.pretrained_cfg).name
     if args.validation_images is None:
         recipe = load_recipe(args.model, args.checkpoint)
-        same = recipe.get('dataset') == dataset  # of other images the recipe says nothing
+        same = recipe.get('dataset') == dataset  # the recipe's split is of its own data set
         args.validation_images = recipe.get('validation_images', VALIDATION_IMAGES) if same else VALIDATION_IMAGES
         if not args.validation_images:
-            raise InputError('these weights were trained on all training images, and thresholds need others: pass '
-                             '--dataset for other images, or --validation-images N to set them on training images')
+            raise InputError('these weights were trained on all training images, and thresholds need held-out ones: '
+                             'pass --dataset for other images, or --validation-images N to set them on training images')
     return model, dataset
 
 
@@ -88,33 +91,32 @@ def run(args: argparse.Namespace) -> None:
     model, dataset = prepare(args)
     validation, costs = split_logits(args, model, dataset, 'validation')
     test, _ = split_logits(args, model, dataset, 'test')
-    results = dict(
-        model=args.model, dataset=dataset, checkpoint=Path(args.checkpoint).name or None,
-        timm_multiexit=__version__, **evaluate(validation, test, costs, measure=args.measure))
+    results = replace(
+        evaluate(validation, test, costs, measure=args.measure), model=args.model, dataset=dataset,
+        checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
     paths = write_report(results, Path(args.output or Path('evaluation') / args.model.replace('/', '_')))
     print_results(results)
     print('written: ' + ', '.join(map(str, paths)))
 
 
-def print_results(results: dict) -> None:
-    print(f"{results['model']}, {results['dataset']}: {results['test_images']:,} test images, thresholds from "
-          f"{results['validation_images']:,} validation images")
+def print_results(results: Results) -> None:
+    print(f'{results.model}, {results.dataset}: {results.test_images:,} test images, thresholds from '
+          f'{results.validation_images:,} validation images')
     print(f"{'exit':>4} {'MACs':>9} {'top-1':>6} {'calibration error':>18} {'with temperature':>17}")
-    for e in results['exits']:
-        print(f"{e['exit']:>4} {format_macs(e['macs']):>9} {e['accuracy']:>6.2f} {e['calibration_error']:>17.2f}% "
-              f"{e['calibration_error_with_temperature']:>16.2f}%")
-    best = results['oracle'][-1]
-    print(f"oracle that stops at the first right exit: {best['accuracy']:.2f} % at {format_macs(best['average_macs'])}")
-    methods = list(results['budgeted'])
-    print(f"\n{'budget':>9} | " + ''.join(f"{m:>9} {'top-1':>6} | " for m in methods) + 'leave at each exit (search)')
-    curves = {m: {row['budget']: row for row in rows} for m, rows in results['budgeted'].items()}
+    for e in results.exits:
+        print(f'{e.exit:>4} {format_macs(e.macs):>9} {e.accuracy:>6.2f} {e.calibration_error:>17.2f}% '
+              f'{e.calibration_error_with_temperature:>16.2f}%')
+    best = results.oracle[-1]
+    print(f'oracle that stops at the first correct exit: {best.accuracy:.2f} % at {format_macs(best.average_macs)}')
+    titles = ''.join(f"{method:>9} {'top-1':>6} | " for method in results.budgeted)
+    print(f"\n{'budget':>9} | {titles}share leaving at each exit (search)")
+    curves = {method: {row.budget: row for row in rows} for method, rows in results.budgeted.items()}
     budgets = list(curves['geometric'])
     for budget in budgets[::max(1, len(budgets) // 10)]:
-        ours = curves['search'][budget]
-        shares = ' '.join(f'{100 * s:.0f}%' for s in ours['exit_shares'])
-        cells = [f"{format_macs(c[budget]['average_macs']):>9} {c[budget]['accuracy']:>6.2f}" for c in curves.values()]
+        cells = [f'{format_macs(c[budget].average_macs):>9} {c[budget].accuracy:>6.2f}' for c in curves.values()]
+        shares = ' '.join(f'{100 * s:.0f}%' for s in curves['search'][budget].exit_shares)
         print(' | '.join([f'{format_macs(budget):>9}', *cells, shares]))
-    c = results['comparison']
-    print(f"search against the geometric rule at equal cost: {c['mean_gain']:+.3f} points on average, "
-          f"{c['smallest_gain']:+.3f} at worst; fast against search: {c['mean_gain_fast']:+.3f} and "
-          f"{c['smallest_gain_fast']:+.3f}; largest budget error {c['largest_budget_error']:.2f} %")
+    c = results.comparison
+    print(f'search against the geometric rule at equal cost: {c.mean_gain:+.3f} points on average, '
+          f'{c.smallest_gain:+.3f} at worst; fast against search: {c.mean_gain_fast:+.3f} and '
+          f'{c.smallest_gain_fast:+.3f}; largest budget error {c.largest_budget_error:.2f} %')

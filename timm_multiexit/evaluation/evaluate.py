@@ -1,26 +1,28 @@
-"""Measures a network on test images: each exit alone, and average budgets kept by thresholds from validation images.
+"""Measures a network on test images: each exit alone, and average budgets under thresholds from validation images.
 
-No choice looks at a test label: temperatures and thresholds come from the validation logits alone.
+Nothing is chosen on the test images: temperatures and thresholds come from the validation logits alone.
 """
 import csv
-from dataclasses import dataclass
+import statistics
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from timm.data import resolve_data_config
 from tqdm import tqdm
 
 from ..datasets import normalize
 from ..errors import InputError
-from ..files import write_json, written_beside
+from ..files import written_beside
 from ..models import MultiExitNet
 from ..stopping.costs import ExitCosts
+from ..stopping.policy import ExitPolicy
 from ..stopping.scores import check_labelled_logits, interpolate
 from ..stopping.simulate import simulate
 from ..stopping.solve import solve_policies
 from ..stopping.temperature import fit_temperature
+from .results import RESULTS_NAME, BudgetResult, Comparison, ExitResult, OracleResult, Results, curve
 
 CALIBRATION_BINS = 15
 
@@ -40,9 +42,9 @@ def exit_logits(
         model: A network in eval mode, on `device`.
         images: uint8 (N, C, H, W).
         targets: int64 (N,).
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         device: Where to run.
-        label: Of the progress bar, which appears on terminals only.
+        label: Of the progress bar, which is drawn on terminals only.
 
     Returns:
         Logits float32 (num_exits, N, num_classes) and the targets, on the CPU.
@@ -84,23 +86,22 @@ def calibration_error(logits: torch.Tensor, targets: torch.Tensor, temperature: 
     return 100. * float(error)
 
 
-def oracle(test: LabelledLogits, exit_macs: Sequence[int]) -> List[Dict[str, float]]:
-    """What an oracle would reach that stops at the first exit that is right.
+def oracle(test: LabelledLogits, exit_macs: Sequence[int]) -> Tuple[OracleResult, ...]:
+    """What an oracle would reach that stops at the first correct exit.
 
     Returns:
-        For each exit k, with no more than k exits: average MACs and accuracy in percent. An image that none of them
-        gets right runs up to exit k.
+        For each exit k, with the first k exits. An image that none of them classifies correctly runs up to exit k.
     """
-    right = test.logits.argmax(2) == test.targets
+    correct = test.logits.argmax(2) == test.targets
     costs = torch.tensor(list(exit_macs), dtype=torch.float64)
     points = []
-    for k in range(len(right)):
-        stops = right[:k + 1].clone()
+    for k in range(len(correct)):
+        stops = correct[:k + 1].clone()
         accuracy = 100. * float(stops.any(0).double().mean())
         stops[k] = True
         average = float(costs[stops.int().argmax(0)].mean())
-        points.append(dict(exits=k + 1, average_macs=round(average), accuracy=round(accuracy, 3)))
-    return points
+        points.append(OracleResult(k + 1, round(average), round(accuracy, 3)))
+    return tuple(points)
 
 
 def evaluate(
@@ -109,80 +110,79 @@ def evaluate(
         costs: ExitCosts,
         budgets: Optional[Sequence[float]] = None,
         measure: str = 'max_softmax',
-) -> Dict[str, Any]:
-    """All that a report holds, as plain values; accuracies and calibration errors in percent.
+) -> Results:
+    """Everything that a report holds.
 
     Args:
-        validation: On these, temperatures and thresholds are set.
-        test: On these, everything is measured; the average cost is that of the exits really taken.
+        validation: Temperatures and thresholds are set on these.
+        test: Everything is measured on these; the average cost is that of the exits really taken.
         costs: Of the exits.
         budgets: Average MACs per image; None for `solve.budget_grid`, with the rows that `solve_policies` adds to it.
         measure: Confidence measure, see `policy.confidence`.
 
+    Returns:
+        Without the names of model, data set and checkpoint, which the caller knows.
+
     Raises:
-        InputError: logits, labels or budgets that cannot be used, or a confidence measure that does not exist.
+        InputError: logits, labels or budgets that cannot be used, or an unknown confidence measure.
     """
     temperatures = [round(fit_temperature(x, validation.targets), 4) for x in validation.logits]
     exits = []
     for k, (accuracy, held_out) in enumerate(zip(test.accuracies(), validation.accuracies())):
-        exits.append(dict(
-            exit=k + 1, macs=costs.macs[k], params=costs.params[k], accuracy=round(accuracy, 3),
-            validation_accuracy=round(held_out, 3), temperature=temperatures[k],
-            calibration_error=round(calibration_error(test.logits[k], test.targets), 3),
-            calibration_error_with_temperature=round(
-                calibration_error(test.logits[k], test.targets, temperatures[k]), 3)))
-    budgeted = {}
+        errors = [calibration_error(test.logits[k], test.targets, t) for t in (1., temperatures[k])]
+        exits.append(ExitResult(
+            k + 1, costs.macs[k], costs.params[k], round(accuracy, 3), round(held_out, 3), temperatures[k],
+            *(round(e, 3) for e in errors)))
     families = solve_policies(
         validation.logits, validation.targets, costs.macs, budgets=budgets, measure=measure, temperatures=temperatures)
-    for method, policies in families.items():
-        rows = []
-        for policy in policies:
-            result = simulate(policy, test.logits, costs.macs)
-            rows.append(dict(
-                budget=policy.budget, average_macs=round(result.average_macs),
-                accuracy=round(result.accuracy(test.targets), 3),
-                over_budget=round(100. * (result.average_macs / policy.budget - 1.), 3),
-                validation_macs=policy.expected_macs, validation_accuracy=policy.expected_accuracy,
-                exit_shares=[round(s, 5) for s in result.exit_shares(len(exits))],
-                thresholds=list(policy.thresholds)))
-        budgeted[method] = rows
-    return dict(
+    budgeted = {
+        method: tuple(_measure(policy, test, costs) for policy in policies) for method, policies in families.items()}
+    return Results(
         validation_images=len(validation.targets), test_images=len(test.targets), measure=measure,
-        input_size=list(costs.input_size), exits=exits, budgeted=budgeted, oracle=oracle(test, costs.macs),
+        input_size=tuple(costs.input_size), exits=tuple(exits), budgeted=budgeted, oracle=oracle(test, costs.macs),
         comparison=compare(budgeted))
 
 
-def compare(budgeted: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Any]:
-    """Curves at the same average cost on test, in points of accuracy: search against the rule, fast against search."""
-    curves = {}
-    for method, rows in budgeted.items():
-        curves[method] = [np.array([r[key] for r in rows]) for key in ('average_macs', 'accuracy')]
-    macs, accuracy = curves['search']
-    gain = accuracy - interpolate(*curves['geometric'], macs)
-    fast = curves['fast'][1] - interpolate(*curves['search'], curves['fast'][0])
-    return dict(
-        mean_gain=round(float(gain.mean()), 4), smallest_gain=round(float(gain.min()), 4),
-        gains=[round(g, 4) for g in gain.tolist()],
-        mean_gain_fast=round(float(fast.mean()), 4), smallest_gain_fast=round(float(fast.min()), 4),
-        largest_budget_error=max(abs(r['over_budget']) for rows in budgeted.values() for r in rows))
+def _measure(policy: ExitPolicy, test: LabelledLogits, costs: ExitCosts) -> BudgetResult:
+    result = simulate(policy, test.logits, costs.macs)
+    return BudgetResult(
+        budget=policy.budget, average_macs=round(result.average_macs), accuracy=round(result.accuracy(test.targets), 3),
+        over_budget=round(100. * (result.average_macs / policy.budget - 1.), 3),
+        validation_macs=policy.expected_macs, validation_accuracy=policy.expected_accuracy,
+        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)), thresholds=policy.thresholds)
 
 
-def write_report(results: Dict[str, Any], folder: Path) -> List[Path]:
+def compare(budgeted: Dict[str, Sequence[BudgetResult]]) -> Comparison:
+    """Compares the methods at the same average cost on the test images."""
+    curves = {method: curve(rows) for method, rows in budgeted.items()}
+
+    def gains(method: str, reference: str) -> List[float]:
+        macs, accuracy = curves[method]
+        return (accuracy - interpolate(*curves[reference], macs)).tolist()
+
+    search, fast = gains('search', 'geometric'), gains('fast', 'search')
+    return Comparison(
+        round(statistics.fmean(search), 4), round(min(search), 4), tuple(round(g, 4) for g in search),
+        round(statistics.fmean(fast), 4), round(min(fast), 4),
+        max(abs(r.over_budget) for rows in budgeted.values() for r in rows))
+
+
+def write_report(results: Results, folder: Path) -> List[Path]:
     """Writes results.json, exits.csv, budgeted.csv, anytime.png and budgeted.png; returns their paths.
 
-    Each file is written beside and renamed.
+    Each file is written under another name and renamed when complete.
 
     Raises:
         InputError: the folder cannot be written to.
     """
     from .figures import anytime_figure, budgeted_figure
     folder = Path(folder)
-    write_json(folder / 'results.json', results)
-    _write_csv(folder / 'exits.csv', results['exits'])
+    results.save(folder / RESULTS_NAME)
+    _write_csv(folder / 'exits.csv', [asdict(e) for e in results.exits])
     rows = []
-    for method, points in results['budgeted'].items():
+    for method, points in results.budgeted.items():
         for point in points:
-            row = dict(method=method, **point)
+            row = dict(method=method, **asdict(point))
             for name in ('exit_shares', 'thresholds'):
                 for k, value in enumerate(row.pop(name), 1):
                     row[f'{name[:-1]}_{k}'] = value
@@ -191,7 +191,7 @@ def write_report(results: Dict[str, Any], folder: Path) -> List[Path]:
     for name, draw in (('anytime.png', anytime_figure), ('budgeted.png', budgeted_figure)):
         with written_beside(folder / name) as partial:
             draw(results).savefig(partial, dpi=150)
-    return [folder / n for n in ('results.json', 'exits.csv', 'budgeted.csv', 'anytime.png', 'budgeted.png')]
+    return [folder / n for n in (RESULTS_NAME, 'exits.csv', 'budgeted.csv', 'anytime.png', 'budgeted.png')]
 
 
 def _write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
