@@ -1,4 +1,4 @@
-"""evaluate and calibrate: the numbers of a report are those of the network and of the policies, on real images."""
+"""evaluate and calibrate: a report holds the numbers of the network and of the policies, on real images."""
 import argparse
 import csv
 import json
@@ -36,7 +36,7 @@ PER_CLASS = 15
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, cifar_root):
-    """A small data set in folders, train/CLASS/*.png and validation/CLASS/*.png, made of CIFAR-10's test images."""
+    """A small data set in folders, train/CLASS/*.png and validation/CLASS/*.png, from CIFAR-10's test images."""
     root = tmp_path_factory.mktemp('images')
     dataset = CIFAR10(cifar_root, train=False)
     count = dict.fromkeys(dataset.classes, 0)
@@ -62,7 +62,7 @@ def report(options, tmp_path_factory):
     return output
 
 
-def test_report_is_complete_and_holds_the_network_s_own_numbers(report, folder):
+def test_the_report_is_complete_and_holds_the_network_s_numbers(report, folder):
     assert sorted(p.name for p in report.iterdir()) == FILES
     results = json.loads((report / 'results.json').read_text())
     model = load_model(NAME)
@@ -73,9 +73,9 @@ def test_report_is_complete_and_holds_the_network_s_own_numbers(report, folder):
     costs = exit_costs(model)
     assert results['test_images'] == 10 * PER_CLASS == len(targets)
     assert [e['macs'] for e in results['exits']] == list(costs.macs)
-    right = 100. * (logits.argmax(2) == targets).double().mean(1)
-    assert [e['accuracy'] for e in results['exits']] == pytest.approx(right.tolist(), abs=1e-2)
-    assert right.min() > 40.  # the weights are real ones
+    correct = 100. * (logits.argmax(2) == targets).double().mean(1)
+    assert [e['accuracy'] for e in results['exits']] == pytest.approx(correct.tolist(), abs=1e-2)
+    assert correct.min() > 40.  # trained weights
     # The budgeted rows are what their own thresholds give on these images.
     temperatures = [e['temperature'] for e in results['exits']]
     for rows in results['budgeted'].values():
@@ -87,7 +87,7 @@ def test_report_is_complete_and_holds_the_network_s_own_numbers(report, folder):
             assert row['over_budget'] == pytest.approx(100. * (row['average_macs'] / row['budget'] - 1.), abs=0.01)
 
 
-def test_tables_say_what_the_json_says(report):
+def test_tables_hold_what_the_json_holds(report):
     results = json.loads((report / 'results.json').read_text())
     with (report / 'exits.csv').open() as file:
         rows = list(csv.DictReader(file))
@@ -160,7 +160,7 @@ def held_out(*args):
 
 
 def test_thresholds_are_set_on_the_images_that_the_run_held_out(tmp_path):
-    """By default: the others of the training set are no fair measure of these weights."""
+    """By default; the weights have seen the other training images."""
     model = load_model(NAME)
     weights = tmp_path / 'model.safetensors'
     save_file(model.state_dict(), weights)
@@ -201,9 +201,9 @@ def test_labels_of_another_data_set_are_refused(cifar_root, capsys):
     assert 'for 10 classes' in capsys.readouterr().err
 
 
-def test_oracle_stops_at_the_first_right_exit():
+def test_the_oracle_stops_at_the_first_correct_exit():
     targets = torch.tensor([0, 0, 0, 0])
-    answers = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]])  # the last image is never right
+    answers = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 1]])  # no exit classifies the last image correctly
     test = LabelledLogits(torch.nn.functional.one_hot(answers, 2).float(), targets)
     assert oracle(test, (10, 20, 40)) == (
         OracleResult(exits=1, average_macs=10, accuracy=25.),
@@ -214,12 +214,12 @@ def test_oracle_stops_at_the_first_right_exit():
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     logits = torch.tensor([0.8, 0.2]).log().expand(1000, 2)
-    targets = (torch.arange(1000) % 2).long()  # sure to 0.8, right in half
+    targets = (torch.arange(1000) % 2).long()  # confidence 0.8, accuracy 0.5
     assert calibration_error(logits, targets) == pytest.approx(30., abs=0.1)
     assert calibration_error(logits, targets, temperature=100.) == pytest.approx(0., abs=0.5)
 
 
-def test_evaluation_of_overconfident_logits_is_mended_by_temperature():
+def test_temperature_removes_overconfidence():
     generator = torch.Generator().manual_seed(0)
     logits = 2. * torch.randn(3, 4000, 5, generator=generator)
     targets = torch.multinomial(logits[2].softmax(1), 1, generator=generator).squeeze(1)

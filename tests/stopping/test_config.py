@@ -1,4 +1,4 @@
-"""The exit config: one value in the package, beside a checkpoint and in config.json; policies between its budgets."""
+"""The exit config: the same in the package, beside a checkpoint and in config.json; policies between its budgets."""
 import dataclasses
 import json
 
@@ -50,7 +50,7 @@ def test_saved_configs_come_back_the_same(tmp_path):
         assert ExitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_a_stored_budget_gets_its_own_policy_and_one_between_gets_thresholds_between():
+def test_a_stored_budget_gets_its_policy_and_one_between_gets_interpolated_thresholds():
     config = small_config()
     for p in config.policies:
         assert config.policy_for(p.budget) == p
@@ -60,12 +60,12 @@ def test_a_stored_budget_gets_its_own_policy_and_one_between_gets_thresholds_bet
     assert between.expected_accuracy == pytest.approx(92.25)
     assert between.exit_shares == pytest.approx((0.425, 0.275, 0.3))
     assert (between.measure, between.temperatures, between.method) == ('entropy', TEMPERATURES, 'search')
-    # near the full cost: towards 1, beyond which a threshold does nothing
+    # near the full cost: towards 1, the largest confidence
     assert config.policy_for(35e6).thresholds == pytest.approx((0.9, 0.95, 0.))
     assert config.policy_for(40.02e6).thresholds == (NEVER, NEVER, 0.)
 
 
-def test_fast_policies_are_a_family_beside_the_others():
+def test_fast_policies_are_stored_beside_the_others():
     config = small_config(fast_policies=fast(small_config().policies[1:]))
     assert config.policy_for(30e6, fast=True) == config.fast_policies[1] != config.policy_for(30e6)
     assert config.policy_for(25e6, fast=True).thresholds == pytest.approx((NEVER, 0.7, 0.))
@@ -78,9 +78,9 @@ def test_fast_policies_are_a_family_beside_the_others():
     with pytest.raises(InputError, match='measure'):
         small_config(fast_policies=(dataclasses.replace(config.fast_policies[0], measure='margin'),)).to_dict()
     values = small_config().to_dict()
-    values.pop('fast_policies')  # written before there were any
+    values.pop('fast_policies')  # a file from before they existed
     assert ExitConfig.from_dict(values) == small_config()
-    with pytest.raises(InputError, match='fast_policies are no list'):
+    with pytest.raises(InputError, match='fast_policies are not a list'):
         ExitConfig.from_dict({**small_config().to_dict(), 'fast_policies': {}})
 
 
@@ -108,12 +108,12 @@ def test_budgets_out_of_reach_are_refused():
     (dict(policies=(ExitPolicy((0.5, 0.), (1., 1.), budget=1e7),)), '2 exits does not fit a network with 3'),
     (dict(policies=(ExitPolicy((0.5, 0.5, 0.), TEMPERATURES),)), 'give each its budget'),
 ])
-def test_values_that_do_not_belong_together_are_refused(changes, words):
+def test_values_that_do_not_fit_together_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         small_config(**changes)
 
 
-def test_one_family_is_stored():
+def test_policies_of_more_than_one_kind_are_not_stored():
     other = ExitPolicy((0.5, 0.5, 0.), TEMPERATURES, 'margin', 15e6, method='search')
     mixed = small_config(policies=(small_config().policies[0], other))
     with pytest.raises(InputError, match='measure'):
@@ -142,7 +142,7 @@ def test_spoiled_files_are_refused(tmp_path, spoil):
         ExitConfig.load(tmp_path / FILE_NAME)
 
 
-def test_files_cut_off_or_absent_are_refused(tmp_path):
+def test_truncated_and_missing_files_are_refused(tmp_path):
     path = tmp_path / FILE_NAME
     small_config().save(path)
     path.write_text(path.read_text()[:100])
@@ -161,12 +161,12 @@ def test_config_is_checked_against_the_network(small_msfuse):
         small_config().check_network(two)
 
 
-def test_hub_style_config_holds_it_under_one_key(tmp_path, small_msfuse):
-    """timm writes config.json and reads it back, whether our key is there or not."""
+def test_timm_s_config_holds_it_under_one_key(tmp_path, small_msfuse):
+    """timm writes and reads config.json with or without this key."""
     timm.models.save_for_hf(small_msfuse, tmp_path, safe_serialization=True, model_args=SMALL)
     path = tmp_path / 'config.json'
     name = f'local-dir:{tmp_path}'
-    with pytest.raises(InputError, match='holds no policies: make one with timm-multiexit calibrate'):
+    with pytest.raises(InputError, match='has no policies: create one with timm-multiexit calibrate'):
         load_exit_config(name)
     config = small_config(class_names=None)
     path.write_text(json.dumps({**json.loads(path.read_text()), CONFIG_KEY: config.to_dict()}))
@@ -176,7 +176,7 @@ def test_hub_style_config_holds_it_under_one_key(tmp_path, small_msfuse):
         torch.testing.assert_close(load_model(name)(x), small_msfuse(x))
 
 
-def test_a_user_s_checkpoint_has_its_config_beside_it(tmp_path):
+def test_the_config_of_a_user_s_checkpoint_lies_beside_it(tmp_path):
     checkpoint = tmp_path / 'model.safetensors'
     with pytest.raises(InputError, match=f'no {FILE_NAME} beside'):
         load_exit_config('msfuse_cifar', checkpoint)
@@ -193,7 +193,7 @@ def test_a_user_s_checkpoint_has_its_config_beside_it(tmp_path):
 ])
 def test_names_without_a_config_are_refused(name, words):
     if (WEIGHTS_DIR / name / FILE_NAME).is_file():
-        pytest.skip(f'{name} has policies by now')
+        pytest.skip(f'{name} has policies')
     with pytest.raises(InputError, match=words):
         load_exit_config(name)
 

@@ -1,4 +1,4 @@
-"""Solvers: the geometric rule to the letter, the search against it, budgets that hold on images not seen, bad input."""
+"""Solvers: the geometric rule to the letter, the search against it, budgets kept on new images, bad input."""
 import dataclasses
 
 import numpy as np
@@ -20,9 +20,9 @@ BUDGETS = [17e6, 20e6, 24e6, 28e6, 33e6, 40e6, 50e6, 60e6]
 
 
 def exits_of_rising_skill(images, seed, classes=6):
-    """Logits of four exits that see one image through noise that shrinks with depth, and the images' labels.
+    """Logits of four exits, whose noise shrinks with depth, and labels.
 
-    Part of the noise is the image's own and the same for all exits, as with a network that shares its stages.
+    Part of the noise belongs to the image and is the same at all exits, as in a network whose exits share stages.
     """
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(classes, (images,), generator=generator)
@@ -72,7 +72,7 @@ def test_geometric_rule_to_the_letter(q):
     assert geometric_thresholds(scores, [q])[0].tolist() == rule_by_hand(scores.confidences, q)
 
 
-def test_geometric_shares_rise_by_q(validation):
+def test_geometric_shares_change_by_the_factor_q(validation):
     logits, targets = validation
     scores = Scores.from_logits(logits, targets, MACS, (1.,) * 4, 'max_softmax')
     counts = np.bincount(scores.exits(geometric_thresholds(scores, [0.7]))[0], minlength=4)
@@ -80,7 +80,7 @@ def test_geometric_shares_rise_by_q(validation):
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_budgets_hold_on_validation_and_on_new_images(families, test_images, validation, method):
+def test_budgets_are_kept_on_validation_and_on_new_images(families, test_images, validation, method):
     for budget, policy in zip(BUDGETS, families[method]):
         assert policy.budget == budget and policy.method == method
         assert policy.expected_macs == pytest.approx(budget, rel=0.003)
@@ -109,12 +109,12 @@ def test_the_ends_hold_for_any_image(validation, method):
         logits[:, :300], targets[:300], MACS, [method], [MACS[0], MACS[-1]])[method]
     assert cheapest.exit_shares == (1., 0., 0., 0.) and cheapest.expected_macs == MACS[0]
     assert full.exit_shares == (0., 0., 0., 1.) and full.expected_macs == MACS[-1]
-    extreme = np.tile(np.stack([np.zeros(6), 1000. * np.eye(6)[0]]), (4, 1, 1))  # no confidence, and all of it
+    extreme = np.tile(np.stack([np.zeros(6), 1000. * np.eye(6)[0]]), (4, 1, 1))  # lowest and highest confidence
     assert simulate(cheapest, extreme, MACS).exit_index.tolist() == [0, 0]
     assert simulate(full, extreme, MACS).exit_index.tolist() == [3, 3]
 
 
-def test_descent_raises_the_objective_to_a_point_that_no_single_exit_can_better(validation):
+def test_descent_ends_where_no_single_threshold_improves_the_objective(validation):
     logits, targets = validation
     scores = Scores.from_logits(logits[:, :600], targets[:600], MACS, (1.,) * 4, 'max_softmax')
     price = prices()
@@ -130,12 +130,12 @@ def test_descent_raises_the_objective_to_a_point_that_no_single_exit_can_better(
         for step in (-0.1, -0.02, 0.02, 0.1):
             moved = found.copy()
             moved[:, k] += step
-            # images that already left count a little too, hence not exactly 0
+            # not exactly 0, since images that have left keep a small weight
             assert (objective(moved) - best).max() < 5e-3
 
 
-def test_cross_validation_keeps_to_the_rule_where_going_on_is_worth_nothing():
-    """All exits give the same answers: no thresholds are better than others, and none must look so."""
+def test_cross_validation_keeps_to_the_rule_where_deeper_exits_are_worth_nothing():
+    """All exits give the same answers: no thresholds are better than others, and none may look so."""
     logits, targets = exits_of_rising_skill(500, seed=5)
     same = np.tile(logits[:1], (4, 1, 1))
     scores = Scores.from_logits(same, targets, MACS, (1.,) * 4, 'max_softmax')
@@ -153,12 +153,12 @@ def test_solving_twice_gives_the_same_from_arrays_and_from_tensors(validation):
 
 
 @pytest.mark.parametrize('measure', ['entropy', 'margin'])
-def test_other_measures_keep_budgets_too(validation, measure):
+def test_other_confidence_measures_keep_budgets(validation, measure):
     (policy,) = solve_policies(*validation, MACS, ['geometric'], [30e6], measure)['geometric']
     assert policy.measure == measure and policy.expected_macs == pytest.approx(30e6, rel=0.003)
 
 
-def test_one_exit_takes_all():
+def test_a_single_exit_takes_all_images():
     logits, targets = exits_of_rising_skill(100, seed=0)
     (policy,) = solve_policies(logits[:1], targets, MACS[:1], ['search'], [MACS[0]])['search']
     assert policy.thresholds == (0.,) and policy.exit_shares == (1.,)
@@ -166,14 +166,14 @@ def test_one_exit_takes_all():
 
 @pytest.mark.parametrize('scale', [0.5, 2., 4.])
 def test_temperature_undoes_a_scale(scale):
-    """Labels drawn from the softmax itself: the logits times s have the temperature s."""
+    """Labels are drawn from the softmax itself: logits scaled by s have the temperature s."""
     generator = torch.Generator().manual_seed(0)
     logits = 2. * torch.randn(20_000, 5, generator=generator)
     targets = torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
     assert fit_temperature(scale * logits, targets) == pytest.approx(scale, rel=0.04)
 
 
-def test_temperature_of_faultless_logits_is_bounded():
+def test_temperature_of_errorless_logits_is_bounded():
     assert 0.05 <= fit_temperature(5. * torch.eye(4), torch.arange(4)) < 1.
     assert 1. < fit_temperature(5. * torch.eye(4), torch.arange(4).flip(0)) <= 20.
 

@@ -7,36 +7,36 @@ import timm
 from ..errors import InputError, MissingFileError
 from ..files import read_yaml
 from ..models._pretrained import WEIGHTS_DIR
-from ..stopping.config import _HINT, FILE_NAME, RECIPE_NAME, ExitConfig
+from ..stopping.config import CALIBRATE_HINT, FILE_NAME, RECIPE_NAME, ExitConfig
 from .hub_files import CONFIG_FILE, hub_file
 from .names import check_name
 
 
 def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig:
-    """The exit config stored with weights.
+    """The exit config stored with weights: what their exits cost, and when to stop for an average budget.
 
     Args:
         name: 'arch' or 'arch.tag' (in the package), 'hf-hub:ORG/NAME[@REVISION]' or 'local-dir:PATH' (config.json).
-        checkpoint: File with weights used in place of the named ones: the config is read from beside it.
+        checkpoint: File with weights that replace the named ones; the config is read from the same folder.
 
     Raises:
-        InputError: unknown name, or nothing is stored with these weights.
+        InputError: unknown name, or no config is stored with these weights.
     """
     if not checkpoint:
         check_name(name)
     path = _beside_weights(name, checkpoint, FILE_NAME, published=CONFIG_FILE)
     if checkpoint and not path.is_file():
-        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint}': {_HINT}")
+        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint}': {CALIBRATE_HINT}")
     if not checkpoint and ':' not in name and not path.is_file():
         others = ', '.join(list_stored())
         raise InputError(
-            f"no policies are stored for '{path.parent.name}': {_HINT}"
+            f"no policies are stored for '{path.parent.name}': {CALIBRATE_HINT}"
             + (f', or choose one of {others}' if others else ''))
     return ExitConfig.load(path)
 
 
 def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
-    """The options of train_timm.py that made these weights, from `recipe.yaml` beside them; empty if there is none.
+    """Options of train_timm.py that produced these weights, from `recipe.yaml` beside them; empty if there is none.
 
     Args:
         name: As for `load_exit_config`.
@@ -49,14 +49,14 @@ def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
         check_name(name)
     try:
         path = _beside_weights(name, checkpoint, RECIPE_NAME, published=RECIPE_NAME)
-    except MissingFileError:  # a repository that another tool filled
+    except MissingFileError:  # a repository filled by another tool
         return {}
     recipe = read_yaml(path, 'recipe') if path.is_file() else {}
     return recipe if isinstance(recipe, dict) else {}
 
 
 def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str, published: str) -> Path:
-    """Where `filename` of these weights would lie; in a repository it is called `published`, and fetched."""
+    """Path of `filename` beside these weights; a repository calls it `published`, and it is downloaded."""
     if checkpoint:
         return Path(checkpoint).parent / filename
     source, colon, place = name.partition(':')
@@ -66,7 +66,7 @@ def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str, publ
 
 
 def list_stored() -> List[str]:
-    """Names 'arch.tag' whose policies are in the package."""
+    """Names 'arch.tag' of the weights whose policies come with the package."""
     return sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{FILE_NAME}'))
 
 

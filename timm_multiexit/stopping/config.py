@@ -1,7 +1,8 @@
-"""What is stored with weights: costs, temperatures and a family of policies, so that a user needs a budget and no data.
+"""The exit config, stored with weights: costs, temperatures and policies for a range of average budgets.
 
-The same content stands in the package as `weights/ARCH.TAG/multiexit.json`, beside a user's own checkpoint under that
-name, and on the Hub under the one key `multiexit` of timm's config.json, which timm itself ignores.
+With it a user needs a budget and no data. The file is `weights/ARCH.TAG/multiexit.json` in the package and
+`multiexit.json` beside a user's checkpoint; on the Hub it is the key `multiexit` of timm's config.json, which timm
+itself ignores. This module alone knows its schema, which .github/FORMAT.md documents.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ VERSION = 1
 CONFIG_KEY = 'multiexit'
 FILE_NAME = 'multiexit.json'
 RECIPE_NAME = 'recipe.yaml'
-_HINT = 'make one with timm-multiexit calibrate'
+CALIBRATE_HINT = 'create one with timm-multiexit calibrate'
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,15 @@ class ExitConfig:
     Attributes:
         exit_macs: Cumulative MACs of each exit for one image.
         exit_params: Cumulative parameters of each exit.
-        input_size: (C, H, W) of the image that the costs are for.
+        input_size: (C, H, W) of the image for which the costs hold.
         temperatures: One per exit, fitted on validation logits.
-        policies: A family of policies of one method, by rising budget, from the cheapest exit to the full cost.
-        class_names: Names in the order of the logits, or None.
-        fast_policies: A family of the method 'fast': a little less accurate, faster at equal cost. It may be empty.
-        version: Of this layout.
+        policies: Of one method, by rising budget from the cheapest exit to the full cost.
+        class_names: In the order of the logits, or None.
+        fast_policies: Of the method 'fast': slightly less accurate and faster at equal cost. May be empty.
+        version: Of the schema.
 
     Raises:
-        InputError: values that do not belong together.
+        InputError: values that do not fit together.
     """
 
     exit_macs: Tuple[int, ...]
@@ -55,9 +56,7 @@ class ExitConfig:
                 if not isinstance(value, Sequence) or isinstance(value, str):
                     raise InputError(f'exit config with {name} {value!r}: give a list')
                 object.__setattr__(self, name, tuple(value))
-        if self.version != VERSION:
-            raise InputError(
-                f'exit config of version {self.version}, this package reads version {VERSION}: update timm-multiexit')
+        _check_version(self.version)
         count = len(self.exit_macs)
         if count == 0 or len(self.exit_params) != count or len(self.temperatures) != count:
             raise InputError(
@@ -78,42 +77,43 @@ class ExitConfig:
         return len(self.exit_macs)
 
     def check_network(self, model) -> None:
-        """Checks that this belongs to a network.
+        """Checks that this config is of a network with these exits and classes.
 
         Raises:
             InputError: another number of exits or of classes.
         """
         if model.num_exits != self.num_exits:
             raise InputError(
-                f'an exit config for {self.num_exits} exits does not fit a network with {model.num_exits}: {_HINT}')
+                f'an exit config for {self.num_exits} exits does not fit a network with {model.num_exits}: '
+                f'{CALIBRATE_HINT}')
         if self.class_names is not None and len(self.class_names) != model.num_classes:
             raise InputError(
                 f'an exit config for {len(self.class_names)} classes does not fit a network with {model.num_classes}: '
-                f'{_HINT}')
+                f'{CALIBRATE_HINT}')
 
     def policy_for(self, average_budget: float, fast: bool = False) -> ExitPolicy:
-        """The policy for a wanted average cost; between two stored budgets, thresholds are interpolated.
+        """The policy for an average budget; between two stored budgets, thresholds are interpolated.
 
-        Neighbours in the family differ little, so that cost and accuracy on validation may be interpolated with them.
+        Neighbours differ little, so their cost and accuracy on the validation images are interpolated too.
 
         Args:
             average_budget: Average MACs per image.
-            fast: The policy that asks few exits, which takes less time at equal cost and is a little less accurate.
+            fast: Choose the policy that uses few exits, which is faster at equal cost and slightly less accurate.
 
         Raises:
-            InputError: no policies are stored, or the budget is below the cheapest exit or above the full cost, or the
-                stored policies do not reach that far.
+            InputError: no policies are stored, the budget is below the cheapest exit or above the full cost, or the
+                stored policies do not cover it.
         """
         policies = self.fast_policies if fast else self.policies
         if not policies:
-            raise InputError(f"no {'fast ' * fast}policies are stored with these weights: {_HINT}")
+            raise InputError(f"no {'fast ' * fast}policies are stored with these weights: {CALIBRATE_HINT}")
         budget = check_average_budget(average_budget, self.exit_macs)
         budgets = [p.budget for p in policies]
         upper = next((i for i, b in enumerate(budgets) if b >= budget), None)
         if upper is None or budget < budgets[0]:
             raise InputError(
                 f'policies are stored for average budgets from {format_macs(budgets[0])} to '
-                f'{format_macs(budgets[-1])}, not for {format_macs(budget)}: choose one between, or {_HINT}')
+                f'{format_macs(budgets[-1])}, not for {format_macs(budget)}: choose one between, or {CALIBRATE_HINT}')
         low, high = policies[max(upper - 1, 0)], policies[upper]
         if budget == high.budget:
             return high
@@ -121,18 +121,18 @@ class ExitConfig:
         return _interpolate(low, high, weight, budget)
 
     def to_dict(self) -> Dict[str, Any]:
-        """Plain values for JSON. What all policies share (temperatures, measure, method) is written once."""
+        """Plain values for JSON; what all policies share (temperatures, measure, method) is written once."""
         policies, fast = ([p.to_dict() for p in family] for family in (self.policies, self.fast_policies))
         shared = {}
         for name, family in (('measure', policies + fast), ('method', policies), ('method', fast)):
             values = {p.pop(name, '') for p in family}
             if len(values) > 1:
                 raise InputError(
-                    f'exit config with policies of several kinds, {name} {sorted(values)}: store one family')
+                    f'exit config with policies of more than one {name}, {sorted(values)}: store those of one')
             shared.setdefault(name, next(iter(values), ''))
         for p in policies + fast:
             if tuple(p.pop('temperatures')) != tuple(self.temperatures):
-                raise InputError('exit config with policies of other temperatures: store one family')
+                raise InputError('exit config with policies of other temperatures: store those of one calibration')
         return dict(
             version=self.version,
             exit_macs=list(self.exit_macs),
@@ -146,30 +146,27 @@ class ExitConfig:
 
     @classmethod
     def from_dict(cls, values: Dict[str, Any]) -> 'ExitConfig':
-        """The value of `to_dict`.
+        """The config of `to_dict`.
 
         Raises:
             InputError: not an exit config, or of another version.
         """
         if not isinstance(values, dict):
-            raise InputError(f'not an exit config but {type(values).__name__}: {_HINT}')
+            raise InputError(f'not an exit config but {type(values).__name__}: {CALIBRATE_HINT}')
         values = dict(values)
-        if values.get('version') != VERSION:
-            raise InputError(
-                f"exit config of version {values.get('version')}, this package reads version {VERSION}: "
-                'update timm-multiexit')
+        _check_version(values.get('version'))
         shared = {k: v for k, v in ((k, values.pop(k, '')) for k in ('measure', 'method')) if v}
         known = {f.name for f in dataclasses.fields(cls)}
         missing = known - {'class_names', 'fast_policies'} - values.keys()
         if missing or values.keys() - known:
             raise InputError(
                 f"exit config without {', '.join(sorted(missing)) or 'gaps'} and with unknown "
-                f"{', '.join(sorted(values.keys() - known)) or 'nothing'}: {_HINT}")
+                f"{', '.join(sorted(values.keys() - known)) or 'nothing'}: {CALIBRATE_HINT}")
         shared['temperatures'] = values['temperatures']
         for name, method in (('policies', {}), ('fast_policies', {'method': 'fast'})):
             policies = values.pop(name, [])
             if not isinstance(policies, (list, tuple)) or not all(isinstance(p, dict) for p in policies):
-                raise InputError(f'exit config whose {name} are no list of policies: {_HINT}')
+                raise InputError(f'exit config whose {name} are not a list of policies: {CALIBRATE_HINT}')
             values[name] = tuple(ExitPolicy.from_dict({**shared, **method, **p}) for p in policies)
         return cls(**values)
 
@@ -182,14 +179,20 @@ class ExitConfig:
         """Reads what `save` wrote, or a config.json that holds it under the key `multiexit`.
 
         Raises:
-            InputError: no such file, or neither of the two.
+            InputError: no such file, or no exit config in it.
         """
         values = read_json(path, 'exit config')
         if isinstance(values, dict) and 'architecture' in values:  # timm's config.json
             if CONFIG_KEY not in values:
-                raise InputError(f"'{path}' holds no policies: {_HINT}")
+                raise InputError(f"'{path}' has no policies: {CALIBRATE_HINT}")
             values = values[CONFIG_KEY]
         return cls.from_dict(values)
+
+
+def _check_version(version: Any) -> None:
+    if version != VERSION:
+        raise InputError(
+            f'exit config of version {version}, this package reads version {VERSION}: update timm-multiexit')
 
 
 def _interpolate(low: ExitPolicy, high: ExitPolicy, weight: float, budget: float) -> ExitPolicy:
@@ -202,7 +205,7 @@ def _interpolate(low: ExitPolicy, high: ExitPolicy, weight: float, budget: float
     def threshold(a, b):
         if min(a, b) > 1.:
             return NEVER
-        return between(min(a, 1.), min(b, 1.))  # no confidence is above 1: from there on a threshold does nothing
+        return between(min(a, 1.), min(b, 1.))  # up to 1, the largest confidence
 
     return dataclasses.replace(
         high,

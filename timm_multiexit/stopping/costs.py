@@ -1,7 +1,7 @@
-"""What exits cost, as numbers, and multiply-adds as people write them."""
+"""Costs of exits as numbers, and multiply-adds and milliseconds as people write them."""
 import re
 from dataclasses import dataclass
-from typing import Tuple, Union
+from typing import Dict, Tuple, Union
 
 from ..errors import InputError
 
@@ -10,7 +10,7 @@ from ..errors import InputError
 class ExitCosts:
     """Costs of a network's exits, shallow to deep.
 
-    Everything that must have run for that exit's answer counts, the heads of earlier exits included.
+    The cost of an exit is cumulative: all that runs up to and including it, with the heads of earlier exits.
 
     Attributes:
         macs: Multiply-adds of convolutions and linear layers for one image, cumulative.
@@ -35,9 +35,6 @@ class ExitCosts:
         return max(k for k, macs in enumerate(self.macs) if macs <= budget)
 
 
-_SUFFIXES = {'': 1., 'K': 1e3, 'M': 1e6, 'G': 1e9}
-
-
 def parse_macs(text: Union[str, float]) -> float:
     """Multiply-adds from '30M', '0.03G', '3e7' or a number.
 
@@ -47,14 +44,7 @@ def parse_macs(text: Union[str, float]) -> float:
     Raises:
         InputError: not a positive number.
     """
-    match = re.fullmatch(r'\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKmMgG]?)\s*', str(text))
-    try:
-        value = float(match[1]) * _SUFFIXES[match[2].upper()]
-    except (TypeError, ValueError):
-        value = 0.
-    if not 0. < value < float('inf'):
-        raise InputError(f"'{text}' is not a number of MACs: write it like 30M or 3e7")
-    return value
+    return _parse(text, {'': 1., 'k': 1e3, 'm': 1e6, 'g': 1e9}, 'MACs: write it like 30M or 3e7')
 
 
 def parse_milliseconds(text: Union[str, float]) -> float:
@@ -66,13 +56,17 @@ def parse_milliseconds(text: Union[str, float]) -> float:
     Raises:
         InputError: not a positive number.
     """
-    match = re.fullmatch(r'\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(?:ms)?\s*', str(text))
+    return _parse(text, {'': 1., 'ms': 1.}, 'milliseconds: write it like 3ms')
+
+
+def _parse(text: Union[str, float], units: Dict[str, float], hint: str) -> float:
+    match = re.fullmatch(r'\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*', str(text).lower())
     try:
-        value = float(match[1])
-    except (TypeError, ValueError):
+        value = float(match[1]) * units[match[2]]
+    except (TypeError, ValueError, KeyError):
         value = 0.
     if not 0. < value < float('inf'):
-        raise InputError(f"'{text}' is not a number of milliseconds: write it like 3ms")
+        raise InputError(f"'{text}' is not a number of {hint}")
     return value
 
 
