@@ -1,4 +1,4 @@
-"""Training by the package's CPU kernels against PyTorch's own, in float32, layer by layer and as a network."""
+"""The package's CPU training kernels against PyTorch in float32, by layer and as a network."""
 import copy
 import shutil
 
@@ -32,10 +32,10 @@ def gradients(layer, x, weight):
     (12, 24, 3, 2, 16), (20, 40, 3, 2, 7), (72, 17, 3, 2, 4), (48, 12, 1, 1, 9), (116, 33, 1, 1, 2), (12, 12, 3, 1, 16),
     (128, 128, 1, 1, 2), (3, 32, 3, 1, 32), (40, 16, 3, 2, 2),
 ])
-def test_a_layer_is_pytorchs(in_chs, out_chs, kernel, stride, size):
+def test_layer_matches_pytorch(in_chs, out_chs, kernel, stride, size):
     torch.manual_seed(in_chs)
-    # The reference is float32 on numbers that bfloat16 holds exactly, so that only what is computed is rounded. A ReLU
-    # whose input is about 0 turns by that, for PyTorch's own kernels too: they give the measure.
+    # The reference is float32 on inputs that bfloat16 represents exactly, so only the computation rounds. Rounding can
+    # flip a ReLU whose input is near 0, with PyTorch's kernels too: their error sets the tolerance.
     plain = ConvNormAct(in_chs, out_chs, kernel, stride=stride)
     torch.nn.init.uniform_(plain.bn.weight, 0.5, 1.5)
     torch.nn.init.normal_(plain.bn.bias, std=0.3)
@@ -61,7 +61,7 @@ def small_network(**kwargs):
 
 
 @needs_kernels
-def test_a_network_trains_and_answers_as_before():
+def test_network_trains_and_predicts_as_before():
     plain, fast = small_network(), small_network()
     names = list(fast.state_dict())
     assert use_cpu_kernels(fast) > 30
@@ -88,7 +88,7 @@ def test_a_network_trains_and_answers_as_before():
 
 
 @needs_kernels
-def test_layers_that_do_not_fit_are_left_alone():
+def test_unsupported_layers_are_unchanged():
     network = small_network(act_layer=torch.nn.GELU)
     use_cpu_kernels(network)
     kinds = {type(m).__name__ for m in network.modules()}
@@ -96,7 +96,7 @@ def test_layers_that_do_not_fit_are_left_alone():
     assert type(network.stages[0].layers[0].conv2.conv) is torch.nn.Conv2d  # depthwise
 
 
-def test_another_processor(monkeypatch):
+def test_unsupported_processor(monkeypatch):
     monkeypatch.setattr(timm_multiexit.training.cpu_kernels, 'cpu_kernels_supported', lambda: False)
     with pytest.raises(InputError, match='omit --cpu-kernels'):
         use_cpu_kernels(small_network())
@@ -106,7 +106,7 @@ def test_another_processor(monkeypatch):
     [], ['--amp'], ['--amp', '--channels-last', '--amp-dtype', 'float16'],
     ['--amp', '--channels-last', '--device', 'cuda'], ['--amp', '--channels-last', '--torchcompile'],
 ])
-def test_options_that_do_not_go_with_the_kernels(extra, capsys):
+def test_options_that_exclude_the_kernels(extra, capsys):
     with pytest.raises(SystemExit):
         parse_train_args('', ['--cpu-kernels', '--device', 'cpu', *extra])
     assert '--amp --channels-last --device cpu' in capsys.readouterr().err

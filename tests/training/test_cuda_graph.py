@@ -1,4 +1,4 @@
-"""A step as one CUDA graph: groups split for streams update as the whole ones do, and replaying equals stepping."""
+"""A training step as one CUDA graph: split parameter groups update like whole ones, a replay like a plain step."""
 import copy
 
 import pytest
@@ -35,7 +35,7 @@ def gradients_of(model):
     return gradients
 
 
-def test_split_groups_hold_each_weight_once_and_keep_the_options():
+def test_split_groups_hold_each_weight_once_with_its_options():
     optimizer = optimizer_of(small_network())
     split = split_groups(optimizer.param_groups, 3)
     whole = [p for group in optimizer.param_groups for p in group['params']]
@@ -47,7 +47,7 @@ def test_split_groups_hold_each_weight_once_and_keep_the_options():
     assert min(sizes) > 0.1 * max(sizes)
 
 
-def test_split_groups_update_as_the_whole_ones_do():
+def test_split_groups_update_like_whole_ones():
     models = [small_network() for _ in range(2)]
     for model, parts in zip(models, (0, 4)):
         model.train()
@@ -64,7 +64,7 @@ def test_split_groups_update_as_the_whole_ones_do():
 
 
 @pytest.mark.parametrize('extra', [['--device', 'cpu'], ['--device', 'cuda', '--kd-draw']])
-def test_a_graph_needs_a_cuda_device_and_nothing_drawn(capsys, extra):
+def test_graph_needs_a_cuda_device_and_no_drawn_teacher(capsys, extra):
     with pytest.raises(SystemExit):
         parse_train_args('', ['--cuda-graph', *extra])
     assert '--cuda-graph needs --device cuda' in capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_replayed_steps_equal_plain_ones():
     images, targets = batch('cuda')
     optimizer = optimizer_of(model, capturable=True)
     step = GraphedStep(gradients_of(model), model, optimizer, images, targets)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # capturing has changed nothing
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # the capture changed nothing
     optimizer_plain = optimizer_of(plain)
     for lr in (0.01, 0.001):
         for group in (*optimizer.param_groups, *optimizer_plain.param_groups):

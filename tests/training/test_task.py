@@ -1,4 +1,4 @@
-"""The loss of all exits against its definition: finished networks that teach, and modules that are frozen."""
+"""The loss of all exits against its definition, with teachers and frozen modules."""
 import pytest
 import timm
 import torch
@@ -14,8 +14,8 @@ def small_network(**kwargs):
     return timm.create_model('msfuse_cifar', **kwargs)
 
 
-def test_a_finished_network_teaches_all_exits():
-    """The loss against its definition, computed here from the two networks' logits."""
+def test_distillation_into_all_exits():
+    """Against the definition, computed here from the logits of student and teacher."""
     student, teacher = small_network(), small_network(growth=6)
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, 'mean': (0.4, 0.4, 0.4), 'std': (0.3, 0.3, 0.3)}
     task = MultiExitTask(student, [1., 2., 3.], teacher=teacher, task_loss_weight=0.25, kd_temperature=3.).train()
@@ -24,8 +24,8 @@ def test_a_finished_network_teaches_all_exits():
     images, targets = torch.randn(8, 3, 32, 32), torch.randint(2, (8,))
     own = [torch.tensor(student.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std')]
     with torch.no_grad():
-        taught = teacher.forward_exits((images * own[1] + own[0] - 0.4) / 0.3)
-        target = torch.stack([(x / 3).softmax(1) for x in taught]).mean(0)
+        logits = teacher.forward_exits((images * own[1] + own[0] - 0.4) / 0.3)
+        target = torch.stack([(x / 3).softmax(1) for x in logits]).mean(0)
         expected = 0.
         for share, x in zip((1 / 6, 2 / 6, 3 / 6), student(images)):
             kl = (target * (target.log() - (x / 3).log_softmax(1))).sum(1).mean()
@@ -34,12 +34,12 @@ def test_a_finished_network_teaches_all_exits():
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert all(p.grad is not None for p in student.parameters())
-    # Its state is the student's alone: the teacher does not travel with checkpoints.
+    # Checkpoints hold the student only.
     assert task.get_checkpoint_state()['state_dict'].keys() == student.state_dict().keys()
 
 
-def test_several_networks_teach_their_mean():
-    """Two teachers, one of them with a single head, against the mean of their probabilities."""
+def test_several_teachers_are_averaged():
+    """Two teachers, one of them with a single classifier, against the mean of their probabilities."""
     student, several = small_network(), small_network(growth=6)
     single = timm.create_model('resnet10t', num_classes=2)
     task = MultiExitTask(student, teacher=[several, single], task_loss_weight=0., kd_temperature=2.).train()
@@ -55,8 +55,8 @@ def test_several_networks_teach_their_mean():
     torch.testing.assert_close(task(images, targets)['loss'], 4 * sum(kl) / 3)
 
 
-def test_last_exits_teach_and_one_is_drawn():
-    """Each step's loss is that of one teacher's last exit, and over many steps both have taught."""
+def test_one_teacher_is_drawn_per_batch():
+    """Each loss is that of one teacher's last exit, and over several steps both are used."""
     student, teachers = small_network(), [small_network(growth=6), small_network(growth=8)]
     task = MultiExitTask(student, teacher=teachers, task_loss_weight=0., kd_exits='last', kd_draw=True).train()
     images, targets = torch.randn(8, 3, 32, 32), torch.randint(2, (8,))
@@ -75,7 +75,7 @@ def test_last_exits_teach_and_one_is_drawn():
         MultiExitTask(student, kd_exits='first')
 
 
-def test_frozen_modules_stay_as_they_are():
+def test_frozen_modules_do_not_change():
     student = small_network()
     task = MultiExitTask(student, frozen=['stages.0.layers.0.conv1', 'stages.0.layers.0.conv4']).train()
     before = {k: v.clone() for k, v in student.state_dict().items()}
@@ -88,7 +88,7 @@ def test_frozen_modules_stay_as_they_are():
         MultiExitTask(student, frozen=['stem'])
 
 
-def test_any_timm_network_can_teach():
+def test_any_timm_network_can_be_the_teacher():
     teacher = timm.create_model('resnet10t', num_classes=2)
     task = MultiExitTask(small_network(), teacher=teacher).train()
     assert torch.isfinite(task(torch.randn(4, 3, 32, 32), torch.randint(2, (4,)))['loss'])

@@ -1,4 +1,4 @@
-"""train_timm.py as a user runs it: it learns, resumes bit for bit after a kill, and runs in several processes."""
+"""train_timm.py as a user runs it: learning, bit-exact resume after a kill, several processes, history, bad options."""
 import csv
 import os
 import shutil
@@ -17,27 +17,15 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_multiexit.datasets import normalize
+from timm_multiexit.errors import InputError
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.training.history import History, Parent, Step, initial_history, sha256
 from timm_multiexit.training.options import parse_train_args
+from timm_multiexit.training.run import train as run
+from timm_multiexit.training.trainer import Trainer
 
+pytest_plugins = ['training_support']  # folder_dataset
 SCRIPT = PROJECT / 'train_timm.py'
-
-
-@pytest.fixture(scope='module')
-def folder_dataset(tmp_path_factory, cifar_root) -> Path:
-    """Real CIFAR images as a folder data set: 440 for training, of two classes that differ, and 100 for testing."""
-    from torchvision.datasets import CIFAR10
-    root = tmp_path_factory.mktemp('images')
-    for split, train, per_class in (('train', True, 220), ('validation', False, 50)):
-        dataset = CIFAR10(cifar_root, train=train)
-        for target in (1, 6):
-            folder = root / split / dataset.classes[target]
-            folder.mkdir(parents=True)
-            chosen = [i for i, t in enumerate(dataset.targets) if t == target][:per_class]
-            for i in chosen:
-                dataset[i][0].save(folder / f'{i:05d}.png')
-    return root
 
 
 def command(data: Path, output: Path, *extra: str, epochs: int = 3):
@@ -73,7 +61,7 @@ def uninterrupted(folder_dataset, tmp_path_factory) -> Path:
     return output
 
 
-def test_run_leaves_log_summary_and_final_weights(uninterrupted):
+def test_run_writes_summary_and_final_weights(uninterrupted):
     table = rows(uninterrupted)
     assert [r['epoch'] for r in table] == ['0', '1', '2']
     assert {f'eval_top1_exit{k}' for k in (1, 2, 3)} <= set(table[0])
@@ -88,7 +76,7 @@ def test_run_leaves_log_summary_and_final_weights(uninterrupted):
     assert recipe['epochs'] == 3 and recipe['model'] == 'msfuse_cifar.cifar10' and 'data_dir' not in recipe
 
 
-def test_killed_run_resumes_bit_for_bit(uninterrupted, folder_dataset, tmp_path):
+def test_killed_run_resumes_bit_exactly(uninterrupted, folder_dataset, tmp_path):
     process = subprocess.Popen(
         command(folder_dataset, tmp_path), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=PROJECT)
     for line in process.stderr:
@@ -122,27 +110,27 @@ def test_a_run_records_its_parents(uninterrupted, folder_dataset, tmp_path):
     assert history.steps[0] == first and [row['run'] for row in history.log] == 3 * [first.run] + [history.steps[1].run]
     assert history.steps[1].parents == [Parent('model.safetensors', first.run, sha256=first.sha256)]
     assert history.steps[1].run != first.run and history.steps[1].options['lr'] == 0
-    # A third run keeps both. The second one's last checkpoint is a parent too, by its epoch.
+    # A third run carries both on; a checkpoint of the second, an earlier epoch, can be a parent too.
     train(folder_dataset, tmp_path / 'third', '--initial-checkpoint', str(final / 'model.safetensors'),
           str(tmp_path / 'run' / 'last.pth.tar'), epochs=1)
     third = History.read(tmp_path / 'third' / 'run' / 'final')
     assert third.steps[:2] == history.steps and len(third.steps) == 3 and third.log[:4] == history.log
     assert [(parent.file, parent.run, parent.epoch) for parent in third.steps[2].parents] == [
         ('model.safetensors', history.steps[1].run, None), ('last.pth.tar', history.steps[1].run, 0)]
-    # Other weights beside a history are not taken for those of its run.
+    # Other weights beside a history are not attributed to its run.
     shutil.copytree(start, tmp_path / 'moved')
     other = tmp_path / 'moved' / 'other.safetensors'
     save_file(load_file(final / 'model.safetensors'), other)
     unknown = initial_history([other], 'new')
     assert unknown == History([Step('new', [Parent('other.safetensors', sha256=sha256(other))])])
-    # It really started there: without a step the weights are still those.
+    # The run did start from these weights: with a rate of 0 they are unchanged.
     name = 'stages.2.layers.0.'
     before, after = load_file(start / 'model.safetensors'), load_file(final / 'model.safetensors')
     same = [k for k in before if k.startswith(name) and k.endswith('weight')]
     assert same and all(torch.allclose(before[k].float(), after[k].float(), atol=1e-3) for k in same)
 
 
-def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folder_dataset, tmp_path):
+def test_mean_of_two_runs_gets_new_bn_statistics(uninterrupted, folder_dataset, tmp_path):
     first = uninterrupted / 'run' / 'final'
     train(folder_dataset, tmp_path / 'second', '--initial-checkpoint', str(first / 'model.safetensors'), epochs=2)
     second = tmp_path / 'second' / 'run' / 'final'
@@ -155,8 +143,8 @@ def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folde
     assert all(torch.allclose(mean[k].float(), (a[k].float() + b[k].float()) / 2, rtol=2e-3, atol=1e-4)
                for k in weights)
     assert any(not torch.equal(a[k], b[k]) for k in weights)
-    assert all(mean[k] == 10 for k in mean if k.endswith('num_batches_tracked'))  # 400 images by 40
-    # The first convolution's statistics can be told from its weights: a crop has the mean of the whole, about.
+    assert all(mean[k] == 10 for k in mean if k.endswith('num_batches_tracked'))  # 400 images in batches of 40
+    # The first layer's statistics can be computed from whole images: a random crop has about the same mean.
     model = timm.create_model('msfuse_cifar.cifar10', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4,
                               head_width=16)
     model.load_state_dict({k: v.float() for k, v in mean.items()})
@@ -178,7 +166,7 @@ def test_the_mean_of_two_runs_gets_bn_statistics_of_its_own(uninterrupted, folde
     runs = [History.read(folder).steps[-1].run for folder in (first, second, final)]
     assert [step.run for step in History.read(final).steps] == runs
     assert [parent.run for parent in History.read(final).steps[-1].parents] == runs[:2]
-    # A further mean keeps what led to any of its parts, and what they share once.
+    # A mean of weights with common ancestors lists each run once.
     train(folder_dataset, tmp_path / 'both', '--initial-checkpoint',
           *(str(folder / 'model.safetensors') for folder in (first, second, final)), '--update-bn', epochs=0)
     both = History.read(tmp_path / 'both' / 'run' / 'final')
@@ -205,15 +193,19 @@ def test_two_processes(folder_dataset, tmp_path):
                for r in table)
 
 
-def test_a_recipe_for_two_processes_says_so_to_one(folder_dataset, tmp_path):
-    """A batch is that of one process: alone it would be half of what the recipe means."""
+def test_warning_about_another_number_of_processes(folder_dataset, tmp_path, caplog, monkeypatch):
+    """--batch-size is per process: with one process the total batch would be half of the intended one."""
     recipe = tmp_path / 'two.yaml'
     recipe.write_text('world_size: 2\n')
     out = train(folder_dataset, tmp_path, '--config', str(recipe), epochs=1)
     assert 'for 2 processes of 40 images each, this run has 1: start it with torchrun --nproc_per_node 2' in out
     written = yaml.safe_load((tmp_path / 'run' / 'recipe.yaml').read_text())
     assert (written['world_size'], written['batch_size']) == (1, 40)
-    assert 'processes of' not in train(folder_dataset, tmp_path, '--world-size', '1', epochs=1)
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)  # it would hold for later tests
+    Trainer(parse_train_args('', command(folder_dataset, tmp_path, '--world-size', '1')[2:]))
+    assert 'processes of' not in caplog.text
+    Trainer(parse_train_args('', command(folder_dataset, tmp_path, '--config', str(recipe))[2:]))
+    assert 'processes of' in caplog.text
 
 
 def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
@@ -223,8 +215,7 @@ def test_timm_pipeline_and_distillation(folder_dataset, tmp_path):
 
 
 @pytest.mark.parametrize('names, files', [('a', 'b'), ('[a, b]', '[c, d]'), ("''", "''"), ('[a, b]', "''")])
-def test_teachers_in_a_recipe(tmp_path, names, files):
-    """One name alone, as in older recipes, or a list."""
+def test_one_or_several_teachers_in_a_recipe(tmp_path, names, files):
     (tmp_path / 'r.yaml').write_text(f'kd_model_name: {names}\nkd_checkpoint: {files}\n')
     args = parse_train_args('', ['--config', str(tmp_path / 'r.yaml')])
     for value, given in ((args.kd_model_name, names), (args.kd_checkpoint, files)):
@@ -232,26 +223,26 @@ def test_teachers_in_a_recipe(tmp_path, names, files):
         assert value == (expected if isinstance(expected, list) else [expected] if expected else [])
 
 
-def test_a_file_for_each_teacher_or_none(capsys):
+def test_checkpoints_for_all_teachers_or_none(capsys):
     with pytest.raises(SystemExit):
         parse_train_args('', ['--kd-model-name', 'msfuse_cifar', 'resnet18', '--kd-checkpoint', 'a.safetensors'])
     assert '1 --kd-checkpoint for 2 --kd-model-name: give a file for each' in capsys.readouterr().err
 
 
-def test_a_run_with_a_teacher_from_a_file(folder_dataset, tmp_path):
+def test_teacher_from_a_file(folder_dataset, tmp_path):
     teacher = timm.create_model('msfuse_cifar', num_classes=2)
     save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
     options = ['--kd-model-name', 'msfuse_cifar.cifar10', '--kd-checkpoint', str(tmp_path / 'teacher.safetensors')]
     train(folder_dataset, tmp_path, *options, epochs=1)
-    taught = weights(tmp_path)
+    distilled = weights(tmp_path)
     recipe = yaml.safe_load((tmp_path / 'run' / 'final' / 'recipe.yaml').read_text())
     assert recipe['kd_model_name'] == ['msfuse_cifar.cifar10'] and recipe['task_loss_weight'] == 0.5
     train(folder_dataset, tmp_path, epochs=1)
     alone = weights(tmp_path)
-    assert taught.keys() == alone.keys() and any(not torch.equal(taught[k], alone[k]) for k in alone)
+    assert distilled.keys() == alone.keys() and any(not torch.equal(distilled[k], alone[k]) for k in alone)
 
 
-def test_a_run_with_a_teacher_of_other_widths(folder_dataset, tmp_path):
+def test_teacher_of_other_widths(folder_dataset, tmp_path):
     widths = dict(stem_width=4, widths=(4, 8), depth=3)
     teacher = timm.create_model('vgg8_mc_cifar', num_classes=2, **widths)
     save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
@@ -271,7 +262,7 @@ def test_evaluations_and_checkpoints_at_intervals(folder_dataset, tmp_path):
     assert [f'checkpoint-{k}.pth.tar' in out for k in range(5)] == [False, True, False, True, True]
 
 
-def test_a_run_with_a_frozen_stem(folder_dataset, tmp_path):
+def test_frozen_stem(folder_dataset, tmp_path):
     initial = timm.create_model('msfuse_cifar', num_classes=2, steps=(1, 1, 1), base_width=8, growth=4, head_width=16)
     save_file(initial.state_dict(), tmp_path / 'initial.safetensors')
     train(folder_dataset, tmp_path, '--initial-checkpoint', str(tmp_path / 'initial.safetensors'), '--freeze',
@@ -282,7 +273,7 @@ def test_a_run_with_a_frozen_stem(folder_dataset, tmp_path):
         assert same == name.startswith('stages.0.layers.0.'), name
 
 
-def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
+def test_benchmark_prints_both_rates(folder_dataset, tmp_path):
     out = train(folder_dataset, tmp_path, '--benchmark', '3')
     assert 'bare step on one fixed batch' in out and 'real loop' in out
 
@@ -300,30 +291,39 @@ def test_benchmark_mode_prints_both_rates(folder_dataset, tmp_path):
     (['--batch-size', '5000'], 'smaller --batch-size'),
     (['--validation-images', '440'], 'hold out fewer'),
 ])
-def test_bad_options_say_what_to_do(folder_dataset, tmp_path, extra, message):
-    args = command(folder_dataset, tmp_path, *extra)
+def test_bad_options(folder_dataset, tmp_path, monkeypatch, extra, message):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)  # it would hold for later tests
+    argv = command(folder_dataset, tmp_path, *extra)[2:]
     if 'resnet18' in extra:
-        i = args.index('--model-kwargs')
-        del args[i:i + 5]
-    done = subprocess.run(args, capture_output=True, text=True, cwd=PROJECT)
-    assert done.returncode == 1 and message in done.stderr.strip().splitlines()[-1]
+        i = argv.index('--model-kwargs')
+        del argv[i:i + 5]
+    with pytest.raises(InputError, match=message) as raised:
+        run(parse_train_args('', argv))
+    assert '\n' not in str(raised.value)
 
 
-def test_unknown_option_in_a_config(tmp_path):
+def test_input_errors_are_one_line(folder_dataset, tmp_path):
+    done = subprocess.run(command(folder_dataset, tmp_path, '--freeze', 'stem'), capture_output=True, text=True)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train_timm.py: error: cannot freeze 'stem'")
+
+
+def test_unknown_option_in_a_config(tmp_path, capsys):
     (tmp_path / 'bad.yaml').write_text('learning_rate: 1\n')
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), '--config', str(tmp_path / 'bad.yaml')], capture_output=True, text=True)
-    assert done.returncode == 2 and 'learning_rate' in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        parse_train_args('', ['--config', str(tmp_path / 'bad.yaml')])
+    assert stopped.value.code == 2 and 'learning_rate' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('extra', [[], ['--update-bn'], ['--initial-checkpoint', 'model.safetensors']])
-def test_no_epochs_are_for_the_export_of_weights(capsys, extra):
+def test_zero_epochs_need_weights_to_export(capsys, extra):
     with pytest.raises(SystemExit):
         parse_train_args('', ['--epochs', '0', *extra])
     assert '--epochs 0 trains nothing' in capsys.readouterr().err
 
 
-def test_shipped_weights_are_those_of_their_history():
+def test_history_of_the_shipped_weights():
     for folder in sorted(WEIGHTS_DIR.iterdir()):
         history, recipe = History.read(folder), yaml.safe_load((folder / 'recipe.yaml').read_text())
         last = history.steps[-1]
