@@ -92,9 +92,9 @@ def answer_within_budget(outputs: ExitOutputs, budget: float, calibrated: bool =
     """
     exit_index = outputs.costs.deepest_within(_number(budget, 'budget'))
     if exit_index == outputs.num_exits - 1:
-        reason = 'the budget covers the whole network'
+        reason = 'The budget covers the whole network'
     else:
-        reason = f'exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs'
+        reason = f'Exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs'
     return Answer(exit_index, BY_BUDGET, budget, calibrated, reason)
 
 
@@ -108,8 +108,8 @@ def answer_by_confidence(outputs: ExitOutputs, threshold: float, calibrated: boo
     policy = ExitPolicy.at_confidence(_number(threshold, 'confidence'), temperatures)
     result = simulate(policy, outputs.logits.unsqueeze(1), outputs.costs.macs)
     exit_index = int(result.exit_index[0])
-    reason = f'the first exit to reach {threshold:.0%} confidence' if leaves(result.confidence[0], threshold) else (
-        f'no exit reaches {threshold:.0%} confidence, so the last one answers')
+    reason = f'The first exit to reach {threshold:.0%} confidence' if leaves(result.confidence[0], threshold) else (
+        f'No exit reaches {threshold:.0%} confidence, so the last one answers')
     return Answer(exit_index, BY_CONFIDENCE, float(threshold), calibrated, reason)
 
 

@@ -49,7 +49,7 @@ def headline(curve: Curve, budget: float, full: float) -> str:
   <div class="says">
     <p class="who">Average budget: {format_macs(budget)} MACs per image</p>
     <p class="what">{point.accuracy:.1f}% <span class="aside">accuracy, {versus}</span></p>
-    <p class="why">measured on {escape(curve.images)}</p>
+    <p class="why">Measured on {escape(curve.images)}</p>
   </div>
   <dl class="savings">
     <div><dt>saved</dt><dd><b>{percent(max(0., 1. - point.macs / full))}</b> of the full cost</dd></div>

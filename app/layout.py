@@ -86,7 +86,7 @@ def build_page(names: List[str]) -> gr.Blocks:
                     with gr.Column(elem_classes='mx-controls'):
                         with gr.Row():
                             mode = gr.Radio(
-                                [('budget', BY_BUDGET), ('confidence', BY_CONFIDENCE)], value=BY_BUDGET,
+                                [('Budget', BY_BUDGET), ('Confidence', BY_CONFIDENCE)], value=BY_BUDGET,
                                 label='Stop by', elem_id='mode', scale=3, min_width=270)
                             calibrated = gr.Checkbox(
                                 True, label='Calibrated probabilities', elem_id='calibrated', scale=2, min_width=210)

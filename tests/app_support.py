@@ -1,6 +1,5 @@
 """The running app for its tests, with the shipped weights."""
-from contextlib import contextmanager
-
+import pytest
 import torch
 from examples import SAMPLES
 from layout import build_page
@@ -36,8 +35,8 @@ class Server:
         return (logits / torch.tensor(self.network.temperatures).unsqueeze(1)).softmax(1)
 
 
-@contextmanager
-def launched():
+@pytest.fixture(scope='session')
+def server():
     server = Server()
     yield server
     server.page.close()

@@ -98,7 +98,7 @@ def test_confidence_mode_is_the_policy_of_the_package(calibrated):
             answer = answer_by_confidence(outputs, threshold, calibrated)
             assert answer.exit_index == expected
             reached = outputs.probabilities(calibrated)[expected].max() >= threshold
-            assert ('no exit reaches' in answer.reason) == (not reached)
+            assert ('No exit reaches' in answer.reason) == (not reached)
 
 
 @pytest.mark.parametrize('threshold', [0, -0.1, 1.01, math.nan, None, 'sure'])

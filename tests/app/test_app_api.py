@@ -7,17 +7,12 @@ from PIL import Image
 
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
 
-from app_support import IMAGES, launched  # noqa: E402
+from app_support import IMAGES  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope='module')
-def server():
-    with launched() as server:
-        yield server
+pytest_plugins = ['app_support']  # its fixture `server`
 
 
 @pytest.fixture(scope='module')

@@ -12,18 +12,13 @@ from timm_multiexit.errors import InputError
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
 
 from answers import spoken  # noqa: E402
-from app_support import IMAGES, launched  # noqa: E402
+from app_support import IMAGES  # noqa: E402
 from examples import load_curve  # noqa: E402
 from served import display_name, get_network  # noqa: E402
 
 pytestmark = pytest.mark.browser
+pytest_plugins = ['app_support']  # its fixture `server`
 SLIDER_MS = 100.
-
-
-@pytest.fixture(scope='module')
-def server():
-    with launched() as server:
-        yield server
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +132,7 @@ def test_the_slider_by_keyboard(server, browser):
 
 def test_stopping_by_confidence(server, browser):
     with Visit(browser, server.url, '?image=3') as page:
-        page.get_by_label('confidence', exact=True).check()
+        page.get_by_label('Confidence', exact=True).check()
         page.locator('#view .levelled').wait_for()
         assert page.locator('#budget').is_hidden()
         calls = server.calls
