@@ -8,9 +8,9 @@ from typing import List, Optional, Tuple
 import torch
 from PIL import Image
 
-from timm_multiexit.errors import InputError
-from timm_multiexit.stopping.costs import ExitCosts, format_macs
-from timm_multiexit.stopping.policy import ExitPolicy, leaves
+from timm_multiexit import ExitCosts, ExitPolicy, InputError
+from timm_multiexit.stopping.costs import format_macs
+from timm_multiexit.stopping.policy import leaves
 from timm_multiexit.stopping.simulate import simulate
 
 BY_BUDGET, BY_CONFIDENCE = 'budget', 'confidence'

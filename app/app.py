@@ -19,7 +19,7 @@ if importlib.util.find_spec('gradio') is None:
 from layout import STYLE, build_page, theme  # noqa: E402 - gradio must see the setting above
 from served import available_networks, get_network  # noqa: E402
 
-from timm_multiexit.errors import InputError  # noqa: E402
+from timm_multiexit import InputError  # noqa: E402
 
 
 def launch_options() -> Dict[str, Any]:

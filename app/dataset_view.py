@@ -7,9 +7,8 @@ from answers import spoken
 from examples import Assets, Curve, GalleryImage
 from image_view import at_cost, exit_positions, percent
 
-from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit import ExitConfig, ExitPolicy
 from timm_multiexit.stopping.costs import format_macs
-from timm_multiexit.stopping.policy import ExitPolicy
 
 
 def accuracy_range(curve: Curve) -> Tuple[float, float]:

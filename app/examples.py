@@ -8,12 +8,11 @@ import numpy as np
 from PIL import Image
 
 import timm_multiexit
-from timm_multiexit.errors import InputError
+from timm_multiexit import ExitConfig, ExitPolicy, InputError
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.stopping.config import ExitConfig
-from timm_multiexit.stopping.policy import ExitPolicy, leaves
+from timm_multiexit.stopping.policy import leaves
 
 ASSETS = Path(__file__).resolve().parent / 'assets'
 SAMPLES = Path(timm_multiexit.__file__).resolve().parent / 'samples'

@@ -11,7 +11,7 @@ from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position, require_examples
 from served import Network, get_network
 
-from timm_multiexit.errors import InputError
+from timm_multiexit import InputError
 from timm_multiexit.inference.images import read_image
 from timm_multiexit.stopping.costs import parse_macs
 

@@ -11,14 +11,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.functional import to_pil_image
 
+from timm_multiexit import ExitConfig, ExitCosts, InputError, exit_costs, list_networks, load_exit_config, load_model
 from timm_multiexit.datasets import DATASETS
-from timm_multiexit.errors import InputError
-from timm_multiexit.models._costs import exit_costs
-from timm_multiexit.pretrained.exit_config import load_exit_config
-from timm_multiexit.pretrained.load import load_model
-from timm_multiexit.pretrained.names import class_labels, list_networks, require_weights
-from timm_multiexit.stopping.config import ExitConfig
-from timm_multiexit.stopping.costs import ExitCosts
+from timm_multiexit.pretrained.names import class_labels, require_weights
 
 TIMED_RUNS = 9
 _loading = threading.Lock()

@@ -9,15 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from timm_multiexit.errors import InputError
+from timm_multiexit import ExitConfig, InputError, MultiExitNet, exit_costs, list_networks
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_yaml
-from timm_multiexit.models import MultiExitNet
-from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.hub_files import WEIGHTS_FILE
-from timm_multiexit.pretrained.names import check_name, list_networks
-from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
+from timm_multiexit.pretrained.names import check_name
+from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, History
 
 # Default owner of everything that is published; `--org` overrides it.

@@ -15,11 +15,10 @@ from timm.models._hub import (
     save_config_for_hf,  # private: save_for_hf would write the weights anew, in single precision
 )
 
-from timm_multiexit.errors import InputError
+from timm_multiexit import InputError, load_exit_config
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
-from timm_multiexit.pretrained.exit_config import load_exit_config
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
 from timm_multiexit.stopping.config import CONFIG_KEY, RECIPE_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable

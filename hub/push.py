@@ -21,8 +21,7 @@ from publication import build_folder, check_folder
 from space_repo import SPACE, build_space, check_space
 from upload import Change, Target, compare, remote_files, require_token, send, verify_files, verify_network
 
-from timm_multiexit import __version__
-from timm_multiexit.errors import InputError
+from timm_multiexit import InputError, __version__
 from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 
 

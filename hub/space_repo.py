@@ -10,7 +10,7 @@ from huggingface_hub import SpaceCard
 from model_repo import packaged_networks
 from publication import CARD, validate_card
 
-from timm_multiexit.errors import InputError
+from timm_multiexit import InputError
 
 PROJECT = Path(__file__).resolve().parent.parent
 SPACE = 'timm-multiexit-app'

@@ -13,9 +13,8 @@ from huggingface_hub.utils.sha import git_hash
 from model_repo import Network, differences
 from publication import sha256
 
-from timm_multiexit.errors import InputError
+from timm_multiexit import ExitConfig, InputError
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, HUB_ERRORS, explain
-from timm_multiexit.stopping.config import ExitConfig
 
 _KEPT = ('.gitattributes',)  # the Hub's own
 

@@ -13,15 +13,12 @@ from typing import Any, Dict, List, Sequence
 import torch
 from PIL import Image
 
-import timm_multiexit  # noqa: F401 - registers the networks
+from timm_multiexit import ExitConfig, InputError, list_networks, load_exit_config, load_model
 from timm_multiexit.datasets import load_images, trained_on
-from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
-from timm_multiexit.pretrained.exit_config import list_stored, load_exit_config
-from timm_multiexit.pretrained.load import load_model
-from timm_multiexit.pretrained.names import list_networks
-from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.pretrained.exit_config import list_stored
+from timm_multiexit.pretrained.names import class_labels
 from timm_multiexit.stopping.policy import confidence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -183,7 +180,7 @@ def main() -> None:
     for name in names:
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
-        labels = config.class_names or model.pretrained_cfg['label_names']
+        labels = class_labels(model, config.class_names)
         images, targets = load_images(trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
         test = LabelledLogits(*exit_logits(model, images, targets, args.batch_size, label=name))
         make_assets(name, labels, config, images, test)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from timm_multiexit.errors import InputError
+from timm_multiexit import InputError
 from timm_multiexit.files import written_beside
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
