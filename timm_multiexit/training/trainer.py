@@ -55,7 +55,7 @@ class Trainer:
     """Everything a step needs, built once from the options.
 
     Args:
-        args: As `parse_train_args` returns them; set are `world_size` and the like, of the process group found.
+        args: As `parse_train_args` returns them; rank, world_size and device are set to those of the process group.
 
     Raises:
         InputError: options, data, teachers or initial weights that cannot be used.
@@ -66,7 +66,7 @@ class Trainer:
         intended = args.world_size
         self.device = init_distributed_device(args)
         if args.cuda_graph and args.distributed:
-            raise InputError('--cuda-graph works in one process: leave it out, or start without torchrun')
+            raise InputError('--cuda-graph works in one process: omit it, or start without torchrun')
         if args.rank == 0 and intended not in (None, args.world_size):  # another total batch gives other weights
             _logger.warning(f'This recipe is for {intended} processes of {args.batch_size} images each, this run has '
                             f'{args.world_size}: start it with torchrun --nproc_per_node {intended}')
@@ -81,7 +81,7 @@ class Trainer:
                 _logger.warning('This CPU has no bfloat16 instructions: training in float32, as without --amp')
                 args.amp = False
         self.amp_dtype = AMP_DTYPES[args.amp_dtype] if args.amp else None
-        seed_epoch(args.seed, -1 % 2 ** 20, 0)  # the same initial weights in every process
+        seed_epoch(args.seed, 2 ** 20 - 1, 0)  # the same initial weights in every process, unlike any epoch's seed
 
         num_classes = args.num_classes or count_classes(args)
         model = create_network(args, num_classes)
