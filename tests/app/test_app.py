@@ -1,5 +1,6 @@
 """The app's pure functions: which exit answers, positions in the pictures, and stored files."""
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -254,6 +255,15 @@ def test_the_budget_view_is_complete():
         assert f'{curve.at(budget).accuracy:.1f}%' in tree.text
     assert 'error 3.0%' in Tree(dataset_view.reliability_diagrams(assets, False)).text
     assert 'error 1.0%' in Tree(dataset_view.reliability_diagrams(assets, True)).text
+
+
+@pytest.mark.parametrize('budget, shown', [
+    (10e6, ['rest', 'off', 'off', 'off']), (20e6, ['≥ 0.900', '≥ 0.800', '≥ 0.700', 'rest']),
+    (40e6, ['off', 'off', 'off', 'rest'])])
+def test_thresholds_are_shown_for_the_exits_in_use(budget, shown):
+    config = make_config()
+    html = dataset_view.shares_picture(examples.load_curve('no.results', config), config, budget)
+    assert re.findall(r'class="cost" title="[^"]*">([^<]*)<', html) == shown
 
 
 def test_lessons_select_the_images_they_describe():
