@@ -1,4 +1,5 @@
 """The in-memory loader: splits, crops, flips, epochs, processes."""
+import math
 import random
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_transform
 
-from timm_multiexit.datasets import load_images, normalize, split_indices
+from timm_multiexit.datasets import DATASETS, load_images, normalize, open_dataset, split_indices
 from timm_multiexit.errors import InputError
 from timm_multiexit.training.loader import InMemoryLoader
 
@@ -29,8 +30,8 @@ def test_split_is_fixed_and_disjoint():
         split_indices(100, 100)
 
 
-def test_validation_images_come_under_the_test_transform(cifar_root):
-    """Bytes to network input without any augmentation, exactly as timm's own evaluation transform would make it."""
+def test_validation_images_get_the_test_transform(cifar_root):
+    """No augmentation: the network's input equals that of timm's evaluation transform."""
     from torchvision.datasets import CIFAR10
     images, targets = load_images('torch/cifar10', cifar_root, 'validation')
     dataset = CIFAR10(cifar_root, train=True)
@@ -40,6 +41,19 @@ def test_validation_images_come_under_the_test_transform(cifar_root):
     transform = create_transform((3, 32, 32), mean=MEAN, std=STD, crop_pct=1.0, interpolation='bilinear')
     expected = torch.stack([transform(dataset[i][0]) for i in index[:8].tolist()])
     torch.testing.assert_close(batch, expected)
+
+
+@pytest.mark.parametrize('tag', DATASETS)
+def test_records_describe_the_training_images(cifar_root, tag):
+    record = DATASETS[tag]
+    dataset = open_dataset(record.name, cifar_root, train=True)
+    assert record.classes == tuple(dataset.classes) and len(record.classes) == max(dataset.targets) + 1
+    assert dataset.data.shape[1:] == (*record.input_size[1:], record.input_size[0])
+    values = np.arange(256) / 255
+    for channel, mean, std in zip(np.moveaxis(dataset.data, 3, 0), record.mean, record.std):
+        frequencies = np.bincount(channel.ravel(), minlength=256) / channel.size
+        assert mean == pytest.approx(measured := frequencies @ values, abs=1e-4)
+        assert std == pytest.approx(math.sqrt(frequencies @ (values - measured) ** 2), abs=1e-4)
 
 
 def test_splits_of_cifar(cifar_root):
@@ -83,11 +97,11 @@ def test_alternating_flip_turns_every_image_each_epoch():
     assert 15 < sum(flipped[0].values()) < 49
 
 
-def test_an_epoch_depends_on_seed_and_number_alone():
+def test_an_epoch_depends_only_on_seed_and_number():
     first, again, other = (loader(seed=s)[0] for s in (1, 1, 2))
     for batches in (first, again, other):
         batches.set_epoch(3)
-    next(iter(first))  # whatever was drawn before
+    next(iter(first))  # draws of an earlier epoch change nothing
     a, b, c = (next(iter(batches)) for batches in (first, again, other))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and not torch.equal(a[1], c[1])
     again.set_epoch(4)
@@ -112,8 +126,8 @@ def test_random_erasing_blanks_regions():
     assert all((x == 0).all(1).flatten(1).any(1).all() for x, _ in batches)
 
 
-def test_a_policy_changes_images_one_by_one_and_repeats_with_the_generators():
-    """In place of one batch's images stand those that timm's policy makes of them, in the same order."""
+def test_a_policy_changes_images_one_by_one_and_repeats_with_the_same_seeds():
+    """timm's policy changes some images of a batch and keeps their order."""
     name = 'rand-m9-n1-p0.5'
     plain = loader(hflip='none')[0]
     batches = loader(hflip='none', aa=name)[0]

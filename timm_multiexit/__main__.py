@@ -1,4 +1,4 @@
-"""Runs one of timm's scripts with this package's networks registered: `python -m timm_multiexit validate.py ARGS`."""
+"""Runs a script of timm with this package's networks registered: `python -m timm_multiexit validate.py ARGS`."""
 import runpy
 import sys
 from pathlib import Path

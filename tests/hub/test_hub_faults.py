@@ -55,7 +55,7 @@ def test_server_goes_down_after_the_commit(client, server, final, step):
     ('POST .*/commit/', 403, ['403', 'nothing was published']),
     ('POST .*/preupload/', 404, ['404', 'no such repository']),
     ('POST .*/commit/', 409, ['409', 'run this again']),
-    ('POST .*/commit/', 412, ['412', 'changed by someone else']),
+    ('POST .*/commit/', 412, ['412', 'someone else changed']),
     ('PUT /lfs/', 500, ['500', 'nothing was published']),
     ('POST .*/preupload/', 429, ['429', 'in 7 s']),
     ('POST .*/commit/', 500, ['500', 'run this again later']),

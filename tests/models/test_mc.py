@@ -23,7 +23,7 @@ def test_number_of_layers(name, kwargs, layers):
     assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) + 1 == layers  # and one linear layer
 
 
-def test_vgg_costs_what_its_layers_add_up_to():
+def test_vgg_costs_the_sum_of_its_layers():
     layers = [(32 * 32, 3, 32), (32 * 32, 32, 64), (16 * 16, 64, 64), (16 * 16, 64, 256), (8 * 8, 256, 256),
               (8 * 8, 256, 256), (4 * 4, 256, 256)]
     convs = sum(9 * pixels * width_in * width_out for pixels, width_in, width_out in layers)
@@ -48,7 +48,7 @@ def test_resnet_with_the_usual_first_block_of_a_resolution():
     assert usual / 1e6 == pytest.approx(139.64, abs=0.01)
 
 
-def test_resnet_shortcut_is_subsampled_and_filled_up():
+def test_resnet_shortcut_is_subsampled_and_padded():
     torch.manual_seed(0)
     block = BasicBlock(8, 8, 16, 2, act_layer=nn.ReLU).eval()
     nn.init.zeros_(block.conv2.bn.weight)
@@ -61,7 +61,7 @@ def test_resnet_shortcut_is_subsampled_and_filled_up():
     torch.testing.assert_close(same([x])[0], torch.relu(x + same.conv2(same.conv1(x))))
 
 
-def test_densenet_keeps_what_was_there_and_thins_between_blocks():
+def test_densenet_keeps_its_input_and_reduces_channels_between_blocks():
     torch.manual_seed(0)
     layer = DenseLayer(6, 3, norm_act_layer=nn.BatchNorm2d).eval()
     x = torch.randn(2, 6, 8, 8)

@@ -1,4 +1,4 @@
-"""MSDNet: the published costs, and which scale of a layer reads which map of the layer before."""
+"""MSDNet: the published costs, and which maps of the previous layer each scale of a layer reads."""
 import pytest
 import timm
 import torch
@@ -60,7 +60,7 @@ def test_each_scale_reads_its_own_and_the_finer_map_of_the_previous_layer():
     maps = layer(state)
     assert [tuple(m.shape[1:]) for m in maps] == [(28, 32, 32), (56, 16, 16), (112, 8, 8)]
     for s, (x, y) in enumerate(zip(state, maps)):
-        assert torch.equal(y[:, :x.shape[1]], x)  # dense: what was there comes first
+        assert torch.equal(y[:, :x.shape[1]], x)  # dense: the input comes first
         new = y[:, x.shape[1]:]
         if s == 0:
             assert reads(new, state) == [0]
@@ -71,7 +71,7 @@ def test_each_scale_reads_its_own_and_the_finer_map_of_the_previous_layer():
 
 @pytest.mark.parametrize('number,in_chs', [(7, (52, 104, 208)), (13, (118, 236))])
 def test_the_new_finest_scale_reads_the_dropped_one(number, in_chs):
-    """Layers 7 and 13 of 16 get the dropped scale too and do not hand it on."""
+    """Layers 7 and 13 of 16 still read the dropped scale but do not output it."""
     torch.manual_seed(0)
     model = timm.create_model('msdnet_cifar').eval()
     layer = [m for m in layers_of(model) if isinstance(m, ScaleLayer)][number - 1]
@@ -85,7 +85,7 @@ def test_the_new_finest_scale_reads_the_dropped_one(number, in_chs):
 
 
 def test_states_and_transitions():
-    """A scale is handed on until the layer that drops it; the transition thins what is left, to half."""
+    """A scale is in the state until the layer that drops it; the transition halves the channels of the others."""
     model = timm.create_model('msdnet_cifar').eval()
     state, shapes = [torch.rand(1, 3, 32, 32)], []
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_states_and_transitions():
         [(58 * 2, 29 * 2), (58 * 4, 29 * 4)], [(65 * 4, 32 * 4)]]
 
 
-def test_bottlenecks_take_the_factor_of_the_scale_that_they_read():
+def test_bottlenecks_use_the_factor_of_the_scale_that_they_read():
     layer = layers_of(timm.create_model('msdnet_cifar', base_width=64, bottleneck_factors=(1, 2, 3)))[1]
     widths = [layer.scales[0].own, *(b for scale in layer.scales[1:] for b in (scale.down, scale.own))]
     assert [b.conv1.conv.out_channels for b in widths] == [6, 1 * 6, 2 * 6, 2 * 12, 3 * 12]

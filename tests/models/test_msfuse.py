@@ -1,4 +1,4 @@
-"""MSFuse: the costs of the paper's network, the wiring of its layers, the contract of exits."""
+"""MSFuse: the costs of the paper's network, how its layers are connected, its exits."""
 import pytest
 import timm
 import torch
@@ -34,14 +34,14 @@ def layers_of(model, kind):
 
 
 def test_every_scale_reads_the_finer_one_of_the_same_layer():
-    """Change only what scale s-1 *adds* in a layer: scale s of that layer must change, which MSDNet's would not."""
+    """Changing only what scale s-1 *adds* in a layer changes scale s of that layer; in MSDNet it would not."""
     torch.manual_seed(0)
     model = timm.create_model('msfuse_cifar').eval()
     layer = layers_of(model, FusionLayer)[1]
     state = [torch.rand(2, c, r, r) for c, r in zip((44, 88, 176), (16, 8, 4))]
     with torch.no_grad():
         before = layer(state)
-        layer.finest.conv2.bn.bias += 1.  # touches nothing but the new channels of the finest scale
+        layer.finest.conv2.bn.bias += 1.  # affects only the new channels of the finest scale
         after = layer(state)
     assert torch.equal(after[0][:, :44], before[0][:, :44])
     assert not torch.allclose(after[0][:, 44:], before[0][:, 44:])
@@ -49,7 +49,7 @@ def test_every_scale_reads_the_finer_one_of_the_same_layer():
         new, old = (maps[s][:, state[s].shape[1]:] for maps in (after, before))
         half = new.shape[1] // 2
         assert not torch.allclose(new[:, :half], old[:, :half]), f'scale {s + 1} does not read scale {s} of its layer'
-        torch.testing.assert_close(new[:, half:], old[:, half:])  # its own branch reads the previous layer only
+        torch.testing.assert_close(new[:, half:], old[:, half:])  # its own branch reads only the previous layer
 
 
 def test_finer_scales_read_no_coarser_one():
@@ -60,7 +60,7 @@ def test_finer_scales_read_no_coarser_one():
 
 
 def test_new_finest_scale_reads_only_itself_at_a_drop():
-    """Stage 2 (layers 7, 8) gets two maps: the dropped scale is not handed on because nothing reads it."""
+    """Stage 2 (layers 7, 8) reads two maps: nothing reads the dropped scale, so it is not in the state."""
     model = timm.create_model('msfuse_cifar').eval()
     state = [torch.rand(1, 3, 32, 32)]
     shapes = []
@@ -130,7 +130,7 @@ def test_modes_of_forward(small_msfuse):
     assert torch.is_tensor(model.eval()(x))
 
 
-def test_iter_exits_computes_nothing_beyond_what_was_asked(network):
+def test_iter_exits_computes_only_the_exits_requested(network):
     calls = []
     for kind, modules in (('stage', network.stages), ('exit', network.exits)):
         for k, module in enumerate(modules):

@@ -1,4 +1,4 @@
-"""RANet: the published costs and block widths, what is fused with what, resizing, and where the exits stand."""
+"""RANet: the published costs and block widths, what is fused with what, resizing, and the places of the exits."""
 import pytest
 import timm
 import torch
@@ -44,7 +44,7 @@ def test_published_block_widths_and_places():
 
 @pytest.fixture(scope='module')
 def ran():
-    """A RANet, and what each of its modules got and gave in one run."""
+    """A RANet, and the inputs and outputs of each of its modules in one run."""
     torch.manual_seed(0)
     model = timm.create_model('ranet_cifar').eval()
     seen = {}
@@ -68,7 +68,7 @@ def layer_inputs(block, seen):
 
 
 def last_output(block, seen):
-    """What the last layer of a block gives, before the block's end."""
+    """The output of the last layer of a block, before the block's end."""
     if isinstance(block, FusionBlock):
         return seen[block.layers[-1]][1]
     return torch.cat([seen[block.layers[-1]][0][0], seen[block.layers[-1]][1]], 1)

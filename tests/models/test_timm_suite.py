@@ -1,6 +1,6 @@
-"""timm's own model tests, those of the installed release, over every network of this package.
+"""timm's own model tests, of the installed release, on every network of this package.
 
-The wheel has no tests, the source archive of the same release has: it is fetched once and kept in .data.
+The wheel lacks them, so the source archive of the same release is downloaded once and kept in .data.
 """
 import fnmatch
 import os
@@ -18,7 +18,7 @@ from conftest import PROJECT
 from timm_multiexit.pretrained.names import list_networks
 
 NAMES = list_networks()
-# timm leaves its own densenet out of the tests that script a model, by this pattern; ours is scripted below.
+# timm skips its own densenet in the tests that script a model, by this pattern; ours is scripted below.
 UNSCRIPTED = 'densenet*'
 PER_NAME = """
     test_model_forward test_model_backward test_model_forward_features test_model_forward_intermediates
@@ -44,7 +44,7 @@ def timm_tests() -> Path:
     archives = list(path.parent.glob('timm-*.tar.gz'))
     if result.returncode or not archives:
         pytest.fail(
-            f'cannot fetch the source archive of timm {timm.__version__}, put its tests/test_models.py at {path}: '
+            f'cannot download the source archive of timm {timm.__version__}, put its tests/test_models.py at {path}: '
             f'{result.stderr.strip()[-500:]}', pytrace=False)
     with tarfile.open(archives[0]) as archive:
         text = archive.extractfile(f'timm-{timm.__version__}/tests/test_models.py').read()
@@ -100,7 +100,7 @@ def test_timms_tests_pass_for_every_network(timm_tests, tmp_path):
 
 
 @pytest.mark.parametrize('name', fnmatch.filter(NAMES, UNSCRIPTED))
-def test_scripting_where_timm_leaves_it_out(name):
+def test_scripting_where_timm_skips_it(name):
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     x = torch.randn(2, *model.pretrained_cfg['input_size'])

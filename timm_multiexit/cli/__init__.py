@@ -1,4 +1,4 @@
-"""The `timm-multiexit` command. Each module of this folder holds one subcommand: `add_parser` and `run`."""
+"""The `timm-multiexit` command. Each module without an underscore is a subcommand, with `add_parser` and `run`."""
 import argparse
 import logging
 import sys
@@ -8,9 +8,11 @@ from ..errors import InputError
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; its result has the `run` function of the one chosen."""
     from . import benchmark, calibrate, classify, costs, evaluate
     parser = argparse.ArgumentParser(
-        prog='timm-multiexit', description='Multi-exit image classifiers: classify, costs, and when to stop.')
+        prog='timm-multiexit',
+        description='Multi-exit image classifiers: classify images, measure, and choose when to stop.')
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for module in (classify, costs, evaluate, calibrate, benchmark):
         module.add_parser(subparsers)
@@ -26,9 +28,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except InputError as error:
         print(f'timm-multiexit: error: {error}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # files are written beside and renamed: nothing is left half done
+    except KeyboardInterrupt:  # writes are atomic: no partial file is left
         print('interrupted', file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except BrokenPipeError:  # the reader (head, less) closed the pipe
         sys.stderr.close()
         return 0

@@ -1,4 +1,4 @@
-"""`timm-multiexit costs MODEL`: what each exit costs."""
+"""`timm-multiexit costs MODEL`: multiply-adds and parameters of each exit."""
 import argparse
 import json
 
@@ -12,11 +12,13 @@ from ..pretrained.names import check_name
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'costs', help='multiply-adds and parameters of each exit',
-        description='Multiply-adds and parameters of each exit, cumulative: all that must have run for its answer.')
+        description='Multiply-adds and parameters up to and including each exit, for one image.')
     parser.add_argument('model', help='name in the registry, with or without tag')
-    parser.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), default=None)
-    parser.add_argument('--num-classes', type=int, default=None, metavar='N')
-    parser.add_argument('--json', action='store_true')
+    parser.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), default=None,
+                        help='size of the image (default: that of the network)')
+    parser.add_argument('--num-classes', type=int, default=None, metavar='N',
+                        help='number of classes (default: that of the network)')
+    parser.add_argument('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""The architectures. Importing this package registers every one of them in timm's model registry."""
+"""The architectures. Importing this package registers them in timm's model registry."""
 from ._base import ExitHead, MultiExitNet, Stage
 from ._costs import exit_costs
 from .densenet_mc import DenseNetMC

@@ -1,4 +1,4 @@
-"""Blocks that several of the architectures share."""
+"""Blocks shared by several architectures, where exits go in a plain chain, and the initialisation of weights."""
 import math
 from typing import List, Optional, Sequence, Set, Type
 
@@ -47,13 +47,13 @@ class Bottleneck(nn.Module):
 
 
 class ConvChain(nn.Module):
-    """A chain of 3x3 convolutions, each of whose maps is kept: [(B, in_chans, H, W)] to [(B, chs[i], H_i, W_i)].
+    """A chain of 3x3 convolutions that outputs the map of each: [(B, in_chans, H, W)] to [(B, chs[i], H_i, W_i)].
 
     Args:
         in_chans: Channels of the image.
         chs: Channels after each convolution.
         strides: Stride of each convolution.
-        first_out: The first of the maps to hand on.
+        first_out: Index of the first map to output.
     """
 
     def __init__(self, in_chans: int, chs: Sequence[int], strides: Sequence[int], first_out: int = 0, **kwargs):
@@ -79,7 +79,7 @@ class ConvChain(nn.Module):
 def strided_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
     """The exit of MSDNet and RANet: two strided 3x3 convolutions, (B, in_chs, H, W) to (B, width, H / 4, W / 4).
 
-    The papers then pool 2x2, which at 32x32 is all that is left; ours pool globally, so that any image size fits.
+    The papers then pool 2x2, which is the whole map for 32x32 images; here pooling is global, for images of any size.
     """
     return nn.Sequential(
         ConvNormAct(in_chs, width, 3, stride=2, **kwargs),
@@ -88,15 +88,15 @@ def strided_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
 
 
 def chain_exits(num_resolutions: int, depth: int, exit_after: Sequence[int]) -> Set[int]:
-    """Which layers of a plain chain an exit follows, as in the MC (multi-classifier) baselines of the MSDNet paper.
+    """The layers of a plain chain that exits follow, as in the MC (multi-classifier) baselines of the MSDNet paper.
 
     Args:
         num_resolutions: Resolutions of the chain.
         depth: Layers at each resolution.
-        exit_after: Layers of each resolution that an exit follows, counted from 1.
+        exit_after: Layers of each resolution that an exit follows, numbered from 1.
 
     Returns:
-        Numbers of the layers in the whole chain, counted from 1; the last layer is always one of them.
+        Numbers of these layers in the whole chain, from 1; the last layer is always included.
 
     Raises:
         ValueError: no layers, or an exit after a layer that a resolution does not have.
@@ -109,9 +109,10 @@ def chain_exits(num_resolutions: int, depth: int, exit_after: Sequence[int]) -> 
 
 
 def init_weights(module: nn.Module, name: Optional[str] = None) -> None:
-    """Convolutions N(0, sqrt(2 / (k * k * out / groups))), BN 1 and 0, linear bias 0, as MSDNet's Lua original.
+    """Initialises a layer as MSDNet's Lua code does; use with `Module.apply`.
 
-    Linear weights keep PyTorch's own initialisation, as in the original. Use with `Module.apply`.
+    Convolutions have a standard deviation of sqrt(2 / (k * k * out_channels / groups)), BN weight 1 and bias 0, linear
+    layers bias 0 and PyTorch's default weights.
     """
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups

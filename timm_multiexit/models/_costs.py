@@ -1,4 +1,4 @@
-"""What each exit costs: multiply-adds and parameters, cumulative, counted by ptflops on any multi-exit network."""
+"""Cumulative multiply-adds (MACs) and parameters of each exit, counted with ptflops on any multi-exit network."""
 from typing import Optional, Tuple
 
 import torch
@@ -11,7 +11,7 @@ from ._base import MultiExitNet
 
 
 class _Prefix(nn.Module):
-    """A network up to one exit, with the earlier exits, which also run."""
+    """A network up to and including one exit, with the earlier exits, which also run."""
 
     def __init__(self, model: MultiExitNet, last: int):
         super().__init__()
@@ -27,11 +27,14 @@ class _Prefix(nn.Module):
 
 
 def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] = None) -> ExitCosts:
-    """Counts the costs of every exit.
+    """Counts the multiply-adds and parameters up to and including each exit, for one image.
 
     Args:
-        model: A multi-exit network; its mode is kept.
+        model: A multi-exit network; it stays in its mode.
         input_size: (C, H, W); None for the size in the network's pretrained cfg.
+
+    Returns:
+        The costs; multiply-adds of convolutions and linear layers only, as in the literature.
 
     Raises:
         InputError: the network cannot run on that size.
@@ -42,7 +45,7 @@ def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] =
     macs, params = [], []
     try:
         for k in range(model.num_exits):
-            # The 'aten' backend counts convolutions and linear layers only, as the literature does.
+            # The other backend of ptflops counts BN and activations too.
             count = get_model_complexity_info(
                 _Prefix(model, k), tuple(input_size), as_strings=False, print_per_layer_stat=False, verbose=False,
                 backend='aten')

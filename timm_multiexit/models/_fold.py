@@ -1,4 +1,4 @@
-"""Batch normalization folded into the convolutions before it, for inference."""
+"""Folds batch normalisation into the preceding convolutions, for inference."""
 import copy
 from typing import Tuple
 
@@ -8,11 +8,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy in eval mode in which no BN follows a convolution: its scale and shift are the convolution's own.
+    """Folds every BN that directly follows a convolution into its weight and bias.
 
-    Folded are timm's ConvNormAct and a BN that stands right behind a convolution in an nn.Sequential. A BN that
-    comes before its convolution, behind which an activation stands (DenseNet), stays. What the copy computes differs
-    from the original by rounding only.
+    These are the BN of timm's ConvNormAct, and any BN right after a convolution in an nn.Sequential. The BN before a
+    convolution (DenseNet) stays, since an activation separates the two.
+
+    Returns:
+        A copy in eval mode, whose outputs differ from the original's by rounding only.
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
@@ -29,5 +31,5 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tuple[nn.Conv2d, nn.Module]:
-    """The convolution with the BN in it, and what is left of the BN: the activation of timm's BatchNormAct2d."""
+    """The folded convolution, and what is left of the BN: the activation of timm's BatchNormAct2d."""
     return fuse_conv_bn_eval(conv, norm), getattr(norm, 'act', nn.Identity())

@@ -1,10 +1,10 @@
-"""What MSDNet and MSFuse share: a lattice of layers and scales, with the exits on the coarsest scale.
+"""Base of MSDNet and MSFuse: a lattice of layers and scales, with the exits on the coarsest scale.
 
 Paper: `Multi-Scale Dense Networks for Resource Efficient Image Classification`, Huang et al., ICLR 2018 -
 https://arxiv.org/abs/1703.09844
 
-Each layer adds channels to the map of every scale. Towards the end fewer scales are active, since only the coarsest one
-is classified; where a scale is dropped, a transition thins the others.
+Each layer adds channels to the map of every scale. Only the coarsest scale is classified, so the finer ones are dropped
+one by one; where a scale is dropped, a transition reduces the channels of the others.
 """
 from typing import List, Optional, Sequence, Tuple, Type, Union
 
@@ -17,7 +17,7 @@ from ._blocks import init_weights
 
 
 class Transition(nn.Module):
-    """1x1 convolution on each scale by itself: (B, in_chs, H, W) to (B, out_chs, H, W)."""
+    """1x1 convolution of each scale separately: [(B, in_chs[s], H_s, W_s)] to [(B, out_chs[s], H_s, W_s)]."""
 
     def __init__(self, in_chs: Sequence[int], out_chs: Sequence[int], **kwargs):
         super().__init__()
@@ -44,10 +44,10 @@ def scale_schedule(num_layers: int, num_scales: int) -> Tuple[int, ...]:
 class MultiScaleNet(MultiExitNet):
     """A lattice of layers and scales.
 
-    The layers 1 to L = sum(steps) are split into as many blocks as there are scales; each block drops the finest
-    scale of the one before, and its first layer is followed by a transition that thins the other scales.
+    Layers 1 to L = sum(steps) are split into as many blocks as there are scales; each block drops the finest scale of
+    the previous one, and a transition after its first layer reduces the channels of the other scales.
 
-    An architecture names its stem, its layer and its exits' convolutions, and says which maps a layer hands on.
+    An architecture sets its stem, its layer and its exits' convolutions, and which maps a layer outputs.
 
     Args:
         num_classes: Classes, 0 for no classifier.
@@ -56,9 +56,9 @@ class MultiScaleNet(MultiExitNet):
         steps: Layers in each stage; an exit follows each.
         base_width: Width n of the first maps, in units of the scale factors.
         growth: Growth g per layer, in units of the scale factors.
-        scale_factors: Width factor f of each scale, finest first; their number is the number of scales.
+        scale_factors: Width factor f of each scale, finest first.
         bottleneck_factors: Bottleneck factor b of each scale; None for the scale factors.
-        reduction: Share of the width that a transition keeps.
+        reduction: Fraction of the width that a transition keeps.
         head_width: Channels of an exit's convolutions.
         drop_rate: Dropout before the classifiers.
         act_layer: Activation.
@@ -68,16 +68,16 @@ class MultiScaleNet(MultiExitNet):
         ValueError: a schedule or widths that no network can be built from.
     """
 
-    # Set by the architecture. `stem_type(in_chans, width, scale_factors, out_scales)` gives the first maps of the
-    # coarsest `out_scales` scales; `layer_type(in_chs, growth_chs, factors, out_scales)` maps those of as many scales
-    # as in_chs has entries to the coarsest `out_scales`.
+    # Set by the architecture. `stem_type(in_chans, width, scale_factors, out_scales)` outputs the first maps of the
+    # coarsest `out_scales` scales; `layer_type(in_chs, growth_chs, factors, out_scales)` reads the coarsest
+    # `len(in_chs)` scales and outputs the coarsest `out_scales`.
     stem_type: Type[nn.Module]
     layer_type: Type[nn.Module]
     finest_reduction: int  # image size / size of scale 1
 
     @staticmethod
     def held_scales(active: Sequence[int]) -> Tuple[int, ...]:
-        """How many scales' maps, coarsest last, are handed on by the stem and by each layer: L + 1 numbers."""
+        """Number of scales that the stem and each layer output, coarsest last: L + 1 numbers."""
         raise NotImplementedError
 
     @staticmethod
@@ -139,7 +139,11 @@ def check_lattice(
         bottleneck_factors: Sequence[int],
         reduction: float,
 ) -> None:
-    """Raises ValueError, with one line that says what to do, for numbers that no lattice can be built from."""
+    """Checks the arguments of a lattice.
+
+    Raises:
+        ValueError: no lattice can be built from them.
+    """
     if not steps or min(steps) < 1:
         raise ValueError(f'steps={tuple(steps)}: every stage needs at least one layer')
     if not scale_factors or min(scale_factors) < 1:
@@ -152,7 +156,7 @@ def check_lattice(
         raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
     if growth * min(scale_factors[1:], default=2) < 2:
         raise ValueError(
-            f'growth={growth} with scale_factors={tuple(scale_factors)}: a coarser scale grows by two branches, so '
-            'growth times its factor must be 2 or more')
+            f'growth={growth} with scale_factors={tuple(scale_factors)}: two branches share the growth of '
+            'a coarser scale, so growth times its factor must be 2 or more')
     if not 0 < reduction <= 1:
-        raise ValueError(f'reduction={reduction}: a transition keeps a share of the width in (0, 1]')
+        raise ValueError(f'reduction={reduction}: a transition keeps a fraction of the width in (0, 1]')

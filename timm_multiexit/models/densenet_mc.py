@@ -4,13 +4,13 @@ Papers: `Multi-Scale Dense Networks for Resource Efficient Image Classification`
 https://arxiv.org/abs/1703.09844 (the exits); `Densely Connected Convolutional Networks`, Huang et al., CVPR 2017 -
 https://arxiv.org/abs/1608.06993 (the network)
 
-Left open by the papers, and chosen here:
+Not specified by the papers, and chosen here:
 
-* Growth and compression. The papers' figures end at about 131 M MACs. With the usual first width of 16, no whole growth
-  comes within 2 % of that at the usual compressions, 1 (growth 6: 127.1 M) and 0.5 (growth 7: 122.6 M). Growth 8 and
-  compression 0.25 cost 132.9 M, and also come near the figures' middle exits (101.6 113.1 127.1 130.1 M, there
-  103.0 115.9 127.1 129.2 M).
-* The head: BN, activation, global average pooling and a linear classifier, as the network's own; each exit has its
+* Growth and compression. The papers' figures end at about 131 M MACs. With the usual first width of 16, no integer
+  growth comes within 2 % of that at the usual compressions, 1 (growth 6: 127.1 M) and 0.5 (growth 7: 122.6 M). Growth 8
+  and compression 0.25 cost 132.9 M, and are also close to the figures at the middle exits (101.6 113.1 127.1 130.1 M;
+  the figures show 103.0 115.9 127.1 129.2 M).
+* The head: BN, activation, global average pooling and a linear classifier, like the network's own; each exit has its
   own BN. The two strided convolutions of MSDNet's exits would cost up to 42 M MACs at 32x32.
 """
 from typing import Any, List, Sequence, Type, Union
@@ -78,12 +78,12 @@ class DenseNetMC(MultiExitNet):
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the image.
         global_pool: timm's pooling type, '' for none.
-        num_blocks: Dense blocks; each has half the resolution of the one before.
+        num_blocks: Dense blocks; each has half the resolution of the previous one.
         depth: Layers of each dense block.
-        exit_after: Layers of each block that an exit follows, counted from 1; the last layer always has one.
+        exit_after: Layers of each block that an exit follows, numbered from 1; the last layer always has one.
         base_width: Channels of the first convolution.
         growth: Channels that a layer adds.
-        compression: Share of the width that a transition keeps.
+        compression: Fraction of the width that a transition keeps.
         drop_rate: Dropout before the classifiers.
         act_layer: Activation.
         norm_layer: Normalisation.
@@ -116,7 +116,7 @@ class DenseNetMC(MultiExitNet):
         if base_width < 1 or growth < 1:
             raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
         if not 0 < compression <= 1:
-            raise ValueError(f'compression={compression}: a transition keeps a share of the width in (0, 1]')
+            raise ValueError(f'compression={compression}: a transition keeps a fraction of the width in (0, 1]')
 
         chs = base_width
         net = StageBuilder(num_classes, global_pool, drop_rate, **dd)

@@ -1,4 +1,4 @@
-"""MSDNet: dense connections along the layers and from each scale to the next coarser one.
+"""MSDNet: dense connections across layers, and from each scale to the next coarser one.
 
 Paper: `Multi-Scale Dense Networks for Resource Efficient Image Classification`, Huang et al., ICLR 2018 -
 https://arxiv.org/abs/1703.09844
@@ -20,7 +20,7 @@ __all__ = ['MSDNet']
 class Stem(ConvChain):
     """The first maps of all scales (section 4, "First layer").
 
-    Scale 1 is a 3x3 convolution of the image, each coarser scale a strided 3x3 convolution of the one before. Maps
+    Scale 1 is a 3x3 convolution of the image, each coarser scale a strided 3x3 convolution of the previous one. Maps
     [(B, in_chans, H, W)] to [(B, width * f_s, H / 2^(s-1), W / 2^(s-1)) for the last out_scales scales s].
     """
 
@@ -31,7 +31,7 @@ class Stem(ConvChain):
 
 
 class FinestGrowth(nn.Module):
-    """The finest scale of a layer that drops none: concat(x_1, B(x_1)). Reads only its own scale."""
+    """The finest scale of a layer that drops none: concat(x_1, B(x_1))."""
 
     def __init__(self, in_chs: Sequence[int], growth_chs: int, factors: Sequence[int], **kwargs):
         super().__init__()
@@ -43,12 +43,12 @@ class FinestGrowth(nn.Module):
 
 
 class CoarserGrowth(nn.Module):
-    """Every other scale: concat(x_s, B(x_{s-1}, stride 2), B(x_s)), where both maps are of the *previous* layer.
+    """Any other scale: concat(x_s, B(x_{s-1}, stride 2), B(x_s)), where both maps come from the *previous* layer.
 
     Args:
         in_chs: Channels of the finer scale and of this one.
         growth_chs: Channels that the two branches add together.
-        factors: Bottleneck factors of the two; a bottleneck takes the factor of the scale that it reads.
+        factors: Bottleneck factors of these two; a bottleneck uses the factor of the scale that it reads.
     """
 
     def __init__(self, in_chs: Sequence[int], growth_chs: int, factors: Sequence[int], **kwargs):
@@ -65,14 +65,14 @@ class CoarserGrowth(nn.Module):
 class ScaleLayer(nn.Module):
     """One layer of the lattice (section 4, "Subsequent layers").
 
-    It computes the coarsest `out_scales` scales. If it reads a finer one than it computes, which is so where that one
-    is dropped, its finest scale has both branches as any other.
+    It computes the coarsest `out_scales` scales. A layer that drops a scale still reads it, so its finest scale has
+    both branches like any other.
 
     Args:
         in_chs: Channels of each scale that is read, finest first.
         growth_chs: Channels that the layer adds to each of these scales.
         factors: Bottleneck factor of each of these scales.
-        out_scales: How many scales, coarsest last, are computed and handed on.
+        out_scales: Number of scales, coarsest last, that the layer computes.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ScaleLayer(nn.Module):
     def keep_maps(self, kept: List[int]) -> List[int]:
         dropped = len(self.scales) + min(kept)
         self.scales = self.scales[dropped:]
-        # Its finest scale now may read a finer one that it does not compute; no more than that one is read.
+        # The finest scale left may read one finer scale, which the layer no longer computes.
         self.first_out = min(1, self.first_out + dropped)
         return list(range(min(kept) - self.first_out, 0))
 
@@ -128,11 +128,11 @@ class MSDNet(MultiScaleNet):
 
     @staticmethod
     def held_scales(active: Sequence[int]) -> Tuple[int, ...]:
-        """A layer reads what the one before computed.
+        """Each layer reads the output of the previous one.
 
-        The exits read the coarsest scale of layer L, that reads the two coarsest of layer L - 1, and so on: what is
-        finer than that is active by the schedule but reaches no exit, so it is not computed. Schedules that end with
-        one scale, as the published ones, have nothing of the kind.
+        The last exit reads the coarsest scale of layer L, which reads the two coarsest of layer L - 1, and so on. Finer
+        scales may be active in the schedule but reach no exit, so they are not computed. In schedules that end with one
+        scale, like the published ones, there are none.
         """
         held = (active[0], *active)
         return tuple(min(scales, len(active) - layer + 1) for layer, scales in enumerate(held))

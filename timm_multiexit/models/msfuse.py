@@ -3,9 +3,9 @@
 Paper: `Multi-Exit Resource-Efficient Neural Architecture for Image Classification with Optimized Fusion Block`,
 Addad, Lechervy, Jurie, ICCV Workshops 2023 - https://hal.science/hal-04181149
 
-The paper prints no table of widths. The defaults are MSDNet's anytime schedule at twice its widths with the finest
-scale at half the image's size, which gives the paper's ratios of cost (15 % below MSDNet, 32 % below RANet). The text
-leaves the activation open; the default is ReLU.
+The paper has no table of widths. The defaults are MSDNet's anytime schedule at twice its widths, with the finest scale
+at half the image size, which gives the paper's cost ratios (15 % below MSDNet, 32 % below RANet). The paper does not
+name the activation; the default is ReLU.
 """
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -25,9 +25,9 @@ __all__ = ['MSFuse']
 class Stem(nn.Module):
     """The first maps of all scales (section 2, "An efficient stem layer").
 
-    Convolution 3x3, depthwise 3x3, 1x1, the first one's output added (no activation after the addition), depthwise
-    3x3 with stride 2: scale 1, at half the image's size. Each coarser scale is a strided 3x3 convolution of the one
-    before. Maps [(B, in_chans, H, W)] to [(B, width * f_s, H / 2^s, W / 2^s) for the last out_scales scales s].
+    Scale 1, at half the image size: 3x3 convolution, depthwise 3x3, 1x1, a shortcut from the first convolution (no
+    activation after the addition), depthwise 3x3 with stride 2. Each coarser scale is a strided 3x3 convolution of the
+    previous one. Maps [(B, in_chans, H, W)] to [(B, width * f_s, H / 2^s, W / 2^s) for the last out_scales scales s].
     """
 
     def __init__(self, in_chans: int, width: int, scale_factors: Sequence[int], out_scales: int, **kwargs):
@@ -57,16 +57,16 @@ class Stem(nn.Module):
 
 
 class FusionLayer(nn.Module):
-    """The paper's layer (section 2, "An improved fusion layer"): each scale reads what this layer gave the finer one.
+    """The paper's layer (section 2, "An improved fusion layer"): each scale reads this layer's output of the finer one.
 
-    The finest scale: concat(x, B(x)). Every other: concat(x_s, B(y_{s-1}, stride 2), B(x_s)), where y_{s-1} is the
-    *output* of scale s-1 in this same layer; MSDNet has the previous layer's x_{s-1} there.
+    Finest scale: concat(x, B(x)). Any other: concat(x_s, B(y_{s-1}, stride 2), B(x_s)), where y_{s-1} is the *output*
+    of scale s-1 in the same layer; MSDNet uses the previous layer's x_{s-1} there.
 
     Args:
         in_chs: Channels of each active scale, finest first.
         growth_chs: Channels that the layer adds to each active scale.
-        factors: Bottleneck factor of each active scale; a bottleneck takes the factor of the scale that it reads.
-        out_scales: How many scales, coarsest last, a later layer still reads; the others are not handed on.
+        factors: Bottleneck factor of each active scale; a bottleneck uses the factor of the scale that it reads.
+        out_scales: Number of scales, coarsest last, that the layer outputs: those that a later layer still reads.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class MSFuse(MultiScaleNet):
 
     @staticmethod
     def held_scales(active: Sequence[int]) -> Tuple[int, ...]:
-        """A layer reads the active scales of its own number; the exits read the coarsest."""
+        """Each layer reads its active scales; the exits read the coarsest."""
         return (*active, 1)
 
     @staticmethod

@@ -1,10 +1,10 @@
-"""RANet: sub-networks from coarse to fine images, each of which reads the maps of the one before.
+"""RANet: sub-networks for coarse to fine images, each of which reads the maps of the previous one.
 
 Paper: `Resolution Adaptive Networks for Efficient Inference`, Yang et al., CVPR 2020 -
 https://arxiv.org/abs/2003.07326
 
-Sub-network 0 works at the lowest resolution and answers first; the next ones start from finer maps and are run only
-for images that go on. All of them end at the resolution of the first one, where the exits are.
+Sub-network 0 works at the lowest resolution and has the first exits; the next ones start from finer maps and run only
+for images that have not left. All end at the resolution of the first one, where the exits are.
 """
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
@@ -29,12 +29,12 @@ def resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class Stem(ConvChain):
     """The inputs of all sub-networks: one chain of 3x3 convolutions, from the last one's input to the first one's.
 
-    Maps [(B, in_chans, H, W)] to [(B, chs[i], H', W')], last sub-network first, as the chain gives them.
+    Maps [(B, in_chans, H, W)] to [(B, chs[i], H_i, W_i)], last sub-network first, in the order of the chain.
 
     Args:
         in_chans: Channels of the image.
         chs: Channels of each sub-network's input, first sub-network first.
-        scales: Scale of each sub-network; a convolution strides where the scale falls.
+        scales: Scale of each sub-network; where it falls, the convolution has a stride.
     """
 
     def __init__(self, in_chans: int, chs: Sequence[int], scales: Sequence[int], **kwargs):
@@ -43,13 +43,13 @@ class Stem(ConvChain):
 
 
 class FusionLayer(nn.Module):
-    """concat(x, B(low), B(x)), all at the size of the last term, which is half of x's if stride is 2.
+    """concat(x, B(low), B(x)), all resized to B(x): the size of x divided by the stride.
 
     Args:
         in_chs: Channels of x.
         low_chs: Channels of the lower sub-network's map.
         growth: Channels of the two branches together.
-        compress: Share of the growth, rounded down, that the lower sub-network's branch gives.
+        compress: Fraction of the growth, rounded down, that comes from the lower sub-network's branch.
         factor: Bottleneck factor of this sub-network.
         low_factor: Bottleneck factor of the lower sub-network.
         stride: Stride of B(x).
@@ -80,46 +80,46 @@ class FusionLayer(nn.Module):
 
 
 class BlockPlan(NamedTuple):
-    """What one block is, and where its maps stand in the state; see `plan_blocks`."""
+    """One block, and the places of its maps in the state; see `plan_blocks`."""
     net: int  # sub-network
     index: int  # block of the sub-network
     in_chs: int
     layers_chs: int  # after the last layer
-    end_chs: int  # with what a fusion block's end adds
+    end_chs: int  # with the channels that a fusion block's end adds
     out_chs: int  # after the transition, if there is one
     num_layers: int
     growth: int
     low: Optional['BlockPlan']  # the block of the lower sub-network that it reads; None for a plain block
     down: bool
     transition: bool
-    num_maps: int = 0  # maps of the state that the block gets
+    num_maps: int = 0  # maps of the state before the block
     read: Tuple[int, ...] = ()  # maps of the state that the block reads
-    hand_on: Tuple[int, ...] = ()  # maps of the state and then of the block that make the next state
+    keep: Tuple[int, ...] = ()  # maps of the state, then of the block, that form the next state
 
 
 class Block(nn.Module):
-    """A block of dense layers: reads some maps of the state and replaces those that nobody reads any more."""
+    """A block of dense layers: reads some maps of the state, adds its own and drops those that no later block reads."""
 
     def __init__(self, plan: BlockPlan):
         super().__init__()
         self.num_maps = plan.num_maps
         self.read: List[int] = list(plan.read)
-        self.hand_on: List[int] = list(plan.hand_on)
+        self.keep: List[int] = list(plan.keep)
 
     def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
         raise NotImplementedError
 
     def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
         maps = state + self.forward_block([state[i] for i in self.read])
-        return [maps[i] for i in self.hand_on]
+        return [maps[i] for i in self.keep]
 
     @torch.jit.ignore
     def keep_maps(self, kept: List[int]) -> List[int]:
-        hand_on = [self.hand_on[i] for i in kept]
-        needed = sorted({*self.read, *(i for i in hand_on if i < self.num_maps)})
+        keep = [self.keep[i] for i in kept]
+        needed = sorted({*self.read, *(i for i in keep if i < self.num_maps)})
         place = {i: place for place, i in enumerate(needed)}
-        # The block's own maps stand behind those of the state.
-        self.hand_on = [place[i] if i in place else i - self.num_maps + len(needed) for i in hand_on]
+        # The block's own maps come after those of the state.
+        self.keep = [place[i] if i in place else i - self.num_maps + len(needed) for i in keep]
         self.read = [place[i] for i in self.read]
         from_end = [i - self.num_maps for i in needed]
         self.num_maps = len(needed)
@@ -127,7 +127,7 @@ class Block(nn.Module):
 
 
 class PlainBlock(Block):
-    """Layers concat(x, B(x)). An exit follows each of these blocks."""
+    """Dense layers concat(x, B(x)). An exit follows each plain block."""
 
     def __init__(self, plan: BlockPlan, factors: Sequence[int], **kwargs):
         super().__init__(plan)
@@ -140,18 +140,18 @@ class PlainBlock(Block):
         x = maps[0]
         for layer in self.layers:
             x = torch.cat([x, layer(x)], 1)
-        return [x]  # what the next block, the upper sub-network and the exit read
+        return [x]  # read by the next block, the upper sub-network and the exit
 
 
 class FusionBlock(Block):
-    """Fusion layers that read the layers of the lower sub-network's block of the same index, and an end.
+    """Fusion layers that read the block of the same index in the lower sub-network, and an end.
 
-    Layer i reads what layer i of the lower block reads. Since the layers are dense, that is a prefix of the channels of
-    the lower block's map, so that one map stands for the inputs of all layers; of a down block two maps do: the last
-    one before the halving, and the one after.
+    Layer i reads the input of the lower block's layer i. The layers are dense, so that input is the first channels of
+    the lower block's map: one map holds the inputs of all layers, or two after a down block, the last before the
+    halving and the one after it.
 
-    At the end, a 1x1 convolution of what the lower block's last layer gives is concatenated; then follows the
-    transition, if any. In a down block the last layer has stride 2.
+    At the end, a 1x1 convolution of the lower block's last map is concatenated; a transition may follow. In a down
+    block the last layer has stride 2.
     """
 
     def __init__(self, plan: BlockPlan, compress: float, factors: Sequence[int], **kwargs):
@@ -173,7 +173,7 @@ class FusionBlock(Block):
         for i, layer in enumerate(self.layers):
             before = x
             x = layer(x, low[:, :self.low_chs[i]])
-        # The next block reads the end, the upper sub-network what comes before it.
+        # The next block reads `out`, the upper sub-network the other maps.
         out = torch.cat([x, resize_like(self.end(low_last), x)], 1)
         if self.transition is not None:
             out = self.transition(out)
@@ -192,7 +192,7 @@ def plan_blocks(
         compress: float,
         reduction: float,
 ) -> List[BlockPlan]:
-    """The blocks of all sub-networks in the order in which they run.
+    """The blocks of all sub-networks, in the order in which they run.
 
     Sub-network i of `scales` s_i has (i + 1) * exits_per_net blocks. All but the last exits_per_net are fusion blocks.
     The s_i - 1 down blocks are every exits_per_net-th fusion block, counted from the last. The s_i - 1 transitions
@@ -219,9 +219,9 @@ def plan_blocks(
 
 
 def _plan_state(plans: Sequence[BlockPlan], num_nets: int) -> List[BlockPlan]:
-    """Fills in the last three fields: a map is handed on as long as a later block or this block's exit reads it."""
+    """Fills in the last three fields: a map is kept as long as a later block, or the exit of this one, reads it."""
     def maps_of(plan: BlockPlan) -> List[Tuple]:
-        """Names of the maps that the upper sub-network reads."""
+        """Keys of the maps that the upper sub-network reads."""
         return [(plan.net, plan.index, name) for name in (('before', 'last') if plan.down else ('last',))]
 
     def out_of(plan: BlockPlan) -> Tuple:
@@ -240,10 +240,10 @@ def _plan_state(plans: Sequence[BlockPlan], num_nets: int) -> List[BlockPlan]:
         if plan.low is None:
             needed.add(out_of(plan))
         names = state + writes[i]
-        hand_on = tuple(j for j, name in enumerate(names) if name in needed)
+        keep = tuple(j for j, name in enumerate(names) if name in needed)
         read = tuple(state.index(name) for name in reads[i])
-        planned.append(plan._replace(num_maps=len(state), read=read, hand_on=hand_on))
-        state = [names[j] for j in hand_on]
+        planned.append(plan._replace(num_maps=len(state), read=read, keep=keep))
+        state = [names[j] for j in keep]
     return planned
 
 
@@ -256,13 +256,13 @@ class RANet(MultiExitNet):
         global_pool: timm's pooling type, '' for none.
         scales: Scale of each sub-network's input, 1 for the coarsest. Starts with 1 and grows by at most 1.
         block_layers: Layers in block 1, 2, ... of any sub-network; as many as the last sub-network has blocks.
-        exits_per_net: Exits of each sub-network, and by how many blocks each has more than the one before.
+        exits_per_net: Exits of each sub-network; each has that many blocks more than the previous one.
         base_width: Channels of a sub-network's input, times its width factor.
         growth: Growth per layer, times the width factor.
         width_factors: Width factor of each sub-network.
         bottleneck_factors: Bottleneck factor of each sub-network; None for the width factors.
-        compress: Share of a fusion block's growth and end that comes from the lower sub-network.
-        reduction: Share of the width that a transition keeps.
+        compress: Fraction of a fusion block's growth and end that comes from the lower sub-network.
+        reduction: Fraction of the width that a transition keeps.
         head_width: Channels of an exit's convolutions.
         drop_rate: Dropout before the classifiers.
         act_layer: Activation.
@@ -324,15 +324,19 @@ def check_networks(
         compress: float,
         reduction: float,
 ) -> None:
-    """Raises ValueError, with one line that says what to do, for numbers that no RANet can be built from."""
+    """Checks the arguments of a RANet.
+
+    Raises:
+        ValueError: no network can be built from them.
+    """
     if not scales or scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales[:-1], scales[1:])):
         raise ValueError(
-            f'scales={tuple(scales)}: begin with 1, and let each sub-network have the scale of the one before or one '
-            'more')
+            f'scales={tuple(scales)}: start with 1, and give each sub-network the scale of the previous one or '
+            'one more')
     if exits_per_net < 1 or len(block_layers) != exits_per_net * len(scales) or min(block_layers) < 1:
         raise ValueError(
             f'block_layers={tuple(block_layers)} for {len(scales)} sub-networks and exits_per_net={exits_per_net}: the '
-            'last sub-network has their product of blocks; give each one layer or more')
+            'last sub-network has their product of blocks; give each at least one layer')
     for name, factors in (('width_factors', width_factors), ('bottleneck_factors', bottleneck_factors)):
         if len(factors) != len(scales) or min(factors) < 1:
             raise ValueError(
@@ -341,10 +345,10 @@ def check_networks(
         raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
     if not 0 < compress < 1 or growth * min(width_factors[1:], default=growth) * compress < 1:
         raise ValueError(
-            f'compress={compress} with growth={growth}: it must be a share in (0, 1) that leaves every fusion layer at '
-            'least one channel of the lower sub-network')
+            f'compress={compress} with growth={growth}: it must be a fraction in (0, 1) that leaves every fusion layer '
+            'at least one channel of the lower sub-network')
     if not 0 < reduction <= 1:
-        raise ValueError(f'reduction={reduction}: a transition keeps a share of the width in (0, 1]')
+        raise ValueError(f'reduction={reduction}: a transition keeps a fraction of the width in (0, 1]')
 
 
 def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:

@@ -4,14 +4,14 @@ Papers: `Multi-Scale Dense Networks for Resource Efficient Image Classification`
 https://arxiv.org/abs/1703.09844 (the exits); `Deep Residual Learning for Image Recognition`, He et al., CVPR 2016 -
 https://arxiv.org/abs/1512.03385 (the network, section 4.2)
 
-Left open by the papers, and chosen here:
+Not specified by the papers, and chosen here:
 
-* The head. Global average pooling and a linear classifier, as the network's own. The two strided convolutions of
+* The head: global average pooling and a linear classifier, like the network's own. The two strided convolutions of
   MSDNet's exits would cost 14 M MACs at 32x32, three quarters of the four blocks between two exits.
-* How a resolution begins. If the strided convolution also doubles the width, as He et al. have it, the network costs
-  139.6 M MACs; the papers' figures end at about 135 M. If it keeps the width and the block's second convolution doubles
-  it, the cost is 136.1 M. The latter is the default, `narrow_stride=False` is the former.
-* The shortcut where the shape changes: subsampled and filled up with zeros, He et al.'s option A for CIFAR.
+* The first block of a resolution. If its strided convolution also doubles the width, as in He et al., the network costs
+  139.6 M MACs; the papers' figures end at about 135 M. If it keeps the width and the second convolution doubles it, the
+  cost is 136.1 M: the default. `narrow_stride=False` gives the former.
+* The shortcut where the shape changes: subsampled and padded with zeros, He et al.'s option A for CIFAR.
 """
 from typing import Any, List, Sequence, Type, Union
 
@@ -56,16 +56,16 @@ class ResNetMC(MultiExitNet):
         num_classes: Classes, 0 for no classifier.
         in_chans: Channels of the image.
         global_pool: timm's pooling type, '' for none.
-        widths: Channels at each resolution; each resolution has half the size of the one before.
+        widths: Channels at each resolution; each has half the size of the previous one.
         depth: Basic blocks at each resolution.
-        exit_after: Blocks of each resolution that an exit follows, counted from 1; the last block always has one.
-        narrow_stride: Whether the strided convolution that begins a resolution keeps the width of the one before.
+        exit_after: Blocks of each resolution that an exit follows, numbered from 1; the last block always has one.
+        narrow_stride: Whether the strided convolution at the start of a resolution keeps the previous width.
         drop_rate: Dropout before the classifiers.
         act_layer: Activation.
         norm_layer: Normalisation.
 
     Raises:
-        ValueError: falling widths, no blocks, or an exit after a block that a resolution does not have.
+        ValueError: decreasing widths, no blocks, or an exit after a block that a resolution does not have.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ResNetMC(MultiExitNet):
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         with_exit = chain_exits(len(widths), depth, exit_after)
         if min(widths) < 1 or list(widths) != sorted(widths):
-            raise ValueError(f'widths={tuple(widths)}: the shortcuts need widths of 1 or more that do not fall')
+            raise ValueError(f'widths={tuple(widths)}: give widths of 1 or more that do not decrease')
 
         chs = widths[0]
         net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)

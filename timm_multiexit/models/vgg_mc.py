@@ -1,12 +1,12 @@
-"""VGG^MC: a few wide convolutions with several classifiers, fast to train rather than cheap to run.
+"""VGG^MC: a few wide convolutions with several classifiers, fast to train rather than cheap in MACs.
 
 Papers: `Very Deep Convolutional Networks for Large-Scale Image Recognition`, Simonyan and Zisserman, ICLR 2015 -
 https://arxiv.org/abs/1409.1556 (the chain of 3x3 convolutions and pooling); `Multi-Scale Dense Networks for Resource
 Efficient Image Classification`, Huang et al., ICLR 2018 - https://arxiv.org/abs/1703.09844 (the exits)
 
-No paper has this network. It costs more MACs than the multi-scale ones, but they are few large matrix products, which a
-processor does several times faster than as many MACs in narrow layers. So it learns in little time, and its errors
-differ from theirs: together they teach better than either alone.
+No paper describes this network. It costs more MACs than the multi-scale ones, but in a few large matrix products, which
+run several times faster than the same MACs in narrow layers. So it trains quickly, and as its errors are less
+correlated with theirs, an ensemble of both kinds is a better distillation teacher than either alone.
 """
 from typing import Any, List, Sequence, Type, Union
 
@@ -23,7 +23,7 @@ __all__ = ['VGGMC']
 
 
 class PooledConv(nn.Module):
-    """3x3 convolution, pooled before its BN: [(B, in_chs, H, W)] to [(B, out_chs, H / 2, W / 2)]."""
+    """3x3 convolution, max pooling, then BN and activation: [(B, in_chs, H, W)] to [(B, out_chs, H / 2, W / 2)]."""
 
     def __init__(self, in_chs: int, out_chs: int, act_layer, norm_layer, device=None, dtype=None):
         super().__init__()
@@ -37,7 +37,7 @@ class PooledConv(nn.Module):
 
 
 class ResidualConv(nn.Module):
-    """3x3 convolution beside a shortcut: [(B, chs, H, W)] to [(B, chs, H, W)]."""
+    """3x3 convolution with a shortcut: [(B, chs, H, W)] to [(B, chs, H, W)]."""
 
     def __init__(self, chs: int, **kwargs):
         super().__init__()
@@ -55,8 +55,8 @@ class VGGMC(MultiExitNet):
         in_chans: Channels of the image.
         global_pool: timm's pooling type, '' for none.
         stem_width: Channels at the image's resolution.
-        widths: Channels at each further resolution; each has half the size of the one before.
-        depth: Convolutions at each of them.
+        widths: Channels at each further resolution; each has half the size of the previous one.
+        depth: Convolutions at each of these.
         drop_rate: Dropout before the classifiers.
         act_layer: Activation.
         norm_layer: Normalisation.
@@ -80,7 +80,7 @@ class VGGMC(MultiExitNet):
             dtype=None,
     ):
         if not widths or min(widths) < 1:
-            raise ValueError(f'widths={tuple(widths)}: give one number for each resolution, at least one, 1 or more')
+            raise ValueError(f'widths={tuple(widths)}: give at least one resolution, and a width of 1 or more for each')
         if depth < 1:
             raise ValueError(f'depth={depth}: give 1 convolution or more for each resolution')
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)

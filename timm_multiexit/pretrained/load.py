@@ -1,16 +1,16 @@
-"""Networks with weights by name, with an error that says what to do for whatever can be wrong with name or weights."""
+"""Loads networks with their weights by name. A bad name and unreadable or unsuitable weights are InputErrors."""
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Union
 
 import timm
 import torch
 from timm.models import load_checkpoint
-from timm.models._hub import load_model_config_from_path  # private: timm exports only the Hub's twin of it
+from timm.models._hub import load_model_config_from_path  # private: timm exports only its twin for the Hub
 
 from ..errors import InputError
 from ..models import MultiExitNet
-from .hub_files import CONFIG_FILE, WEIGHTS_FILE, hub_file
-from .names import LOAD_ERRORS, check_name, first_line, list_networks, require_weights
+from .hub_files import CONFIG_FILE, WEIGHTS_FILE, first_line, hub_file
+from .names import LOAD_ERRORS, check_name, list_networks, require_weights
 
 
 def load_model(
@@ -24,14 +24,14 @@ def load_model(
 
     Args:
         name: A name from the registry with or without tag, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
-        checkpoint: File with weights to use in place of the pretrained ones (safetensors, or a checkpoint of
-            train_timm.py, whose EMA weights are preferred).
-        num_classes: Number of classes; None for the checkpoint's or the cfg's.
-        device: Where to put it.
+        checkpoint: File with weights to use instead of the pretrained ones: safetensors, or a checkpoint of
+            train_timm.py, whose EMA weights are preferred.
+        num_classes: Number of classes; None for that of the pretrained cfg.
+        device: Device of the network.
         **kwargs: Further arguments of the network.
 
     Raises:
-        InputError: unknown name or tag, no exits, no weights, or weights that cannot be read or do not fit.
+        InputError: unknown name or tag, a network without exits, or weights that are missing, damaged or do not fit.
     """
     check_name(name)
     if not checkpoint:
@@ -52,18 +52,18 @@ def load_model(
 
 
 def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str, Any]) -> torch.nn.Module:
-    """A finished network of this package or any other of timm's, to teach.
+    """A trained network of this package, or any other of timm's, as a distillation teacher.
 
     Args:
         name: A name from timm's registry.
-        checkpoint: File with its weights; '' for the pretrained ones, which keep their classifier whatever it knows.
+        checkpoint: File with its weights; '' for the pretrained ones, which keep their own classifier.
         num_classes: Number of classes.
         kwargs: Further arguments of the network.
 
     Raises:
         InputError: it cannot be loaded.
     """
-    classes = num_classes if checkpoint else None  # pretrained ones keep theirs: a new classifier would be random
+    classes = num_classes if checkpoint else None  # a new classifier of pretrained weights would be random
     own = name.partition('.')[0] in list_networks()
     if own and not checkpoint:
         require_weights(name)
@@ -73,15 +73,15 @@ def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str,
         return timm.create_model(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes, **kwargs)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"the teacher '{name}' cannot be loaded ({first_line(error)}): choose a teacher of timm's"
-                         ) from error
+        raise InputError(
+            f"the teacher '{name}' cannot be loaded ({first_line(error)}): choose one of timm's networks") from error
 
 
 def _require_safetensors(name: str) -> None:
-    """Checks that 'hf-hub:' and 'local-dir:' weights come as safetensors: timm would fall back to a pickle.
+    """Checks that 'hf-hub:' and 'local-dir:' weights are safetensors: timm would fall back to a pickle.
 
     Raises:
-        InputError: they do not, or arrived damaged.
+        InputError: they are not, or the download was damaged.
     """
     source, colon, place = name.partition(':')
     if not colon:
@@ -102,12 +102,14 @@ def _require_safetensors(name: str) -> None:
 
 
 def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str) -> None:
-    """Loads the mean of the weights of several runs (Wortsman et al., ICML 2022): good where one began at another's.
+    """Loads the mean of the weights of several runs ("model soup", Wortsman et al., ICML 2022).
+
+    It works where the runs share the beginning of their training.
 
     Args:
-        model: Changed in place. Its BN statistics become the mean too, which are not those of the mean weights.
-        paths: Files as for `load_model`; one is loaded as it is.
-        name: Of the network, for errors.
+        model: Changed in place. Its BN statistics are averaged too, which does not give those of the mean weights.
+        paths: Checkpoints as for `load_model`.
+        name: Name of the network, for error messages.
 
     Raises:
         InputError: weights that cannot be read or do not fit.
