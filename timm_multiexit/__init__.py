@@ -1,6 +1,6 @@
 """Multi-exit image classifiers for timm; importing this package registers them in timm's model registry.
 
-The packages, along the way of an image:
+The packages, in the order of the data flow:
 
     models       the architectures and what their exits cost
     stopping     when to stop: policies, temperatures, what is stored with weights; arrays only, no network
@@ -10,7 +10,8 @@ The packages, along the way of an image:
     training     everything behind `train_timm.py`
     cli          the `timm-multiexit` command
 
-`datasets` knows the data sets, `errors`, `files` and `optional` serve all. Each package imports only those above it.
+`datasets` holds a record for each data set; `errors`, `files` and `optional` serve all. Imports run one way: see
+tests/test_imports.py.
 """
 from typing import TYPE_CHECKING, Any, List
 

@@ -1,4 +1,5 @@
 """What every network of the package satisfies: the contract of stages, states and exits, initialisation, arguments."""
+import copy
 import math
 
 import pytest
@@ -17,13 +18,15 @@ def images(network, batch=2, size=None):
     return torch.randn(batch, chans, *(size or full))
 
 
-def settle(network):
-    """Fits the BN statistics to random images: otherwise maps drift with depth and some channels stay dead."""
+@pytest.fixture(scope='module', params=list_networks())
+def settled(request):
+    """Every network, its BN statistics fitted to random images: otherwise maps drift with depth, and channels die."""
+    network = timm.create_model(request.param).train()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.
     with torch.no_grad():
-        network.train().forward_exits(images(network, batch=32))
+        network.forward_exits(images(network, batch=32))
     return network.eval()
 
 
@@ -83,12 +86,13 @@ def assert_all_is_read(network, x):
             assert len(state) == 1
 
 
-def test_a_state_holds_nothing_that_is_not_read(network):
-    assert_all_is_read(settle(network), images(network, batch=8))
+def test_a_state_holds_nothing_that_is_not_read(settled):
+    assert_all_is_read(settled, images(settled, batch=8))
 
 
-def test_a_pruned_network_computes_nothing_for_removed_exits(network):
-    x = images(settle(network), batch=8)
+def test_a_pruned_network_computes_nothing_for_removed_exits(settled):
+    network = copy.deepcopy(settled)
+    x = images(network, batch=8)
     middle = network.num_exits // 2
     with torch.no_grad():
         expected = network.forward_exits(x)[middle]
@@ -98,13 +102,13 @@ def test_a_pruned_network_computes_nothing_for_removed_exits(network):
     assert_all_is_read(network, x)
 
 
-def test_finished_images_can_be_dropped_after_any_stage(network):
-    x = images(settle(network), batch=4)
+def test_finished_images_can_be_dropped_after_any_stage(settled):
+    x = images(settled, batch=4)
     with torch.no_grad():
-        expected = network.forward_exits(x)
+        expected = settled.forward_exits(x)
         left = torch.arange(4)
         state = [x]
-        for k, (stage, head) in enumerate(zip(network.stages, network.exits)):
+        for k, (stage, head) in enumerate(zip(settled.stages, settled.exits)):
             state = stage(state)
             torch.testing.assert_close(head(state[-1]), expected[k][left], rtol=1e-4, atol=1e-4)
             if len(left) > 1:
@@ -121,7 +125,7 @@ def test_any_image_size(network, size):
 
 def test_every_parameter_of_every_exit_is_trained(network):
     network.train().set_exit_training(True)
-    exits = network(images(network, batch=16))  # in two images a channel may be dead in both
+    exits = network(images(network, batch=8))  # in two images a channel may be dead in both
     assert isinstance(exits, tuple)
     sum(logits.square().sum() for logits in exits).backward()
     assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
