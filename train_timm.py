@@ -10,11 +10,12 @@ with the weights that the uninterrupted run would have had. `final/` there then 
 safetensors, with the recipe and the history of the run.
 """
 from timm_multiexit.errors import InputError
-from timm_multiexit.training.options import parse_train_args
-from timm_multiexit.training.run import train
 
 
 def main(argv=None) -> None:
+    # Imported here, so that with a timm too old for training the error is one line.
+    from timm_multiexit.training.options import parse_train_args
+    from timm_multiexit.training.run import train
     train(parse_train_args(__doc__.splitlines()[0], argv))
 
 

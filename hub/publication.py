@@ -67,7 +67,7 @@ def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
     extra = {CONFIG_KEY: network.exits.to_dict()}
     if network.exits.class_names:
         extra['label_names'] = list(network.exits.class_names)
-    save_config_for_hf(network.model, str(scratch), model_config=dict(pretrained_cfg=cfg, **extra))
+    save_config_for_hf(network.model, scratch, model_config=dict(pretrained_cfg=cfg, **extra))
     config = json.loads(scratch.read_text(encoding='utf-8'))
     if not network.exits.class_names and not network.packaged:
         config['pretrained_cfg'].pop('label_names', None)  # they are the cfg's, not the user's

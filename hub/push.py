@@ -22,6 +22,7 @@ from space_repo import SPACE, build_space, check_space
 from upload import Change, Target, compare, remote_files, require_token, send, verify_files, verify_network
 
 from timm_multiexit import InputError, __version__
+from timm_multiexit.optional import require_timm
 from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 
 
@@ -107,6 +108,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs the command; returns the exit code: 0, 2 on an error, 130 when interrupted."""
     args = parse_args(argv)
     try:
+        require_timm('1.0.31', 'publishing')
         if not args.dry_run:
             require_token()
         names = args.models or ([] if args.space else packaged_networks())

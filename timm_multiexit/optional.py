@@ -1,4 +1,5 @@
 """Packages that only some commands need, by the extra that installs them."""
+import importlib.metadata
 import importlib.util
 from typing import List
 
@@ -28,3 +29,18 @@ def require_extra(extra: str, what: str) -> None:
     missing = missing_packages(extra)
     if missing:
         raise InputError(f"{what} needs {', '.join(missing)}: pip install 'timm-multiexit[{extra}]'")
+
+
+def require_timm(minimum: str, what: str) -> None:
+    """Refuses what needs a newer timm than inference does.
+
+    Args:
+        minimum: Version 'X.Y.Z'.
+        what: What needs it, for the message.
+
+    Raises:
+        InputError: the installed timm is older.
+    """
+    installed = importlib.metadata.version('timm')
+    if [int(part) for part in installed.split('.')[:3]] < [int(part) for part in minimum.split('.')]:
+        raise InputError(f"{what} needs timm {minimum} or newer, not {installed}: pip install 'timm>={minimum}'")

@@ -74,6 +74,9 @@ class OnnxEngine:
         """A session for a segment, and the names of the maps that it makes; it gives the logits before them."""
         made = [name for name in self.state_names[last + 1] if name not in self.state_names[first]]
         graph = self.extractor.extract_model(self.state_names[first], [f'logits{last}', *made])
+        for node in graph.graph.node:  # older exporters read the batch size off the images, at every head
+            if node.op_type == 'Shape' and node.input[0] == self.state_names[0][0]:
+                node.input[0] = self.state_names[first][0]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3

@@ -4,3 +4,6 @@ loss of all exits, `loader` the batches.
 
 `throughput` measures; `precision`, `cuda_graph` and `cpu_kernels` make steps fast on particular machines.
 """
+from ..optional import require_timm
+
+require_timm('1.0.31', 'training')
