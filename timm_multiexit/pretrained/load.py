@@ -41,7 +41,7 @@ def load_model(
     try:
         model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
     except LOAD_ERRORS as error:
-        if ':' in name and ('size mismatch' in str(error) or 'Missing key' in str(error)):
+        if ':' in name and _is_misfit(error):
             raise InputError(f"the weights of '{name}' do not fit the network that its {CONFIG_FILE} names") from error
         raise InputError(f"network '{name}' cannot be loaded: {first_line(error)}") from error
     if not isinstance(model, MultiExitNet):
@@ -84,17 +84,13 @@ def _require_safetensors(name: str) -> None:
         InputError: they are not, or the download was damaged.
     """
     source, colon, place = name.partition(':')
-    if not colon:
+    if not colon or (source == 'local-dir' and (Path(place) / WEIGHTS_FILE).is_file()):
         return
     if source == 'hf-hub':
         cfg = load_model_config_from_path(hub_file(place, CONFIG_FILE).parent)[0]
         filename = cfg.get('hf_hub_filename') or WEIGHTS_FILE
         if filename.endswith('.safetensors'):
             hub_file(place, filename)
-            return
-    else:
-        filename = WEIGHTS_FILE
-        if (Path(place) / WEIGHTS_FILE).is_file():
             return
     raise InputError(
         f"'{name}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; ask its owner for "
@@ -129,9 +125,13 @@ def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
     try:
         load_checkpoint(model, str(path), use_ema=True, strict=True, weights_only=True)
     except LOAD_ERRORS as error:
-        if 'size mismatch' in str(error) or 'Missing key' in str(error) or 'Unexpected key' in str(error):
+        if _is_misfit(error):
             raise InputError(
                 f"checkpoint '{path}' does not fit {name} with {model.num_classes} classes: pass the --model and "
                 '--num-classes that it was trained with') from error
         raise InputError(f"checkpoint '{path}' cannot be read, it may be cut off: {first_line(error)}") from error
 
+
+def _is_misfit(error: BaseException) -> bool:
+    """Whether weights were read but are those of another network: the messages are torch's."""
+    return any(text in str(error) for text in ('size mismatch', 'Missing key', 'Unexpected key'))
