@@ -126,7 +126,5 @@ def _join(engine, group: Sequence[_Chunk]) -> _Chunk:
     state = engine.gather([
         (chunk.state, None if len(r) == len(chunk.owners) else r) for chunk, r in zip(group, rows)])
     owners = np.concatenate([chunk.owners[r] for chunk, r in zip(group, rows)])
-    memory = None
-    if first.memory is not None:
-        memory = np.concatenate([chunk.memory[r] for chunk, r in zip(group, rows)])
-    return _Chunk(state, owners, memory)
+    memories = [chunk.memory[r] for chunk, r in zip(group, rows) if chunk.memory is not None]
+    return _Chunk(state, owners, np.concatenate(memories) if memories else None)

@@ -59,8 +59,9 @@ def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[I
 def _to_rgb(image: Image.Image, size: int) -> Tuple[Image.Image, List[str]]:
     notes = []
     full = image.size
-    if getattr(image, 'n_frames', 1) > 1:
-        notes.append(f'animated, {image.n_frames} frames: only the first is classified')
+    frames = getattr(image, 'n_frames', 1)
+    if frames > 1:
+        notes.append(f'animated, {frames} frames: only the first is classified')
         image.seek(0)
     image.draft('RGB', (DRAFT_SIZE, DRAFT_SIZE))
     image.load()
@@ -70,7 +71,7 @@ def _to_rgb(image: Image.Image, size: int) -> Tuple[Image.Image, List[str]]:
         notes.append('more than 8 bits a channel: scaled to 8')
     if image.has_transparency_data:
         image = image.convert('RGBA')
-        if image.getextrema()[3][0] < 255:
+        if np.asarray(image.getchannel('A')).min() < 255:
             notes.append('transparent: shown over white')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if min(full) >= 8 * size:

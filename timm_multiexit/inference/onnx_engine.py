@@ -58,8 +58,8 @@ class OnnxEngine:
         self.num_exits, self.num_classes, self.in_chans = model.num_exits, model.num_classes, model.in_chans
         self.device = torch.device('cpu')
         self.workers = threads or torch.get_num_threads()
-        size = tuple(image_size or model.pretrained_cfg['input_size'][1:])
-        self.state_names, graph = _export(model, size)
+        height, width = image_size or model.pretrained_cfg['input_size'][1:]
+        self.state_names, graph = _export(model, (height, width))
         self.extractor = onnx.utils.Extractor(graph)
         self.sessions: Dict[Tuple[int, int], Tuple[onnxruntime.InferenceSession, List[str]]] = {}
         self.lock = threading.Lock()
@@ -94,7 +94,7 @@ class OnnxEngine:
             self.build([(first, last)])
         session, made = self.sessions[first, last]
         maps = dict(zip(self.state_names[first], state))
-        logits, *new = session.run(None, maps)
+        logits, *new = map(np.asarray, session.run(None, maps))
         maps.update(zip(made, new))
         return [maps[name] for name in self.state_names[last + 1]], logits
 
@@ -136,6 +136,7 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
             program = torch.onnx.export(
                 net.eval(), (images,), dynamo=True, verbose=False, input_names=names[0], output_names=outputs,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert program is not None  # it is with dynamo=True
     graph = program.model_proto.graph
     # The exporter writes a map that is passed on as Identity of the earlier one, which later nodes still read.
     source: Dict[str, str] = {}

@@ -4,7 +4,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Optional, Sized, Tuple, Union
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ class EarlyExitRunner:
                     targets.append((i, y))
                     yield x
 
-        total = -(-len(loader) // world) if hasattr(loader, '__len__') else None
+        total = -(-len(loader) // world) if isinstance(loader, Sized) else None
         bar = tqdm(self._map(images()), desc=label, unit='batch', total=total, disable=True if rank else None)
         return self._finish((*targets.popleft(), rows) for rows in bar)
 
@@ -153,7 +153,7 @@ class EarlyExitRunner:
             raise InputError('a runner of a shared engine has no transform: make one from the network itself')
         paths = image_paths(folder)
         config = resolve_data_config(model=self.model)
-        transform = create_transform(**config)
+        transform: Any = create_transform(**config)
         size = config['input_size'][-1]
         rank, world = _process()
         batches = [paths[i:i + batch_size] for i in range(0, len(paths), batch_size)]

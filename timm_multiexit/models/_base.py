@@ -7,7 +7,7 @@ first. Stage k maps the state to the next one; the first stage receives `[image]
 map that the exit reads, and every other tensor is read by a later stage. So inference may stop after any exit, and may
 drop finished images by indexing every tensor of the state.
 """
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 from timm.layers import ClassifierHead, create_classifier
@@ -181,6 +181,9 @@ class MultiExitNet(nn.Module):
     Raises:
         ValueError: stages, exits and feature_info differ in number.
     """
+
+    if TYPE_CHECKING:  # timm's builder sets it; TorchScript must not see the annotation
+        pretrained_cfg: Dict[str, Any]
 
     def __init__(
             self,

@@ -1,13 +1,15 @@
 """Folds batch normalisation into the preceding convolutions, for inference."""
 import copy
-from typing import Tuple
+from typing import Tuple, TypeVar
 
 from timm.layers import ConvNormAct
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+Net = TypeVar('Net', bound=nn.Module)
 
-def fold_batch_norm(model: nn.Module) -> nn.Module:
+
+def fold_batch_norm(model: Net) -> Net:
     """Folds every BN that directly follows a convolution into its weight and bias.
 
     These are the BN of timm's ConvNormAct, and any BN right after a convolution in an nn.Sequential. The BN before a

@@ -2,6 +2,7 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import List, Optional
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -32,10 +33,11 @@ _REASONS = {
 
 def explain(error: BaseException) -> str:
     """One line on what went wrong with the Hub and what to do, from an error of its client."""
-    seen = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__
+    seen: List[BaseException] = []
+    cause: Optional[BaseException] = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        cause = cause.__cause__
     for e in seen:
         if isinstance(e, OfflineModeIsEnabled):
             return 'it is not in the cache and HF_HUB_OFFLINE forbids downloading it: unset that'

@@ -108,17 +108,16 @@ class ExitConfig:
         if not policies:
             raise InputError(f"no {'fast ' * fast}policies are stored with these weights: {CALIBRATE_HINT}")
         budget = check_average_budget(average_budget, self.exit_macs)
-        budgets = [p.budget for p in policies]
+        budgets = [p.budget for p in policies if p.budget is not None]  # all have one
         upper = next((i for i, b in enumerate(budgets) if b >= budget), None)
         if upper is None or budget < budgets[0]:
             raise InputError(
                 f'policies are stored for average budgets from {format_macs(budgets[0])} to '
                 f'{format_macs(budgets[-1])}, not for {format_macs(budget)}: choose one between, or {CALIBRATE_HINT}')
-        low, high = policies[max(upper - 1, 0)], policies[upper]
-        if budget == high.budget:
-            return high
-        weight = (budget - low.budget) / (high.budget - low.budget)
-        return _interpolate(low, high, weight, budget)
+        if budget == budgets[upper]:
+            return policies[upper]
+        weight = (budget - budgets[upper - 1]) / (budgets[upper] - budgets[upper - 1])
+        return _interpolate(policies[upper - 1], policies[upper], weight, budget)
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON; what all policies share (temperatures, measure, method) is written once."""

@@ -61,9 +61,10 @@ def parse_milliseconds(text: Union[str, float]) -> float:
 
 def _parse(text: Union[str, float], units: Dict[str, float], hint: str) -> float:
     match = re.fullmatch(r'\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*', str(text).lower())
+    number, unit = match.groups() if match else ('', '')
     try:
-        value = float(match[1]) * units[match[2]]
-    except (TypeError, ValueError, KeyError):
+        value = float(number) * units[unit]
+    except (ValueError, KeyError):
         value = 0.
     if not 0. < value < float('inf'):
         raise InputError(f"'{text}' is not a number of {hint}")

@@ -91,7 +91,8 @@ def fewest_exits(
             & (-change.mean(1) <= tolerance.lost))
     # At the full cost no image leaves early, whichever exits are in use.
     order = sorted((i for i in range(len(budgets)) if budgets[i] < 1.), key=lambda i: -budgets[i])
-    thresholds, before = dense.copy(), [None] * len(budgets)
+    thresholds = dense.copy()
+    before: List[Optional[np.ndarray]] = [None] * len(budgets)
     current = None
     for above, i in zip([None, *order], order):
         previous = current

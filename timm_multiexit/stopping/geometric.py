@@ -3,7 +3,7 @@
 Huang et al., ICLR 2018, section 4, budgeted batch classification; each q gives one point of the curve.
 """
 import math
-from typing import Sequence
+from typing import Sequence, Union
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from .scores import Scores, set_ends
 _Q_RANGE = (1e-4, 1e2)
 
 
-def geometric_thresholds(scores: Scores, ratios: Sequence[float]) -> np.ndarray:
+def geometric_thresholds(scores: Scores, ratios: Union[Sequence[float], np.ndarray]) -> np.ndarray:
     """Thresholds for each q.
 
     T_k is the confidence of the floor(N * share_k)-th most confident validation image that has not left before; where
@@ -44,7 +44,7 @@ def geometric_thresholds(scores: Scores, ratios: Sequence[float]) -> np.ndarray:
     return thresholds
 
 
-def solve_geometric(scores: Scores, budgets: Sequence[float]) -> np.ndarray:
+def solve_geometric(scores: Scores, budgets: Union[Sequence[float], np.ndarray]) -> np.ndarray:
     """The rule's thresholds for each average cost, by bisection over log q.
 
     Args:

@@ -186,9 +186,10 @@ class ExitPolicy:
     def __post_init__(self):
         try:
             for name in ('thresholds', 'temperatures', 'exit_shares'):
-                values = getattr(self, name)
-                if values is not None or name != 'exit_shares':  # lists too: JSON has no tuples
-                    object.__setattr__(self, name, tuple(float(v) for v in values))
+                values: Any = getattr(self, name)
+                if name == 'exit_shares' and values is None:
+                    continue
+                object.__setattr__(self, name, tuple(map(float, values)))  # lists too: JSON has no tuples
             for name in ('budget', 'expected_macs', 'expected_accuracy'):
                 value = getattr(self, name)
                 if value is not None:

@@ -1,7 +1,7 @@
 """Validation images as the solvers see them: per exit the confidence, the value of its answer, and the cost."""
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -31,8 +31,8 @@ def check_labelled_logits(logits: Sequence[np.ndarray], targets: np.ndarray) -> 
         raise InputError('logits of no images: give at least one')
     if classes < 2:
         raise InputError('logits of a single class have no confidence: give two or more classes')
-    logits, targets = np.stack([as_array(x).astype(np.float32) for x in logits]), as_array(targets)
-    bad = ~np.isfinite(logits).all(2).all(0)
+    stacked, targets = np.stack([as_array(x).astype(np.float32) for x in logits]), as_array(targets)
+    bad = ~np.isfinite(stacked).all(2).all(0)
     if bad.any():
         raise InputError(
             f'{bad.sum()} of {images} images have NaN or infinite logits: check the images and the weights')
@@ -42,7 +42,7 @@ def check_labelled_logits(logits: Sequence[np.ndarray], targets: np.ndarray) -> 
         raise InputError(
             f'labels from {targets.min()} to {targets.max()} for {classes} classes: '
             f'give whole numbers from 0 to {classes - 1}')
-    return logits, targets
+    return stacked, targets
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Scores:
         return self.values_at(self.exits(thresholds)).mean(1, dtype=np.float64)
 
 
-def lerp(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def lerp(a: np.ndarray, b: np.ndarray, weight: Union[float, np.ndarray]) -> np.ndarray:
     """From a (weight 0) to b (weight 1)."""
     return a + weight * (b - a)
 
@@ -151,7 +151,7 @@ class Quantiles:
 def thresholds_at(
         scores: Scores,
         path: np.ndarray,
-        budgets: Sequence[float],
+        budgets: Union[Sequence[float], np.ndarray],
         quantiles: Optional[Quantiles] = None,
 ) -> np.ndarray:
     """Thresholds along a path of ranks whose average costs on the validation images are the budgets.

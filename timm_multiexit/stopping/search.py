@@ -144,7 +144,7 @@ def search_path(scores: Scores, seed: int = 0) -> np.ndarray:
     starts = solve_geometric(scores, [low + share * (high - low) for share in (0.15, 0.6)])
     quantiles = Quantiles(scores.confidences)
     generator = np.random.default_rng(seed)
-    total = 0.
+    total = np.zeros(())
     for _ in range(REWEIGHTINGS):  # the Bayesian bootstrap (Rubin 1981): no image is left out, none drawn twice
         weights = generator.standard_exponential(scores.num_images, np.float32)
         total = total + quantiles.ranks(_best_of_starts(scores, weights, starts))

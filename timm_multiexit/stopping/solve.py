@@ -72,17 +72,17 @@ def solve_policies(
             raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
     if measure not in MEASURES:
         raise InputError(f"unknown confidence measure '{measure}': choose one of {', '.join(MEASURES)}")
-    logits, targets = check_labelled_logits(logits, targets)
+    stacked, targets = check_labelled_logits(logits, targets)
     if len(exit_macs) != len(logits):
         raise InputError(f'{len(exit_macs)} costs for the logits of {len(logits)} exits: give one cost per exit')
     fill = budgets is None
     budgets = [check_average_budget(b, exit_macs) for b in (budget_grid(exit_macs) if fill else budgets)]
     if temperatures is None:
-        temperatures = [round(fit_temperature(x, targets), 4) for x in logits]
-    scores = Scores.from_logits(logits, targets, exit_macs, temperatures, measure)
+        temperatures = [round(fit_temperature(x, targets), 4) for x in stacked]
+    scores = Scores.from_logits(stacked, targets, exit_macs, temperatures, measure)
     shares = [b / exit_macs[-1] for b in budgets]
     if len(logits) > 1 and set(methods) != {'geometric'}:
-        values = mixture_values(logits, targets)
+        values = mixture_values(stacked, targets)
         dense = solve_search(scores, values, shares, seed)
     families = {}
     for method in methods:
@@ -100,7 +100,7 @@ def solve_policies(
         for budget, row in rows:
             row = (round(t, 9) for t in row.tolist())  # finer than float32, in which confidences are compared with it
             policy = ExitPolicy((*row, 0.), tuple(temperatures), measure, budget, method=method)
-            families[method].append(_with_expectations(policy, logits, targets, exit_macs))
+            families[method].append(_with_expectations(policy, stacked, targets, exit_macs))
     return families
 
 
