@@ -2,7 +2,7 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 
@@ -10,6 +10,7 @@ from .. import __version__
 from ..datasets import VALIDATION_IMAGES, load_images, trained_on
 from ..errors import InputError
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
+from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
 from ..evaluation.results import Results
 from ..models import MultiExitNet
 from ..models._costs import exit_costs
@@ -18,7 +19,8 @@ from ..pretrained.exit_config import load_recipe
 from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
 from ..stopping.costs import ExitCosts, format_macs
-from ..stopping.policy import MEASURES
+from ..stopping.guarantee import RISKS
+from ..stopping.policy import MEASURES, ExitPolicy
 from ._common import add_model_options
 
 
@@ -31,6 +33,10 @@ def add_parser(subparsers) -> None:
     add_model_options(parser)
     add_data_options(parser)
     parser.add_argument('--output', metavar='DIR', default='', help='default: evaluation/MODEL')
+    parser.add_argument('--guarantee', nargs='?', const='accuracy', choices=RISKS, metavar='RISK',
+                        help='also check promises "at most so many points lost": 500 random splits of the test images '
+                             'into 2,000 to certify on and the rest to check on; of '
+                             f"{', '.join(RISKS)} (default: accuracy)")
     parser.set_defaults(run=run)
 
 
@@ -96,6 +102,11 @@ def run(args: argparse.Namespace) -> None:
         checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
     paths = write_report(results, Path(args.output or Path('evaluation') / args.model.replace('/', '_')))
     print_results(results)
+    if args.guarantee:
+        temperatures = tuple(e.temperature for e in results.exits)
+        candidates = [ExitPolicy(row.thresholds, temperatures, args.measure, row.budget)
+                      for row in results.budgeted['geometric']]
+        print_guarantees(check_guarantees(candidates, test, costs, args.guarantee), args.guarantee, costs)
     print('written: ' + ', '.join(map(str, paths)))
 
 
@@ -120,3 +131,12 @@ def print_results(results: Results) -> None:
     print(f'search against the geometric rule at equal cost: {c.mean_gain:+.3f} points on average, '
           f'{c.smallest_gain:+.3f} at worst; fast against search: {c.mean_gain_fast:+.3f} and '
           f'{c.smallest_gain_fast:+.3f}; largest budget error {c.largest_budget_error:.2f} %')
+
+
+def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts) -> None:
+    print(f'\nguaranteed loss ({risk}), certainty 95 %, if new images are like these: certified on 2,000 test images, '
+          'checked on the rest, 500 splits')
+    print(f"{'at most':>8} {'broken in':>10} {'plug-in rule in':>16} {'median cost':>12} {'of full':>8} {'none':>6}")
+    for c in checks:
+        print(f'{c.max_loss:>8.2f} {c.broken:>10.1%} {c.plug_in_broken:>16.1%} {format_macs(c.median_macs):>12} '
+              f'{c.median_macs / costs.macs[-1]:>8.0%} {c.nothing:>6.1%}')

@@ -1,0 +1,91 @@
+"""Whether promised losses hold: certified on part of the test images, checked on the rest, over many random splits."""
+from dataclasses import dataclass
+from typing import List, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..stopping.costs import ExitCosts
+from ..stopping.guarantee import certified, risk_losses
+from ..stopping.policy import ExitPolicy, as_array
+from ..stopping.simulate import simulate
+from .evaluate import LabelledLogits
+
+MAX_LOSSES = (0.25, 0.5, 1., 2.)
+
+
+@dataclass(frozen=True)
+class GuaranteeCheck:
+    """How one promise fared over the splits.
+
+    Attributes:
+        max_loss: What was promised, in points.
+        broken: Share of the splits whose loss on the other images exceeds it.
+        median_macs: Median of the average MACs certified, measured on all test images; the full cost where nothing is.
+        nothing: Share of the splits in which no candidate is certified.
+        plug_in_broken: `broken`, for the rule that takes the cheapest candidate whose measured loss is allowed.
+    """
+
+    max_loss: float
+    broken: float
+    median_macs: float
+    nothing: float
+    plug_in_broken: float
+
+
+def check_guarantees(
+        candidates: Sequence[ExitPolicy],
+        test: LabelledLogits,
+        costs: ExitCosts,
+        risk: str = 'accuracy',
+        certainty: float = 0.95,
+        max_losses: Sequence[float] = MAX_LOSSES,
+        images: int = 2000,
+        splits: int = 500,
+        seed: int = 0,
+) -> List[GuaranteeCheck]:
+    """Checks promises on random splits of the test images.
+
+    Args:
+        candidates: Policies solved on other images.
+        test: Labelled test logits.
+        costs: Of the exits.
+        risk: See `guarantee.risk_losses`.
+        certainty: See `guarantee.certified`.
+        max_losses: In points.
+        images: For certification; the others check.
+        splits: How many.
+        seed: Of the splits.
+
+    Raises:
+        InputError: too few test images to leave any for checking, or arguments out of range.
+    """
+    logits, labels = as_array(test.logits), as_array(test.targets)
+    count = len(labels)
+    if not 0 < images < count:
+        raise InputError(f'{images} of {count} test images for certification: leave some to check on')
+    candidates = sorted(candidates, key=lambda policy: -policy.budget)
+    results = [simulate(policy, logits, costs.macs) for policy in candidates]
+    losses = risk_losses(risk, np.stack([r.prediction for r in results]), logits[-1].argmax(1), labels)
+    macs = np.array([*(r.average_macs for r in results), costs.macs[-1]])  # the last is that of None below
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(count) for _ in range(splits)]
+    checks = []
+    for max_loss in tqdm(max_losses, desc='guarantees', unit='promise', disable=None):
+        chosen, plug_in = [], []
+        for order in orders:
+            inside = losses[:, order[:images]]
+            chosen.append(certified(inside, max_loss, certainty, risk))
+            allowed = np.flatnonzero(inside.mean(1) <= max_loss / 100.)
+            plug_in.append(allowed[-1] if len(allowed) else None)
+        checks.append(GuaranteeCheck(
+            max_loss, _broken(losses, orders, images, chosen, max_loss),
+            float(np.median([macs[-1 if k is None else k] for k in chosen])),
+            float(np.mean([k is None for k in chosen])), _broken(losses, orders, images, plug_in, max_loss)))
+    return checks
+
+
+def _broken(losses: np.ndarray, orders, images: int, chosen, max_loss: float) -> float:
+    return float(np.mean([
+        k is not None and losses[k, order[images:]].mean() > max_loss / 100. for k, order in zip(chosen, orders)]))
