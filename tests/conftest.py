@@ -2,9 +2,11 @@
 
 Real CIFAR files lie in the folder that TIMM_MULTIEXIT_DATA names, else in .data, else torchvision downloads them.
 """
+import datetime
 import os
 import random
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +41,12 @@ try:
     OLD_TIMM = False
 except InputError:
     OLD_TIMM = True
-    collect_ignore = ['training', 'hub', 'test_datasets.py']
+    collect_ignore = ['training', 'hub', 'hub_support.py', 'test_datasets.py']
 
 
 def pytest_addoption(parser):
     parser.addoption('--strict-skips', action='store_true', help='fail on a skip that tests/skips.txt does not list')
+    parser.addoption('--results', metavar='FILE', help='write a table of the tests that ran, with what they measured')
 
 
 def seed_everything(seed: int = 0) -> None:
@@ -100,7 +103,31 @@ class SkipCheck:
             terminalreporter.write_line(f'UNLISTED SKIP {skip}: mend it, or list it in tests/skips.txt', red=True)
 
 
+class ResultsTable:
+    """Writes a Markdown table: each test with its outcome, duration and the property `measured` that it recorded."""
+
+    def __init__(self, path: str):
+        self.path, self.rows = Path(path), []
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.when == 'call' or report.outcome != 'passed':
+            measured = dict(report.user_properties).get('measured', '')
+            test = report.nodeid.partition('::')[2]
+            self.rows.append(f'| {test} | {report.outcome} | {report.duration:.0f} s | {measured} |')
+
+    def pytest_sessionfinish(self) -> None:
+        commit = subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+        head = [
+            f'{datetime.date.today()}, commit {commit or "unknown"}, torch {torch.__version__}, '
+            f'timm {timm.__version__}',
+            '', '| test | outcome | time | measured |', '|---|---|---|---|']
+        self.path.write_text('\n'.join([*head, *sorted(self.rows)]) + '\n', encoding='utf-8')
+
+
 def pytest_configure(config):
+    if config.getoption('--results') and not hasattr(config, 'workerinput'):
+        config.pluginmanager.register(ResultsTable(config.getoption('--results')))
     # Reports of all workers reach the controller; a worker does not judge.
     if config.getoption('--strict-skips') and not hasattr(config, 'workerinput'):
         config.pluginmanager.register(SkipCheck())

@@ -8,9 +8,19 @@ from conftest import PROJECT
 tomllib = pytest.importorskip('tomllib' if sys.version_info >= (3, 11) else 'tomli')  # pytest brings tomli
 
 
+def bounds(requirements):
+    named = [r for r in requirements if not r.startswith('timm-multiexit')]
+    return dict(re.match(r'([\w-]+)(?:\[\w+\])?>=([\d.]+)', r).groups() for r in named)
+
+
+def pinned(name):
+    lines = (PROJECT / '.ci' / name).read_text(encoding='utf-8').splitlines()
+    return dict(line.split('==') for line in lines if not line.startswith('#'))
+
+
 def test_lower_bounds_are_the_tested_versions():
     project = tomllib.loads((PROJECT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
-    required = project['dependencies'] + sum(project['optional-dependencies'].values(), [])
-    bounds = dict(re.match(r'([\w-]+)>=([\d.]+)', r).groups() for r in required if 'timm-multiexit' not in r)
-    lines = (PROJECT / '.ci' / 'lowest.txt').read_text(encoding='utf-8').splitlines()
-    assert bounds == dict(line.split('==') for line in lines if not line.startswith('#'))
+    extras = project['optional-dependencies']
+    export = bounds(extras.pop('export'))
+    assert bounds(project['dependencies'] + sum(extras.values(), [])) == pinned('lowest.txt')
+    assert export.items() <= pinned('lowest-export.txt').items()

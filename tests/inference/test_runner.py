@@ -302,6 +302,7 @@ except InputError as error:
 if not shared or dist.get_rank() == 1:
     torch.save(([vars(run) for run in runs], message), sys.argv[1])
 if shared:
+    dist.barrier()  # PyTorch 2.6 hangs where one process leaves first
     dist.destroy_process_group()
 """
 

@@ -144,5 +144,9 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
         node.input[:] = [source.get(name, name) for name in node.input]
         if node.op_type == 'Identity':
             source[node.output[0]] = node.input[0]
-    names = [[source.get(name, name) for name in row] for row in names[:-1]]
-    return [*names, []], program.model_proto
+    given = iter([source.get(value.name, value.name) for value in graph.output])  # older exporters rename such maps
+    read = [names[0]]
+    for state in names[1:]:
+        read.append([next(given) for _ in state])
+        next(given)  # the logits
+    return [*read[:-1], []], program.model_proto
