@@ -226,7 +226,7 @@ def _course(recipe: Dict[str, Any], step: Step) -> str:
 
 
 def _steps(steps: List[Step]) -> str:
-    """The runs behind the weights, or how to repeat the only one."""
+    """The runs that led to the weights, or how to repeat the only one."""
     if len(steps) == 1 and not steps[0].parents:
         return ('To train it again:\n\n```bash\n'
                 'python train_timm.py --config recipe.yaml --data-dir DATA --output RUNS\n```')

@@ -1,5 +1,4 @@
 """The model repository: built from the files beside the weights, then checked."""
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -128,8 +127,3 @@ def validate_card(card: ModelCard, repo_type: str = 'model') -> str:
     except ValueError as error:
         raise InputError(f'the Hub rejects the front matter of the card: {error}') from error
     return ''
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

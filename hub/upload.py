@@ -11,9 +11,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from model_repo import Network, differences
-from publication import sha256
 
 from timm_multiexit import ExitConfig, InputError
+from timm_multiexit.files import sha256
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, HUB_ERRORS, explain
 
 _KEPT = ('.gitattributes',)  # the Hub's own

@@ -163,3 +163,22 @@ def network(request):
     """Every registered network of the package, with fixed random weights, in eval mode."""
     torch.manual_seed(0)
     return timm.create_model(request.param).eval()
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    """These networks and batches are small: PyTorch's threads would spend their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def exit_logits(engine, images):
+    """Logits of every exit, stage by stage."""
+    with torch.inference_mode():
+        state, logits = engine.start(images), []
+        for k in range(engine.num_exits):
+            state, x = engine.run(k, k, state)
+            logits.append(torch.from_numpy(x))
+    return logits

@@ -7,7 +7,7 @@ The packages, in the order of the data flow:
     pretrained   networks, weights and their exit configs by name
     inference    engines, the early-exit and the anytime runner, the image reader
     evaluation   accuracy, calibration, figures and timing
-    training     everything behind `train_timm.py`
+    training     what `train_timm.py` runs
     cli          the `timm-multiexit` command
 
 `datasets` holds a record for each data set; `errors`, `files` and `optional` serve all. Imports run one way: see

@@ -2,6 +2,7 @@
 
 A file is written under another name in its folder and renamed: an interruption leaves the old one or the new one.
 """
+import hashlib
 import json
 import os
 from contextlib import contextmanager, suppress
@@ -83,3 +84,8 @@ def read_yaml(path: Union[str, Path], what: str) -> Any:
         return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{what} '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

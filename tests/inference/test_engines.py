@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL
+from conftest import SMALL, exit_logits
 from timm.layers import ConvNormAct
 from torch import nn
 
@@ -11,6 +11,8 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.inference.engine import make_engine
 from timm_multiexit.inference.torch_engine import TorchEngine
 from timm_multiexit.models._fold import fold_batch_norm
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def train_statistics(model: nn.Module) -> nn.Module:
@@ -23,25 +25,6 @@ def train_statistics(model: nn.Module) -> nn.Module:
             for tensor in (module.running_var, module.weight.data):
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
     return model
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """These networks and batches are small: PyTorch's threads would spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def exit_logits(engine, images):
-    """Logits of every exit, stage by stage."""
-    with torch.inference_mode():
-        state, logits = engine.start(images), []
-        for k in range(engine.num_exits):
-            state, x = engine.run(k, k, state)
-            logits.append(torch.from_numpy(x))
-    return logits
 
 
 @pytest.fixture

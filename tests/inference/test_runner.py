@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import PROJECT, SAMPLES, SMALL, SMALL_NETWORKS
+from conftest import PROJECT, SAMPLES, SMALL, SMALL_NETWORKS, exit_logits
 from timm.data import resolve_data_config
 
 from timm_multiexit.datasets import load_images, normalize
@@ -23,6 +23,8 @@ from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.policy import NEVER, ExitPolicy
 from timm_multiexit.stopping.simulate import Simulation, simulate
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 # PyTorch picks a convolution algorithm by the batch size, so that the last bits of the logits depend on it. Only an
 # image whose confidence is a threshold but for these bits may then leave at another exit. With onnxruntime none may.
 TIE = {'torch': 1e-5, 'onnx': 0.}
@@ -30,15 +32,7 @@ TIE = {'torch': 1e-5, 'onnx': 0.}
 
 def all_logits(engine, images, batch_size=250):
     """Logits of every exit (num_exits, N, num_classes), each computed for all images."""
-    batches = []
-    with torch.inference_mode():
-        for x in images.split(batch_size):
-            state, logits = engine.start(x), []
-            for k in range(engine.num_exits):
-                state, answer = engine.run(k, k, state)
-                logits.append(torch.from_numpy(answer))
-            batches.append(torch.stack(logits))
-    return torch.cat(batches, 1)
+    return torch.cat([torch.stack(exit_logits(engine, x)) for x in images.split(batch_size)], 1)
 
 
 def spread_policy(logits, keep, exits=None):
@@ -74,15 +68,6 @@ def assert_as_simulated(run: Run, policy, logits, costs, tie):
     assert torch.equal(run.prediction[clear], expected.prediction[clear])
     assert torch.equal(run.macs[same], expected.macs[same])
     assert int((~same).sum()) <= 0.01 * len(same)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """These networks and batches are small: PyTorch's threads would spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')

@@ -18,8 +18,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from timm_multiexit.datasets import normalize
 from timm_multiexit.errors import InputError
+from timm_multiexit.files import sha256
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.training.history import History, Parent, Step, initial_history, sha256
+from timm_multiexit.training.history import History, Parent, Step, initial_history
 from timm_multiexit.training.options import parse_train_args
 from timm_multiexit.training.run import train as run
 from timm_multiexit.training.trainer import Trainer

@@ -11,12 +11,11 @@ from ..errors import InputError
 from ..evaluation.timing import device_name, measure_exits, measure_policies
 from ..files import write_json
 from ..inference.engine import ENGINES, make_engine
-from ..models._costs import exit_costs
-from ..pretrained.load import load_model
-from ..pretrained.names import require_weights
+from ..models import exit_costs
+from ..pretrained.exit_config import load_exit_config
 from ..stopping.costs import ExitCosts, format_macs, parse_macs
 from ..stopping.policy import ExitPolicy, check_exits
-from ._common import add_model_options
+from ._common import add_model_options, load_network
 
 
 def add_parser(subparsers) -> None:
@@ -57,7 +56,6 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
     if not policies and not budgets:
         budgets = [costs.macs[-1] / 2]
     if budgets:
-        from ..pretrained.exit_config import load_exit_config
         config = load_exit_config(args.model, args.checkpoint)
         for b in budgets:
             policies.append(config.policy_for(b))
@@ -82,9 +80,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'--threads {args.threads}: give 1 or more')
     if not args.data_dir and (args.policy or args.average_budget):
         raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
-    if not args.checkpoint:
-        require_weights(args.model)
-    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
+    model = load_network(args)
     costs = exit_costs(model)
     policies = find_policies(args, costs) if args.data_dir else []
     data = test_images(args, model) if policies else None

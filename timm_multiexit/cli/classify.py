@@ -13,11 +13,10 @@ from ..inference.anytime import AnytimeRunner
 from ..inference.images import read_image
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.exit_config import load_exit_config
-from ..pretrained.load import load_model
-from ..pretrained.names import class_labels, require_weights
+from ..pretrained.names import class_labels
 from ..stopping.costs import ExitCosts, format_macs, parse_macs, parse_milliseconds
 from ..stopping.policy import ExitPolicy
-from ._common import add_model_options
+from ._common import add_model_options, load_network
 
 # An exit that ran, its logits (1, num_classes), and why it is the last to run, or ''.
 Step = Tuple[int, torch.Tensor, str]
@@ -67,8 +66,6 @@ def stopping(args: argparse.Namespace, num_exits: int, costs: ExitCosts) -> Tupl
         InputError: a budget or confidence that cannot be met.
     """
     last = num_exits - 1
-    if args.fast and args.average_budget is None:
-        raise InputError('--fast chooses among stored thresholds: pass --average-budget with it')
     if args.budget is not None:
         budget = parse_macs(args.budget)
 
@@ -101,23 +98,38 @@ def exits_under_policy(model: MultiExitNet, x: torch.Tensor, policy: ExitPolicy,
             return
 
 
-def exit_before_deadline(runner: AnytimeRunner, x: torch.Tensor, milliseconds: float) -> Iterator[Step]:
+def exit_before_deadline(runner: AnytimeRunner, x: torch.Tensor, milliseconds: float) -> Step:
     """Runs one image (1, C, H, W) to the deepest exit that the deadline allows."""
     answer = runner.within_time(x, milliseconds)
     k = int(answer.exit_index[0])
     deepest = k == runner.engine.num_exits - 1
-    yield k, answer.logits, f'last exit, within {milliseconds:g} ms' if deepest else (
+    return k, answer.logits, f'last exit, within {milliseconds:g} ms' if deepest else (
         f'the next exit would end after {milliseconds:g} ms')
 
 
-def run(args: argparse.Namespace) -> int:
-    if not args.checkpoint:
-        require_weights(args.model)
-    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
-    costs = exit_costs(model)
+def steps_under_options(
+        args: argparse.Namespace,
+        model: MultiExitNet,
+        costs: ExitCosts,
+) -> Callable[[torch.Tensor], List[Step]]:
+    """A function that runs one image (1, C, H, W) as the options say.
+
+    Raises:
+        InputError: a budget, deadline or confidence that cannot be met.
+    """
+    if args.fast and args.average_budget is None:
+        raise InputError('--fast chooses among stored thresholds: pass --average-budget with it')
+    if args.deadline is not None:
+        deadline, runner = parse_milliseconds(args.deadline), AnytimeRunner(model, 'auto', costs)
+        return lambda x: [exit_before_deadline(runner, x, deadline)]
     policy, reason = stopping(args, model.num_exits, costs)
-    deadline = None if args.deadline is None else parse_milliseconds(args.deadline)
-    runner = None if deadline is None else AnytimeRunner(model, 'auto', costs)
+    return lambda x: list(exits_under_policy(model, x, policy, reason))
+
+
+def run(args: argparse.Namespace) -> int:
+    model = load_network(args)
+    costs = exit_costs(model)
+    steps_of = steps_under_options(args, model, costs)
     config = resolve_data_config(model=model)
     transform = create_transform(**config)
     labels = class_labels(model)
@@ -132,8 +144,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         x = transform(image).unsqueeze(0).to(args.device)
         with torch.inference_mode():
-            steps = list(exits_under_policy(model, x, policy, reason) if runner is None
-                         else exit_before_deadline(runner, x, deadline))
+            steps = steps_of(x)
         rows, why = [_row(k, logits, costs, labels) for k, logits, _ in steps], steps[-1][2]
         share = rows[-1].macs / costs.macs[-1]
         results.append(dict(

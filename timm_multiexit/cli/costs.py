@@ -5,7 +5,7 @@ import json
 import timm
 
 from ..errors import InputError
-from ..models._costs import exit_costs
+from ..models import exit_costs
 from ..pretrained.names import check_name
 
 

@@ -12,16 +12,13 @@ from ..errors import InputError
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
 from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
 from ..evaluation.results import Results
-from ..models import MultiExitNet
-from ..models._costs import exit_costs
+from ..models import MultiExitNet, exit_costs
 from ..optional import require_extra
 from ..pretrained.exit_config import load_recipe
-from ..pretrained.load import load_model
-from ..pretrained.names import require_weights
 from ..stopping.costs import ExitCosts, format_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import MEASURES, ExitPolicy
-from ._common import add_model_options
+from ._common import add_model_options, load_network
 
 
 def add_parser(subparsers) -> None:
@@ -64,9 +61,7 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
         raise InputError(f'--batch-size {args.batch_size}: give 1 or more')
     if args.validation_images is not None and args.validation_images < 1:
         raise InputError(f'--validation-images {args.validation_images}: give 1 or more')
-    if not args.checkpoint:
-        require_weights(args.model)
-    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
+    model = load_network(args)
     model = model.to(memory_format=torch.channels_last)
     dataset = args.dataset or trained_on(model.pretrained_cfg).name
     if args.validation_images is None:

@@ -10,7 +10,7 @@ import torch
 from ..errors import InputError
 from ..models import MultiExitNet, exit_costs
 from ..stopping.costs import ExitCosts
-from ..stopping.policy import ExitPolicy
+from ..stopping.policy import confidence
 from .engine import Engine, make_engine
 from .runner import Run
 
@@ -121,8 +121,8 @@ class AnytimeRunner:
         return images
 
     def _answer(self, k: int, logits: np.ndarray) -> Run:
-        confidence = ExitPolicy.at_exit(k, self.engine.num_exits, self.temperatures).confidence(k, logits)
         size = (len(logits),)
         return Run(
-            torch.full(size, k), torch.from_numpy(logits.argmax(1)), torch.from_numpy(confidence),
+            torch.full(size, k), torch.from_numpy(logits.argmax(1)),
+            torch.from_numpy(confidence(logits, temperature=self.temperatures[k])),
             torch.full(size, self.costs.macs[k]), torch.from_numpy(logits))

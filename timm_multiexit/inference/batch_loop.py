@@ -17,7 +17,7 @@ Segment = Tuple[int, int]
 
 
 class Answers(NamedTuple):
-    """What a batch was answered, in input order.
+    """The answers for a batch, in input order.
 
     Attributes:
         exit_index: Exit that answered, int64 (N,).

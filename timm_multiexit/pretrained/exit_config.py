@@ -7,7 +7,8 @@ import timm
 from ..errors import InputError, MissingFileError
 from ..files import read_yaml
 from ..models._pretrained import WEIGHTS_DIR
-from ..stopping.config import CALIBRATE_HINT, FILE_NAME, RECIPE_NAME, ExitConfig
+from ..stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
+from ..stopping.policy import CALIBRATE_HINT
 from .hub_files import CONFIG_FILE, hub_file
 from .names import check_name
 

@@ -12,13 +12,12 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 from ..errors import InputError
 from ..files import read_json, write_json
 from .costs import format_macs
-from .policy import NEVER, ExitPolicy, check_average_budget, check_exits
+from .policy import CALIBRATE_HINT, NEVER, ExitPolicy, check_average_budget, check_exits
 
 VERSION = 1
 CONFIG_KEY = 'multiexit'
 FILE_NAME = 'multiexit.json'
 RECIPE_NAME = 'recipe.yaml'
-CALIBRATE_HINT = 'create one with timm-multiexit calibrate'
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The candidates, from the most to the least expensive, are fixed before the certification images are looked at. Each is
 tested for "its risk exceeds what is allowed"; the answer is the last one for which that, and every earlier one, was
-rejected. Then, with the certainty asked for over the draw of the certification images, its risk on new images of the
+rejected. Then, with the requested certainty over the draw of the certification images, its risk on new images of the
 same distribution (exchangeable ones) is at most what is allowed, for any network and any number of images.
 """
 import math

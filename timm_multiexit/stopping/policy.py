@@ -17,6 +17,8 @@ from .costs import format_macs
 
 MEASURES = ('max_softmax', 'entropy', 'margin')
 
+CALIBRATE_HINT = 'create one with timm-multiexit calibrate'
+
 # A threshold that no confidence reaches: no image leaves at that exit. JSON has no infinity.
 NEVER = 2.
 
@@ -129,8 +131,8 @@ def check_exits(rule: StoppingRule, num_exits: int) -> None:
     """
     if num_exits != rule.num_exits:
         raise InputError(
-            f'a policy for {rule.num_exits} exits does not fit a network with {num_exits}: use the one '
-            'stored with its weights, or make one with timm-multiexit calibrate')
+            f'a policy for {rule.num_exits} exits does not fit a network with {num_exits}: use the one stored with its '
+            f'weights, or {CALIBRATE_HINT}')
 
 
 def check_average_budget(budget: float, exit_macs: Sequence[float]) -> float:
@@ -164,7 +166,7 @@ class ExitPolicy:
         thresholds: One per exit; an image leaves at the first exit whose confidence reaches it. The last is 0.
         temperatures: One per exit; divides that exit's logits before the confidence is measured.
         measure: Confidence measure, see `confidence`.
-        budget: Average MACs per image that was asked for.
+        budget: Requested average MACs per image.
         expected_macs: Average MACs per image on the validation images.
         expected_accuracy: Top-1 accuracy on the validation images, in percent.
         exit_shares: Share of the validation images that leave at each exit.
@@ -237,7 +239,7 @@ class ExitPolicy:
         """See `StoppingRule`."""
         last = self.num_exits - 1
         used = [k for k, t in enumerate(self.thresholds) if t < NEVER or k == last]
-        # Behind an exit where all leave nothing runs.
+        # After an exit where all images leave, nothing runs.
         first_for_all = next((i for i, k in enumerate(used) if self.thresholds[k] == 0.), len(used) - 1)
         return tuple(used[:first_for_all + 1])
 

@@ -183,7 +183,7 @@ def _window_mean(rows: np.ndarray) -> np.ndarray:
 def choose_mixtures(scores: Scores, seed: int = 0) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cross-validation: the paths of each mixture are solved without a fold and tried on it.
 
-    The farther from the rule, the more answers change and the less certain the gain. So each budget takes the mixture
+    The further from the rule, the more answers change and the less certain the gain. So each budget takes the mixture
     whose gain minus two standard errors is largest, both over a window of neighbouring budgets, which share most
     images. If that is the rule itself everywhere, the first step away from it is taken where it gains a standard error.
 

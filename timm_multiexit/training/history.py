@@ -5,7 +5,6 @@ the last one wrote the weights. `history.csv` is the log of all of them, with a 
 """
 import argparse
 import csv
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Union
@@ -14,7 +13,7 @@ import torch
 import yaml
 
 from ..errors import InputError
-from ..files import read_yaml, written_beside
+from ..files import read_yaml, sha256, written_beside
 
 STEPS_NAME = 'history.yaml'
 LOG_NAME = 'history.csv'
@@ -155,11 +154,6 @@ def portable(options: Dict[str, Any]) -> Dict[str, Any]:
             return [name(v) for v in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
     return {k: name(v) for k, v in options.items()}
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _read_rows(path: Path) -> List[Dict[str, str]]:

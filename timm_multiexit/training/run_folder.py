@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from timm.utils import CheckpointSaver, unwrap_model, update_summary
 from timm.utils.summary import trim_summary
 
+from ..files import sha256
 from ..stopping.config import RECIPE_NAME
-from .history import SUMMARY_NAME, History, initial_history, sha256
+from .history import SUMMARY_NAME, History, initial_history
 from .trainer import Trainer
 
 _logger = logging.getLogger('train')
