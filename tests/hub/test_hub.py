@@ -1,8 +1,10 @@
 """hub/push.py and loading from the Hub, with the real client against a small Hub on a real socket."""
 import json
 import re
+from dataclasses import replace
 
 import pytest
+import timm
 import yaml
 from card import build_card
 from hub_server import HubServer
@@ -272,6 +274,13 @@ def test_the_runs_behind_the_weights_are_published(client, server, final, built,
         '| 1 | a | `start.pth` | 3 | 90.50 |', '| 2 | b | step 1 | 3 | 90.50 |',
         '| 3 | c | mean of step 1, step 2 and step 2 | 0 | 90.50 |',
         '| 4 | d | mean of step 3 and step 2 after 8 epochs | 0 | 90.50 |']
+
+
+@pytest.mark.parametrize('arch, link', [
+    ('msdnet_cifar', 'https://arxiv.org/abs/1703.09844'), ('ranet_cifar', 'https://arxiv.org/abs/2003.07326')])
+def test_a_paper_on_arxiv_is_linked_and_cited(final, arch, link):
+    card = str(build_card(replace(read_network(str(final)), model=timm.create_model(arch)), 'me'))
+    assert f']({link})\n' in card and f'url       = {{{link}}}\n}}\n```' in card
 
 
 def test_the_card_names_the_processes_of_a_batch(final, tmp_path):
