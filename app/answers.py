@@ -3,7 +3,7 @@
 The network runs once for each image; moving a control only picks another exit from the stored outputs.
 """
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from PIL import Image
@@ -53,11 +53,6 @@ class ExitOutputs:
         if not calibrated:
             return self.logits.softmax(1)
         return (self.logits / torch.tensor(self.temperatures).unsqueeze(1)).softmax(1)
-
-    def top_classes(self, count: int, calibrated: bool = True) -> List[int]:
-        """The classes with the largest probability at any exit, best first."""
-        best = self.probabilities(calibrated).amax(0)
-        return best.topk(min(count, len(best))).indices.tolist()
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,7 @@ def answer_for(outputs: ExitOutputs, mode: str, budget: float, confidence: float
 
 
 def cards(name: str, chosen: Optional[int]) -> str:
-    _, assets, _ = stored_for(name)
-    return image_view.example_cards([(e.image, e.true_class, e.lesson) for e in assets.examples], chosen)
+    return image_view.example_cards(stored_for(name)[1].examples, chosen)
 
 
 # Events of the page

@@ -164,25 +164,26 @@ def test_labels_are_escaped():
     evil = '<img src=x onerror=alert(1)>'
     outputs = make_outputs(labels=(evil, evil, evil), true_class=evil, notes=(evil,))
     views = image_view.anytime_view(outputs, answer_within_budget(outputs, 40e6)) + image_view.example_cards(
-        [(outputs.input_image, evil, evil)], 0)
+        [examples.Example(outputs.input_image, evil, evil)], 0)
     assert '<img src=x' not in views
     Tree(views)
 
 
 def test_cards_are_grouped_by_lesson():
     image = Image.new('RGB', (32, 32))
-    tree = Tree(image_view.example_cards([(image, 'cat', 'a'), (image, 'dog', 'a'), (image, 'cat', 'b')], 1))
+    shown = [examples.Example(image, *texts) for texts in (('cat', 'b'), ('dog', 'b'), ('cat', 'a'))]
+    tree = Tree(image_view.example_cards(shown, 1))
     buttons = [attrs for tag, attrs in tree.tags if tag == 'button']
     assert [b['data-index'] for b in buttons] == ['0', '1', '2']
     assert [b['aria-pressed'] for b in buttons] == ['false', 'true', 'false']
-    assert len([t for t, _ in tree.tags if t == 'h3']) == 2
+    assert [attrs['aria-label'] for _, attrs in tree.tags if attrs.get('role') == 'group'] == ['b', 'a']
 
 
 def test_links_hold_the_state():
     outputs = make_outputs(example=2)
-    assert 'href="?network=net.data&amp;image=3&amp;stop=budget&amp;at=21.5"' in image_view.permalink(
+    assert 'href="?network=net.data&amp;image=3&amp;stop=budget&amp;at=21.5"' in image_view.anytime_view(
         outputs, answer_within_budget(outputs, 21.5e6))
-    assert image_view.permalink(make_outputs(), answer_within_budget(outputs, 21e6)) == ''
+    assert 'href=' not in image_view.anytime_view(make_outputs(), answer_within_budget(outputs, 21e6))
 
 
 @pytest.mark.parametrize('p, text', [(0., '0%'), (0.574, '57%'), (0.996, '>99%'), (1., '100%')])
@@ -262,7 +263,7 @@ def test_the_budget_view_is_complete():
     (40e6, ['off', 'off', 'off', 'rest'])])
 def test_thresholds_are_shown_for_the_exits_in_use(budget, shown):
     config = make_config()
-    html = dataset_view.shares_picture(examples.load_curve('no.results', config), config, budget)
+    html = dataset_view.budget_view(examples.load_curve('no.results', config), config, examples.Assets(()), budget)
     assert re.findall(r'class="cost" title="[^"]*">([^<]*)<', html) == shown
 
 
