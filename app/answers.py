@@ -18,31 +18,18 @@ BY_BUDGET, BY_CONFIDENCE = 'budget', 'confidence'
 
 @dataclass(frozen=True)
 class ExitOutputs:
-    """What all exits of a network output for one image.
+    """What all exits of a network output for one image."""
 
-    Attributes:
-        network: Name, 'arch.tag'.
-        logits: float32 (num_exits, num_classes).
-        labels: Class names in the order of the logits.
-        costs: Costs of the exits for one image.
-        milliseconds: Cumulative time to each exit on this machine.
-        temperatures: One per exit, stored with the weights; 1 if none are stored.
-        input_image: The image at the network's input size, before normalization.
-        true_class: Name of the true class, if known.
-        notes: Remarks about the input (downscaled, first frame of an animation, ...).
-        example: Position among the examples, for links; None for a visitor's own image.
-    """
-
-    network: str
-    logits: torch.Tensor
-    labels: Tuple[str, ...]
+    network: str  # 'arch.tag'
+    logits: torch.Tensor  # float32 (num_exits, num_classes)
+    labels: Tuple[str, ...]  # class names in the order of the logits
     costs: ExitCosts
-    milliseconds: Tuple[float, ...]
-    temperatures: Tuple[float, ...]
-    input_image: Image.Image
+    milliseconds: Tuple[float, ...]  # cumulative, to each exit on this machine
+    temperatures: Tuple[float, ...]  # one per exit, stored with the weights; 1 if none are stored
+    input_image: Image.Image  # at the network's input size, before normalization
     true_class: Optional[str] = None
-    notes: Tuple[str, ...] = ()
-    example: Optional[int] = None
+    notes: Tuple[str, ...] = ()  # remarks about the input (downscaled, first frame of an animation, ...)
+    example: Optional[int] = None  # position among the examples, for links; None for a visitor's own image
 
     @property
     def num_exits(self) -> int:
@@ -57,39 +44,24 @@ class ExitOutputs:
 
 @dataclass(frozen=True)
 class Answer:
-    """Which exit answers, and why.
+    """Which exit answers, and why."""
 
-    Attributes:
-        exit_index: From 0.
-        mode: 'budget' or 'confidence'.
-        limit: The budget in MACs, or the confidence threshold.
-        calibrated: Whether probabilities use the temperatures.
-        reason: In words.
-    """
-
-    exit_index: int
-    mode: str
-    limit: float
-    calibrated: bool
-    reason: str
+    exit_index: int  # from 0
+    mode: str  # BY_BUDGET or BY_CONFIDENCE
+    limit: float  # the budget in MACs, or the confidence threshold
+    calibrated: bool  # whether probabilities use the temperatures
+    reason: str  # in words
 
 
 def answer_within_budget(outputs: ExitOutputs, budget: float, calibrated: bool = True) -> Answer:
-    """The deepest exit within a budget (anytime prediction, MSDNet paper, section 3).
-
-    Args:
-        outputs: Of the image.
-        budget: MACs for this image.
-        calibrated: Only affects the probabilities shown, not which exit answers.
+    """The deepest exit within a budget in MACs; `calibrated` only affects the probabilities shown.
 
     Raises:
         InputError: not a number, or below the cost of the first exit.
     """
     exit_index = outputs.costs.deepest_within(_number(budget, 'budget'))
-    if exit_index == outputs.num_exits - 1:
-        reason = 'The budget covers the whole network'
-    else:
-        reason = f'Exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs'
+    reason = 'The budget covers the whole network' if exit_index == outputs.num_exits - 1 else (
+        f'Exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs')
     return Answer(exit_index, BY_BUDGET, budget, calibrated, reason)
 
 
@@ -117,30 +89,17 @@ def _number(value: object, what: str) -> float:
 
 def describe(outputs: ExitOutputs, answer: Answer) -> dict:
     """The answer as plain values, for the API."""
-    probabilities = outputs.probabilities(answer.calibrated)
-    full = outputs.costs.macs[-1]
-    exits = []
-    for k, row in enumerate(probabilities):
-        top = row.topk(min(5, len(row)))
-        exits.append(dict(
-            exit=k + 1,
-            macs=outputs.costs.macs[k],
-            milliseconds=round(outputs.milliseconds[k], 3),
-            ran=k <= answer.exit_index,
-            top=[dict(label=outputs.labels[i], probability=round(p, 5))
-                 for p, i in zip(top.values.tolist(), top.indices.tolist())]))
+    macs, top = outputs.costs.macs, outputs.probabilities(answer.calibrated).topk(min(5, len(outputs.labels)))
+    exits = [
+        dict(
+            exit=k + 1, macs=macs[k], milliseconds=round(outputs.milliseconds[k], 3), ran=k <= answer.exit_index,
+            top=[dict(label=outputs.labels[i], probability=round(p, 5)) for p, i in zip(values, indices)])
+        for k, (values, indices) in enumerate(zip(top.values.tolist(), top.indices.tolist()))]
     chosen = exits[answer.exit_index]
     return dict(
-        network=outputs.network,
-        label=chosen['top'][0]['label'],
-        probability=chosen['top'][0]['probability'],
-        exit=chosen['exit'],
-        num_exits=outputs.num_exits,
-        reason=answer.reason,
-        macs=chosen['macs'],
-        share_of_full_cost=round(chosen['macs'] / full, 4),
-        notes=list(outputs.notes),
-        exits=exits)
+        network=outputs.network, **chosen['top'][0], exit=chosen['exit'], num_exits=outputs.num_exits,
+        reason=answer.reason, macs=chosen['macs'], share_of_full_cost=round(chosen['macs'] / macs[-1], 4),
+        notes=list(outputs.notes), exits=exits)
 
 
 def status_text(outputs: ExitOutputs, answer: Answer) -> str:

@@ -30,7 +30,7 @@ def launch_options() -> Dict[str, Any]:
         footer_links=['api', 'settings'], max_file_size='50mb')
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog='app.py', description='Serves a page that shows a multi-exit network decide, exit by exit.')
     parser.add_argument('--model', default='', help='network to show first: a registered name, hf-hub:... or '
@@ -38,19 +38,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument('--port', type=int, help='port to listen on (default: the first free port from 7860)')
     parser.add_argument('--share', action='store_true', help='also open a public link through gradio.live')
     parser.add_argument('--mcp', action='store_true', help='also serve the API as tools over MCP')
-    return parser.parse_args(argv)
-
-
-def main(argv=None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         if args.mcp and importlib.util.find_spec('mcp') is None:
             # gradio would start without it and say nothing.
             raise InputError("--mcp needs an extra package: pip install 'gradio[mcp]'")
         names = available_networks(args.model)
         get_network(names[0])  # load it before the first visitor arrives
-        page = build_page(names)
-        page.launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
+        build_page(names).launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
     except (InputError, OSError) as error:  # OSError: the port is taken
         sys.exit(f'app.py: error: {error}')
 

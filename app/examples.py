@@ -2,13 +2,13 @@
 import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 
 import timm_multiexit
-from timm_multiexit import ExitConfig, ExitPolicy, InputError
+from timm_multiexit import ExitConfig, ExitPolicy
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
@@ -31,19 +31,12 @@ class Example:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A test image of the gallery.
+    """A test image of the gallery."""
 
-    Attributes:
-        tile: Position in the sprite.
-        true_class: Name of the true class.
-        predictions: Class predicted by each exit.
-        confidences: Confidence of each exit, in the measure of the stored policies.
-    """
-
-    tile: int
+    tile: int  # position in the sprite
     true_class: str
-    predictions: Tuple[str, ...]
-    confidences: Tuple[float, ...]
+    predictions: Tuple[str, ...]  # class predicted by each exit
+    confidences: Tuple[float, ...]  # of each exit, in the measure of the stored policies
 
     def exit_under(self, policy: ExitPolicy) -> int:
         """Index of the exit at which the image leaves."""
@@ -53,30 +46,17 @@ class GalleryImage:
 
 @dataclass(frozen=True)
 class Assets:
-    """Test images and reliability of one network.
+    """Test images and reliability of one network."""
 
-    Attributes:
-        examples: For the view of one image.
-        gallery: For the dataset view.
-        reliability: Per exit the bins (confidence, accuracy, share), raw and calibrated; empty if not stored.
-        sprite: The gallery's images in rows, as a data URI, or ''.
-        columns: Images in a row of the sprite.
-    """
-
-    examples: Tuple[Example, ...]
-    gallery: Tuple[GalleryImage, ...] = ()
-    reliability: Tuple[Dict[str, Any], ...] = ()
-    sprite: str = ''
-    columns: int = 1
+    examples: Tuple[Example, ...]  # for the view of one image
+    gallery: Tuple[GalleryImage, ...] = ()  # for the dataset view
+    reliability: Tuple[Dict[str, Any], ...] = ()  # per exit the bins, raw and calibrated; empty if not stored
+    sprite: str = ''  # the gallery's images in rows, as a data URI, or ''
+    columns: int = 1  # images in a row of the sprite
 
 
 def load_assets(name: str, labels: Sequence[str]) -> Assets:
-    """The images that choose_examples.py chose for a network, else the package's sample images.
-
-    Args:
-        name: 'arch.tag'.
-        labels: Class names of the network; samples of other classes are left out.
-    """
+    """The images that choose_examples.py chose for a network, else the package's sample images of its classes."""
     folder = ASSETS / name
     if ':' in name or not (folder / EXAMPLES_FILE).is_file():
         return Assets(_samples(labels))
@@ -117,19 +97,12 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy against average cost.
+    """Accuracy against average cost."""
 
-    Attributes:
-        images: What it was measured on, in words.
-        budgets: Average budgets in MACs, rising.
-        points: One per budget.
-        exits: (MACs, accuracy) of each exit alone, or empty.
-    """
-
-    images: str
-    budgets: Tuple[float, ...]
-    points: Tuple[CurvePoint, ...]
-    exits: Tuple[Tuple[float, float], ...] = ()
+    images: str  # what it was measured on, in words
+    budgets: Tuple[float, ...]  # average MACs, rising
+    points: Tuple[CurvePoint, ...]  # one per budget
+    exits: Tuple[Tuple[float, float], ...] = ()  # (MACs, accuracy) of each exit alone, or empty
 
     def at(self, budget: float) -> CurvePoint:
         """The point at a budget, interpolated between the stored ones."""
@@ -148,40 +121,26 @@ def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
         return None
     path = WEIGHTS_DIR / name / RESULTS_NAME
     if ':' not in name and path.is_file():
-        return _test_curve(Results.load(path), policies[0].method)
+        results = Results.load(path)
+        rows = results.budgeted.get(policies[0].method) or next(iter(results.budgeted.values()))
+        return Curve(
+            f'{results.test_images:,} test images', tuple(r.budget for r in rows),
+            tuple(CurvePoint(r.average_macs, r.accuracy, r.exit_shares) for r in rows),
+            tuple((e.macs, e.accuracy) for e in results.exits))
     if any(p.expected_macs is None or p.expected_accuracy is None or p.exit_shares is None for p in policies):
         return None
     points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy, p.exit_shares) for p in policies)
     return Curve('the validation images', tuple(p.budget for p in policies), points)
 
 
-def _test_curve(results: Results, method: str) -> Curve:
-    rows = results.budgeted.get(method) or next(iter(results.budgeted.values()))
-    points = tuple(CurvePoint(r.average_macs, r.accuracy, r.exit_shares) for r in rows)
-    return Curve(
-        f'{results.test_images:,} test images', tuple(r.budget for r in rows), points,
-        tuple((e.macs, e.accuracy) for e in results.exits))
-
-
-def parse_position(text: Optional[str], count: int) -> int:
-    """Position of an example from a link, which counts from 1; the first if there is no such example.
+def parse_position(number: Union[str, int, None], count: int) -> int:
+    """Position of an example from its number, such as that of a link; the first if there is no such example.
 
     >>> parse_position('3', 8), parse_position('x', 8), parse_position(None, 8)
     (2, 0, 0)
     """
     try:
-        position = int(text or 1) - 1
-    except ValueError:
+        position = int(number or 1) - 1
+    except (TypeError, ValueError):
         return 0
     return position if 0 <= position < count else 0
-
-
-def require_examples(assets: Assets, name: str) -> None:
-    """Checks that there is an image to show.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not assets.examples:
-        raise InputError(
-            f"there are no example images for '{name}': create them with python app/tools/choose_examples.py")

@@ -8,7 +8,7 @@ import gradio as gr
 import image_view
 from answers import BY_BUDGET, BY_CONFIDENCE, Answer, ExitOutputs, answer_by_confidence, answer_within_budget, describe
 from answers import status_text as answer_text
-from examples import Assets, Curve, load_assets, load_curve, parse_position, require_examples
+from examples import Assets, Curve, load_assets, load_curve, parse_position
 from served import Network, get_network
 
 from timm_multiexit import InputError
@@ -61,7 +61,9 @@ def run_file(name: str, path: str) -> ExitOutputs:
 def run_example(name: str, position: int) -> ExitOutputs:
     """Runs a network on one of its examples."""
     network, assets, _ = stored_for(name)
-    require_examples(assets, name)
+    if not assets.examples:
+        raise InputError(
+            f"there are no example images for '{name}': create them with python app/tools/choose_examples.py")
     example = assets.examples[position]
     return network.run(example.image, example.true_class, example=position)
 
@@ -96,8 +98,7 @@ def choose_example(name: str, answered: int, event: gr.EventData):
     """The chosen card's outputs and the choice's number; nothing if a later choice was already answered."""
     if event.order < answered:
         return gr.skip(), gr.skip()
-    position = parse_position(str(int(event.index) + 1), len(stored_for(name)[1].examples))
-    return run_example(name, position), event.order
+    return run_example(name, parse_position(event.index + 1, len(stored_for(name)[1].examples))), event.order
 
 
 @clear_errors

@@ -1,4 +1,5 @@
 """The page: its components, their look, and the handler of each event."""
+from functools import partial
 from pathlib import Path
 from typing import List
 
@@ -50,14 +51,10 @@ def theme() -> gr.themes.Base:
         block_label_text_color='#566074', block_label_text_color_dark='#a3abbb')
 
 
-def _status() -> gr.HTML:
-    return gr.HTML(
-        html_template='<div role="status" aria-live="polite" class="unseen"></div>', js_on_load=_ANNOUNCE,
-        elem_classes='mx-status', apply_default_css=False)
-
-
-def _picture(**kwargs) -> gr.HTML:
-    return gr.HTML(js_on_load=kwargs.pop('js_on_load', None), apply_default_css=False, **kwargs)
+_picture = partial(gr.HTML, js_on_load=None, apply_default_css=False)
+_status = partial(
+    _picture, html_template='<div role="status" aria-live="polite" class="unseen"></div>', js_on_load=_ANNOUNCE,
+    elem_classes='mx-status')
 
 
 def build_page(names: List[str]) -> gr.Blocks:
@@ -107,8 +104,7 @@ def build_page(names: List[str]) -> gr.Blocks:
                 data_view = _picture(elem_id='data-view')
                 data_status = _status()
                 scaled = gr.Checkbox(
-                    True, label='Apply temperature scaling', elem_id='scaled',
-                    elem_classes='mx-plain')
+                    True, label='Apply temperature scaling', elem_id='scaled', elem_classes='mx-plain')
                 diagrams = _picture(elem_id='diagrams')
 
         controls = [outputs, mode, budget, confidence, calibrated]

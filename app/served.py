@@ -1,9 +1,8 @@
 """Networks with trained weights, each loaded once for all visitors; the only module of the app that runs a model."""
-import functools
 import statistics
 import threading
 import time
-from typing import List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from answers import ExitOutputs
@@ -16,6 +15,7 @@ from timm_multiexit.datasets import DATASETS
 from timm_multiexit.pretrained.names import class_labels, require_weights
 
 TIMED_RUNS = 9
+_loaded: Dict[str, 'Network'] = {}
 _loading = threading.Lock()
 
 
@@ -35,9 +35,11 @@ class Network:
 
     def __init__(self, name: str):
         require_weights(name)
-        self.name = name
-        self.model = load_model(name)
-        self.config = _stored_config(name)
+        self.name, self.model = name, load_model(name)
+        try:
+            self.config: Optional[ExitConfig] = load_exit_config(name)
+        except InputError:
+            self.config = None
         if self.config is not None:
             self.config.check_network(self.model)
             self.costs = ExitCosts(self.config.exit_macs, self.config.exit_params, self.config.input_size)
@@ -83,18 +85,6 @@ class Network:
             true_class, tuple(notes), example)
 
 
-def _stored_config(name: str) -> Optional[ExitConfig]:
-    try:
-        return load_exit_config(name)
-    except InputError:
-        return None
-
-
-@functools.cache
-def _load(name: str) -> Network:
-    return Network(name)
-
-
 def get_network(name: str) -> Network:
     """The network of that name, loaded at the first call and then kept.
 
@@ -102,7 +92,9 @@ def get_network(name: str) -> Network:
         InputError: as `Network`.
     """
     with _loading:  # two visitors at once must not load it twice
-        return _load(name)
+        if name not in _loaded:
+            _loaded[name] = Network(name)
+        return _loaded[name]
 
 
 def available_networks(extra: str = '') -> List[str]:
@@ -114,11 +106,8 @@ def available_networks(extra: str = '') -> List[str]:
     names = list_networks(pretrained=True)
     if extra:
         require_weights(extra)
-        if ':' in extra:
-            names.insert(0, extra)
-        else:
-            full = next(n for n in names if extra in (n, n.partition('.')[0]))
-            names.insert(0, names.pop(names.index(full)))
+        first = extra if ':' in extra else next(n for n in names if extra in (n, n.partition('.')[0]))
+        names = [first, *(n for n in names if n != first)]
     if not names:
         raise InputError('no trained weights are installed: pass --model hf-hub:ORG/NAME')
     return names
@@ -129,5 +118,4 @@ def display_name(name: str) -> str:
     arch, dot, tag = name.partition('.')
     if not dot or ':' in name:
         return name
-    title = DATASETS[tag].title if tag in DATASETS else tag
-    return f'{title} · {arch}'
+    return f'{DATASETS[tag].title if tag in DATASETS else tag} · {arch}'

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import torch
-from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from timm_multiexit import ExitConfig, InputError, list_networks, load_exit_config, load_model
 from timm_multiexit.datasets import load_images, trained_on
@@ -43,29 +44,21 @@ def lessons(probabilities: torch.Tensor, targets: torch.Tensor) -> Dict[str, tor
     """
     confidences, predictions = probabilities.max(2)
     correct = predictions == targets
-    n = len(predictions)
-    changes = (predictions[1:] != predictions[:-1]).sum(0)
-    first_correct = torch.where(correct.any(0), correct.int().argmax(0), n)
-    stays_correct = correct.flip(0).cumprod(0).flip(0)  # from this exit to the last
-    late = torch.zeros_like(correct[0])
-    for k in range(-(-n // 2), n):
-        late |= (first_correct == k) & stays_correct[k].bool()
-    not_shown = torch.full_like(confidences[0], float('-inf'))
-    varied = (changes >= 2) & ~late & (correct[0] | ~correct[-1])
     first, last = confidences[0], confidences[-1]
-    return {
-        'Correct from the start': torch.where(correct.all(0), confidences.amin(0), not_shown),
-        'Correct only late': torch.where(late, last + 0.5 * first, not_shown),
-        'Changes its mind': torch.where(varied, changes + last + first, not_shown),
-        'Never correct': torch.where(~correct.any(0), last - 0.2 * changes, not_shown),
+    changes = (predictions[1:] != predictions[:-1]).sum(0)
+    wrong_until = (~correct).int().cumprod(0).sum(0)  # exits before the first correct one
+    late = (wrong_until >= len(correct) / 2) & (wrong_until + correct.sum(0) == len(correct)) & correct[-1]
+    shown = {
+        'Correct from the start': (correct.all(0), confidences.amin(0)),
+        'Correct only late': (late, last + 0.5 * first),
+        'Changes its mind': ((changes >= 2) & ~late & (correct[0] | ~correct[-1]), changes + last + first),
+        'Never correct': (~correct.any(0), last - 0.2 * changes),
     }
+    return {lesson: score.masked_fill(~images, float('-inf')) for lesson, (images, score) in shown.items()}
 
 
 def choose(scores: Dict[str, torch.Tensor], targets: torch.Tensor) -> List[Dict[str, Any]]:
-    """The best images of each lesson, of different classes where possible.
-
-    A lesson without images is left out.
-    """
+    """The best images of each lesson, of different classes where possible; a lesson without images is left out."""
     chosen, used = [], set()
     for lesson, score in scores.items():
         order = [i for i in score.argsort(descending=True, stable=True).tolist() if score[i] > float('-inf')]
@@ -90,40 +83,24 @@ def choose_gallery(confidences: torch.Tensor) -> List[int]:
     return [int(order[(2 * i + 1) * len(order) // (2 * count)]) for i in range(count)]
 
 
-def reliability_bins(probabilities: torch.Tensor, targets: torch.Tensor) -> List[Dict[str, float]]:
-    """Reliability of one exit in bins of equal confidence; empty bins are left out.
+def reliability(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> Dict[str, Any]:
+    """Calibration error of one exit in percent, and its accuracy in bins of equal confidence; empty ones are left out.
 
     Args:
-        probabilities: (N, num_classes).
+        logits: (N, num_classes).
         targets: int64 (N,).
-
-    Returns:
-        For each bin its ends, mean confidence, accuracy, and share of the images.
+        temperature: Of the exit.
     """
-    confidences, predictions = probabilities.max(1)
+    confidences, predictions = (logits / temperature).softmax(1).max(1)
     position = (confidences * BINS).long().clamp(max=BINS - 1)
     bins = []
-    for b in range(BINS):
+    for b in position.unique().tolist():
         inside = position == b
-        if inside.any():
-            bins.append({
-                'from': b / BINS, 'to': (b + 1) / BINS, 'confidence': round(float(confidences[inside].mean()), 4),
-                'accuracy': round(float((predictions == targets)[inside].float().mean()), 4),
-                'share': round(float(inside.float().mean()), 4)})
-    return bins
-
-
-def reliability(test: LabelledLogits, temperatures: Sequence[float]) -> List[Dict[str, Any]]:
-    """Bins and calibration error in percent of each exit, without and with its temperature."""
-    rows = []
-    for logits, temperature in zip(test.logits, temperatures):
-        row = {}
-        for name, t in (('raw', 1.), ('calibrated', temperature)):
-            error = calibration_error(logits, test.targets, t)
-            row[name] = dict(
-                calibration_error=round(error, 3), bins=reliability_bins((logits / t).softmax(1), test.targets))
-        rows.append(row)
-    return rows
+        bins.append({
+            'from': b / BINS, 'to': (b + 1) / BINS, 'confidence': round(float(confidences[inside].mean()), 4),
+            'accuracy': round(float((predictions == targets)[inside].float().mean()), 4),
+            'share': round(float(inside.float().mean()), 4)})
+    return dict(calibration_error=round(calibration_error(logits, targets, temperature), 3), bins=bins)
 
 
 def make_assets(
@@ -142,10 +119,9 @@ def make_assets(
         images: Test images uint8 (N, 3, H, W).
         test: Their logits and targets.
     """
-    scaled = torch.stack([x / t for x, t in zip(test.logits, config.temperatures)]).softmax(2)
-    examples = choose(lessons(scaled, test.targets), test.targets)
-    measure = config.policies[0].measure
-    confidences = torch.stack([confidence(x, measure, t) for x, t in zip(test.logits, config.temperatures)])
+    by_exit = list(zip(test.logits, config.temperatures))
+    examples = choose(lessons(torch.stack([(x / t).softmax(1) for x, t in by_exit]), test.targets), test.targets)
+    confidences = torch.stack([confidence(x, config.policies[0].measure, t) for x, t in by_exit])
     picks = choose_gallery(confidences)
     predictions = test.logits.argmax(2)
     for tile, example in enumerate(examples):
@@ -156,35 +132,27 @@ def make_assets(
             predictions=[labels[c] for c in predictions[:, index].tolist()],
             confidences=[round(c, 5) for c in confidences[:, index].tolist()])
         for i, index in enumerate(picks)]
-    size = images.shape[-1]
     tiles = images[[e['index'] for e in examples] + picks]
-    sheet = Image.new('RGB', (size * COLUMNS, size * -(-len(tiles) // COLUMNS)))
-    for i, tile in enumerate(tiles):
-        sheet.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (size * (i % COLUMNS), size * (i // COLUMNS)))
     with written_beside(ASSETS / name / SPRITE_FILE) as partial:
-        sheet.save(partial, optimize=True)
+        to_pil_image(make_grid(tiles, COLUMNS, padding=0)).save(partial, optimize=True)
+    bins = [dict(raw=reliability(x, test.targets, 1.), calibrated=reliability(x, test.targets, t)) for x, t in by_exit]
     write_json(ASSETS / name / EXAMPLES_FILE, dict(
-        network=name, split='test', size=size, columns=COLUMNS, examples=examples, gallery=gallery,
-        reliability=reliability(test, config.temperatures)))
+        network=name, split='test', size=images.shape[-1], columns=COLUMNS, examples=examples, gallery=gallery,
+        reliability=bins))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', metavar='MODEL', help='arch.tag (default: all with weights and policies)')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
-    parser.add_argument('--batch-size', type=int, default=250, metavar='N')
     args = parser.parse_args()
-    if not Path(args.data_dir).is_dir():
-        raise InputError(f"--data-dir '{args.data_dir}' is not a folder: give the folder of the dataset")
-    names = args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored()))
-    for name in names:
+    for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
-        labels = class_labels(model, config.class_names)
         images, targets = load_images(trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
-        test = LabelledLogits(*exit_logits(model, images, targets, args.batch_size, label=name))
-        make_assets(name, labels, config, images, test)
-        print(f'{ASSETS / name}: {", ".join(EXAMPLES_FILE.split() + SPRITE_FILE.split())}')
+        test = LabelledLogits(*exit_logits(model, images, targets, label=name))
+        make_assets(name, class_labels(model, config.class_names), config, images, test)
+        print(f'{ASSETS / name}: {EXAMPLES_FILE}, {SPRITE_FILE}')
 
 
 if __name__ == '__main__':

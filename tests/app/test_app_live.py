@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_multiexit.errors import InputError
-
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
 
 from answers import spoken  # noqa: E402
@@ -24,13 +22,11 @@ SLIDER_MS = 100.
 @pytest.fixture(scope='module')
 def browser():
     sync_api = pytest.importorskip('playwright.sync_api', reason='browser tests need playwright (pip)')
-    from screenshots import FLAGS, find_chromium
-    try:
-        path = find_chromium(os.environ.get('CHROMIUM', ''))
-    except InputError as error:
-        pytest.skip(f'browser tests need a Chromium ({error})')
+    from screenshots import CHROMIUM, FLAGS
+    if not CHROMIUM:
+        pytest.skip('browser tests need a Chromium')
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
