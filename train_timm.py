@@ -24,3 +24,5 @@ if __name__ == '__main__':
         main()
     except InputError as error:
         raise SystemExit(f'train_timm.py: error: {error}') from None
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(128 + (interrupt.args[0] if interrupt.args else 2)) from None

@@ -5,34 +5,85 @@ A file is written under another name in its folder and renamed: an interruption 
 import hashlib
 import json
 import os
+import shutil
+import stat
+import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, Union
+from typing import Any, Iterator, Tuple, Union
 
 from .errors import InputError
 
 
 @contextmanager
 def written_beside(path: Union[str, Path]) -> Iterator[Path]:
-    """A temporary path to write to, in the folder of `path`, which it replaces if the block ends without an error.
+    """A temporary path to write to; if the block ends without an error, its file replaces the one at `path`.
 
-    Missing folders are created.
+    A link is followed and the mode of an existing file kept. A pipe or device is written to, not replaced. Missing
+    folders are created.
 
     Raises:
-        InputError: the folder cannot be created or written to.
+        InputError: `path` cannot be written, or the disk is full. What stood there stands.
     """
     path = Path(path)
-    # With the same suffix: Matplotlib chooses the format by it.
-    partial = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be written ({error.strerror or error}): choose another place") from error
-    finally:
-        with suppress(OSError):  # already renamed, or never written
+    with _write_errors(path):
+        if _is_stream(path):
+            with tempfile.TemporaryDirectory() as folder:
+                partial = Path(folder) / path.name
+                yield partial
+                with partial.open('rb') as source, path.open('wb') as target:
+                    shutil.copyfileobj(source, target)
+            return
+        path, partial = _places(path)
+        try:
+            yield partial
+            if path.exists():
+                partial.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):  # never written
+                partial.unlink()
+            raise
+
+
+def require_writable(path: Union[str, Path]) -> None:
+    """Checks that `written_beside` can write here, for commands to call before their work.
+
+    Raises:
+        InputError: it cannot.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        if path.is_dir():
+            raise OSError('it is a folder')
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise OSError('no permission')
+        else:
+            _, partial = _places(path)
+            partial.touch()
             partial.unlink()
+
+
+def _is_stream(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _places(path: Path) -> Tuple[Path, Path]:
+    """The file itself, with links followed, and a name beside it; their folder is created."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the same suffix: Matplotlib chooses the format by it. Shortened: a long name is still a valid one.
+    return path, path.with_name(f'.{path.stem[:64]}.{os.getpid()}{path.suffix}')
+
+
+@contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be written ({error.strerror or error}): choose another place or free "
+                         'space') from error
 
 
 def write_json(path: Union[str, Path], content: Any) -> None:

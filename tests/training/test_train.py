@@ -238,8 +238,8 @@ def test_teacher_from_a_file(folder_dataset, tmp_path):
     distilled = weights(tmp_path)
     recipe = yaml.safe_load((tmp_path / 'run' / 'final' / 'recipe.yaml').read_text())
     assert recipe['kd_model_name'] == ['msfuse_cifar.cifar10'] and recipe['task_loss_weight'] == 0.5
-    train(folder_dataset, tmp_path, epochs=1)
-    alone = weights(tmp_path)
+    train(folder_dataset, tmp_path / 'alone', epochs=1)
+    alone = weights(tmp_path / 'alone')
     assert distilled.keys() == alone.keys() and any(not torch.equal(distilled[k], alone[k]) for k in alone)
 
 

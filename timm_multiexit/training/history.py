@@ -48,6 +48,7 @@ class Step:
         options: Of train_timm.py, all but those that only say where it ran.
         reached: Top-1 accuracy in percent of the exits and their mean at the end, on the images held out; {} before.
         sha256: Digest of the final weights; '' before.
+        before: Where a run was resumed with other options: the epoch, and what they were before it.
     """
 
     run: str
@@ -55,6 +56,7 @@ class Step:
     options: Dict[str, Any] = field(default_factory=dict)
     reached: Dict[str, float] = field(default_factory=dict)
     sha256: str = ''
+    before: Dict[int, Dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,12 +86,13 @@ class History:
             for entry in read_yaml(path, 'history'):
                 options = {**(steps[-1].options if steps else {}), **entry['options'], 'epochs': entry['epochs']}
                 parents = [Parent(**parent) for parent in entry['parents']]
-                steps.append(Step(entry['run'], parents, options, entry['reached'], entry.get('sha256', '')))
+                steps.append(Step(entry['run'], parents, options, entry['reached'], entry.get('sha256', ''),
+                                  entry.get('before', {})))
             run = steps[-1].run
         except (TypeError, KeyError, IndexError) as error:
             raise InputError(f"history '{path}' has no runs or lacks a field ({error}): restore the file") from error
-        log = _read_rows(folder / LOG_NAME)
-        log += [{'run': run, **row} for row in _read_rows(folder / SUMMARY_NAME)]
+        log = read_rows(folder / LOG_NAME)
+        log += [{'run': run, **row} for row in read_rows(folder / SUMMARY_NAME)]
         return cls(steps, log)
 
     def write(self, folder: Path) -> None:
@@ -101,16 +104,13 @@ class History:
             parents = [{k: v for k, v in asdict(parent).items() if v not in ('', None)} for parent in step.parents]
             entries.append(dict(
                 run=step.run, parents=parents, epochs=options['epochs'], options=_Inline(changed),
-                reached=_Inline(step.reached), **({'sha256': step.sha256} if step.sha256 else {})))
+                reached=_Inline(step.reached), **({'sha256': step.sha256} if step.sha256 else {}),
+                **({'before': {k: _Inline(portable(v)) for k, v in step.before.items()}} if step.before else {})))
             before = options
         with written_beside(folder / STEPS_NAME) as partial:
             text = yaml.dump(entries, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=118)
             partial.write_text(_HEAD + text, encoding='utf-8')
-        columns = dict.fromkeys(['run', *(key for row in self.log for key in row)])
-        with written_beside(folder / LOG_NAME) as partial, partial.open('w', newline='', encoding='utf-8') as file:
-            writer = csv.DictWriter(file, list(columns), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(self.log)
+        write_rows(folder / LOG_NAME, self.log)
 
 
 def initial_history(files: Sequence[Union[str, Path]], run: str) -> History:
@@ -156,11 +156,20 @@ def portable(options: Dict[str, Any]) -> Dict[str, Any]:
     return {k: name(v) for k, v in options.items()}
 
 
-def _read_rows(path: Path) -> List[Dict[str, str]]:
+def read_rows(path: Path) -> List[Dict[str, str]]:
+    """The rows of a CSV file with a header; none if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
+    """Writes a CSV file with a header of all keys, in the order in which they first occur."""
+    with written_beside(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class _Inline(dict):

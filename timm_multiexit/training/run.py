@@ -1,45 +1,81 @@
 """A training run from its first or a resumed epoch to the exported weights."""
 import argparse
-import pickle
+import logging
+import signal
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Iterator
 
 import torch
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import setup_default_logging
+from timm.utils.distributed import world_info_from_env
 
 from ..errors import InputError
-from .run_folder import RunFolder
+from .run_folder import LAST_NAME, RunFolder, changed_options, find_checkpoint, held, is_finished, read_checkpoint
 from .throughput import print_throughput
 from .trainer import Trainer
+
+_logger = logging.getLogger('train')
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains a network and exports its final weights, or with `--benchmark` measures the throughput.
+
+    SIGTERM interrupts it as Ctrl-C does: at once, or when a checkpoint that is being written is whole.
 
     Args:
         args: As `parse_train_args` returns them.
 
     Raises:
         InputError: options, data or checkpoints that cannot be used, or a loss that diverges.
+        KeyboardInterrupt: with the number of the signal.
     """
     setup_default_logging()
-    trainer = Trainer(args)
     if args.benchmark:
-        print_throughput(trainer, args.benchmark)
+        print_throughput(Trainer(args), args.benchmark)
         return
     path = Path(args.output) / args.experiment
-    checkpoint = _checkpoint_to_resume(args.resume, path)
-    start_epoch = _resume(trainer, checkpoint) if checkpoint else 0
+    first = world_info_from_env()[1] == 0  # it alone writes
+    with Interruptions() as interruptions, held(path) if first else nullcontext():
+        try:
+            _train(args, path, interruptions)
+        except KeyboardInterrupt:
+            if first:
+                kept = (path / LAST_NAME).is_file()
+                _logger.info('Stopped; the same command with --resume auto '
+                             + ('goes on after the last checkpoint' if kept else 'starts again: no epoch was finished'))
+            raise
+
+
+def _train(args: argparse.Namespace, path: Path, interruptions: 'Interruptions') -> None:
+    checkpoint = find_checkpoint(args.resume, path)
+    start_epoch, saved = 0, {}
+    if checkpoint:
+        saved = read_checkpoint(checkpoint)
+        start_epoch = saved['epoch'] + 1
+        _logger.info(f"Found '{checkpoint}' after epoch {saved['epoch']}")
+        if args.resume == 'auto' and is_finished(path, saved, args.epochs):
+            _logger.info(f"The run is finished, nothing to do: {path / 'final'}")
+            return
+    trainer = Trainer(args)
+    changed = changed_options(saved, args) if checkpoint else {}
+    for name, value in changed.items():
+        now = f'--{name.replace("_", "-")} is {getattr(args, name)}'
+        _logger.warning(f'{now} from epoch {start_epoch} on, {value} before')
+    if checkpoint:
+        _resume(trainer, checkpoint)
     trainer.distribute()
     trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
 
-    folder = RunFolder(trainer, path, start_epoch, checkpoint) if args.rank == 0 else None  # one process writes
+    folder = RunFolder(trainer, path, checkpoint, start_epoch, changed) if args.rank == 0 else None
     for epoch in range(start_epoch, args.epochs):
         train_metrics = trainer.train_epoch(epoch)
         evaluates = not (epoch + 1) % args.eval_interval or epoch + 1 == args.epochs
         eval_metrics = trainer.evaluate() if evaluates else {}
         if folder:
-            folder.end_epoch(epoch, train_metrics, eval_metrics)
+            with interruptions.deferred():
+                folder.end_epoch(epoch, train_metrics, eval_metrics)
     if args.update_bn:
         trainer.update_bn()
         eval_metrics = trainer.evaluate()
@@ -51,22 +87,40 @@ def train(args: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
 
 
-def _checkpoint_to_resume(resume: str, folder: Path) -> str:
-    """The file that `--resume` stands for; '' to start anew."""
-    if resume != 'auto':
-        return resume
-    last = folder / 'last.pth.tar'
-    return str(last) if last.is_file() else ''
+class Interruptions:
+    """A context in which SIGINT and SIGTERM raise KeyboardInterrupt with their number."""
+
+    def __enter__(self) -> 'Interruptions':
+        self.is_deferred, self.pending = False, 0
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        self.pending = number
+        if not self.is_deferred:
+            raise KeyboardInterrupt(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Puts them off to the end of the block."""
+        self.is_deferred = True
+        yield
+        self.is_deferred = False
+        if self.pending:
+            raise KeyboardInterrupt(self.pending)
 
 
-def _resume(trainer: Trainer, checkpoint: str) -> int:
-    """Loads weights, EMA and optimizer; returns the epoch to go on with."""
+def _resume(trainer: Trainer, checkpoint: str) -> None:
+    """Loads weights, EMA, optimizer and loss scaler."""
     try:
-        epoch = resume_task_checkpoint(
-            trainer.task, checkpoint, trainer.optimizer, log_info=trainer.args.rank == 0)
+        resume_task_checkpoint(
+            trainer.task, checkpoint, trainer.optimizer, trainer.scaler, log_info=trainer.args.rank == 0)
         if trainer.task.has_ema():
             load_task_ema_checkpoint(trainer.task, checkpoint)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"cannot resume from '{checkpoint}' ({reason}): is it this run's checkpoint?") from error
-    return epoch

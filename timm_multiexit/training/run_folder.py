@@ -1,26 +1,161 @@
-"""The files of a run: recipe, history, summary, checkpoints, and at the end the final weights."""
+"""The files of a run: recipe, history, summary, checkpoints, and at the end the final weights.
+
+Each is replaced by one rename, so that a kill at any moment leaves a run that `--resume auto` goes on with.
+"""
+import argparse
+import itertools
 import logging
 import os
 import secrets
 import shutil
+import socket
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterator
 
+import torch
 import yaml
-from safetensors.torch import save_file
-from timm.utils import CheckpointSaver, unwrap_model, update_summary
-from timm.utils.summary import trim_summary
+from safetensors.torch import save
+from timm.utils import CheckpointSaver, unwrap_model
 
-from ..files import sha256
+from ..errors import InputError
+from ..files import require_writable, sha256, written_beside
 from ..stopping.config import RECIPE_NAME
-from .history import SUMMARY_NAME, History, initial_history
+from .history import SUMMARY_NAME, History, initial_history, read_rows, write_rows
 from .trainer import Trainer
 
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not guarded against each other
+    fcntl = None
+
 _logger = logging.getLogger('train')
+LAST_NAME = 'last.pth.tar'
+WEIGHTS_NAME = 'model.safetensors'
 # Options that say where a run took place, not what it computed.
 _NOT_IN_RECIPE = (
     'config', 'data_dir', 'output', 'resume', 'rank', 'local_rank', 'distributed', 'device', 'experiment',
     'sched_on_updates', 'dataset_download', 'threads', 'benchmark', 'run_id')
+
+
+# What a checkpoint is a checkpoint of; a run that is resumed cannot change it.
+_FIXED = ('model', 'model_kwargs', 'num_classes', 'dataset', 'validation_images', 'freeze', 'opt', 'opt_args',
+          'model_ema')
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder; the kernel lets them in again however this one ends.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    path = folder / '.lock'
+    require_writable(path)
+    with path.open('a+') as file:
+        try:
+            if fcntl:  # not flock: that would live on in the loader's workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(f"'{folder}' is in use by {file.read() or error}: wait for it, stop it, or choose another "
+                             '--experiment') from error
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        for partial in folder.glob('.*.*'):  # of a run that was killed
+            partial.unlink()
+        yield
+
+
+def find_checkpoint(resume: str, folder: Path) -> str:
+    """The file that `--resume` stands for; '' to start anew.
+
+    Raises:
+        InputError: that would overwrite another run.
+    """
+    last = folder / LAST_NAME
+    if resume == 'auto' and last.is_file():
+        return str(last)
+    used = [path.name for path in (*folder.glob('*.pth.tar'), *folder.glob('final'))]
+    own = resume not in ('', 'auto') and Path(resume).resolve().parent == folder.resolve()
+    if used and not own:
+        advice = 'no checkpoint to go on from' if resume == 'auto' else 'add --resume auto to go on with it'
+        raise InputError(f"'{folder}' holds a run ({', '.join(sorted(used)[:3])}): "
+                         f"{advice}, or choose another --experiment")
+    return '' if resume == 'auto' else resume
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """A checkpoint of a run, its tensors mapped from the file.
+
+    Raises:
+        InputError: it cannot be read, or is none of train_timm.py.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        checkpoint['epoch'], checkpoint['args'].run_id, checkpoint['saver']
+    except Exception as error:  # whatever a damaged or foreign file makes torch raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot resume from '{path}' ({reason}): give a checkpoint of train_timm.py") from error
+    return checkpoint
+
+
+def changed_options(checkpoint: Dict[str, Any], args: argparse.Namespace) -> Dict[str, Any]:
+    """What options of a run that is resumed were before, where they are others now.
+
+    Raises:
+        InputError: a change that no run can make.
+    """
+    own = vars(checkpoint['args'])
+    args.initial_checkpoint = own.get('initial_checkpoint', args.initial_checkpoint)  # told by the run's parents
+    changed = {k: own[k] for k, v in _recipe(args).items() if k in own and own[k] != v}
+    for name in _FIXED:
+        if name in changed:
+            raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)} does not fit the run to resume, which '
+                             f'has {changed[name]}: keep that, or start another --experiment')
+    if args.epochs <= checkpoint['epoch'] and 'epochs' in changed:
+        raise InputError(f"--epochs {args.epochs}: the run to resume has done {checkpoint['epoch'] + 1}")
+    return changed
+
+
+def is_finished(folder: Path, checkpoint: Dict[str, Any], epochs: int) -> bool:
+    """Whether the run has done its epochs and its final weights are there."""
+    final, steps = folder / 'final' / WEIGHTS_NAME, History.read(folder).steps
+    return (checkpoint['epoch'] + 1 == epochs and final.is_file() and bool(steps)
+            and steps[-1].sha256 == sha256(final))
+
+
+def _recipe(args: argparse.Namespace) -> Dict[str, Any]:
+    return {k: v for k, v in vars(args).items() if k not in _NOT_IN_RECIPE}
+
+
+class _Saver(CheckpointSaver):
+    """timm's, with each file replaced by one rename; what a kill kept from being ranked is ranked on resume."""
+
+    def _save(self, save_path, epoch, metric=None):
+        with written_beside(Path(self.checkpoint_dir) / LAST_NAME) as partial, partial.open('wb') as file:
+            super()._save(file, epoch, metric)
+
+    def _replace(self, src, dst):
+        pass  # `_save` did
+
+    def _duplicate(self, src, dst):
+        if os.path.exists(dst) and os.path.samefile(src, dst):
+            return  # ranked before a kill; between links of one file a rename does nothing
+        with written_beside(dst) as partial:
+            try:
+                os.link(src, partial)
+            except OSError:  # no links here
+                shutil.copyfile(src, partial)
+
+    def load_state_dict(self, state_dict):
+        epoch, metric = state_dict['pending']
+        super().load_state_dict({**state_dict, 'pending': (None, None)})
+        self._save = lambda *args: None
+        self.save_checkpoint(epoch, metric)
+        del self._save
 
 
 class RunFolder:
@@ -28,29 +163,35 @@ class RunFolder:
 
     Args:
         trainer: Of the run.
-        path: The folder; created if missing.
-        start_epoch: First epoch to come; rows of the summary from there on are dropped.
+        path: The folder.
         checkpoint: File that the run was resumed from, or ''.
+        start_epoch: First epoch to come; rows of the summary from there on are dropped.
+        changed: Of `changed_options`.
     """
 
-    def __init__(self, trainer: Trainer, path: Path, start_epoch: int, checkpoint: str):
+    def __init__(self, trainer: Trainer, path: Path, checkpoint: str, start_epoch: int, changed: Dict[str, Any]):
         self.trainer, self.path = trainer, path
         args = trainer.args
-        path.mkdir(parents=True, exist_ok=True)
-        recipe = {k: v for k, v in vars(args).items() if k not in _NOT_IN_RECIPE}
-        (path / RECIPE_NAME).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
-        self._begin_history(recipe, checkpoint)
-        self.saver = CheckpointSaver(
+        self._begin_history(checkpoint, start_epoch, changed)
+        with written_beside(path / RECIPE_NAME) as partial:
+            partial.write_text(yaml.safe_dump(_recipe(args), sort_keys=False), encoding='utf-8')
+        self.saver = _Saver(
             unwrap_model(trainer.task.get_trainable_module()), trainer.optimizer, args=args, task=trainer.task,
-            checkpoint_dir=str(path), max_history=args.checkpoint_hist)
+            amp_scaler=trainer.scaler, checkpoint_dir=str(path), max_history=args.checkpoint_hist)
         if checkpoint:
+            if Path(checkpoint).resolve() != (path / LAST_NAME).resolve():
+                self.saver._duplicate(checkpoint, path / LAST_NAME)
             self.saver.load_state_dict_from_checkpoint(checkpoint)
         self.summary = path / SUMMARY_NAME
-        trim_summary(self.summary, start_epoch)
+        self.rows = [row for row in read_rows(self.summary) if int(row['epoch']) < start_epoch]
+        write_rows(self.summary, self.rows)
+        for row in self.rows:
+            if row['eval_top1_mean']:
+                self.step.reached = {name: float(row[f'eval_{name}']) for name in trainer.metrics}
         _logger.info(f'{args.model}: {len(trainer.loader)} batches of {args.batch_size} x {args.world_size}, '
                      f'{args.epochs - start_epoch} epochs to go, in {path}')
 
-    def _begin_history(self, recipe: Dict[str, Any], checkpoint: str) -> None:
+    def _begin_history(self, checkpoint: str, start_epoch: int, changed: Dict[str, Any]) -> None:
         """Records this run and its parents; a resumed run keeps its id and the parents it recorded first."""
         args = self.trainer.args
         resumed = History.read(Path(checkpoint).parent) if checkpoint else History()
@@ -62,7 +203,10 @@ class RunFolder:
             self.history = initial_history(args.initial_checkpoint, run)
         args.run_id = run  # checkpoints carry the options, and with them the id
         self.step = self.history.steps[-1]
-        self.step.options = {k: v for k, v in recipe.items() if k != 'initial_checkpoint'}  # told by the parents
+        self.step.options = {k: v for k, v in _recipe(args).items() if k != 'initial_checkpoint'}  # told by the parents
+        self.step.sha256 = ''
+        if changed:
+            self.step.before[start_epoch] = changed
         self.history.write(self.path)
 
     def end_epoch(self, epoch: int, train_metrics: Dict[str, float], eval_metrics: Dict[str, float]) -> None:
@@ -78,8 +222,7 @@ class RunFolder:
             _logger.info(f'Epoch {epoch}: {_accuracy_line(eval_metrics)}')
             self.step.reached = eval_metrics
         # The row before the checkpoint: on resume a surplus row is dropped, a missing one would be lost.
-        update_summary(epoch, train_metrics, dict.fromkeys(self.trainer.metrics, '') | eval_metrics, self.summary,
-                       lr=self.trainer.optimizer.param_groups[0]['lr'])
+        self._add_row(epoch, train_metrics, eval_metrics, lr=self.trainer.optimizer.param_groups[0]['lr'])
         if not (epoch + 1) % args.checkpoint_interval or epoch + 1 == args.epochs:
             self.saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))
 
@@ -88,25 +231,41 @@ class RunFolder:
         _logger.info(f'With new BN statistics: {_accuracy_line(eval_metrics)}')
         self.step.reached = eval_metrics
         if not self.trainer.args.epochs:
-            update_summary(0, {}, eval_metrics, self.summary)
+            self._add_row(0, {}, eval_metrics)
+
+    def _add_row(self, epoch: int, train_metrics: Dict[str, float], eval_metrics: Dict[str, float], **more) -> None:
+        evaluated = {f'eval_{name}': eval_metrics.get(name, '') for name in self.trainer.metrics}
+        trained = {f'train_{name}': value for name, value in train_metrics.items()}
+        self.rows.append(dict(epoch=epoch, **trained, **evaluated, **more))
+        write_rows(self.summary, self.rows)
 
     def export(self) -> None:
-        """Writes `final/`, whole or not at all: the weights (EMA if kept) in half precision, recipe and history."""
+        """Writes `final/`, whole or not at all: the weights (EMA if kept) in half precision, recipe and history.
+
+        A folder of other weights, with what was calibrated for them, is kept under the next free name (`final.1`).
+
+        Raises:
+            InputError: weights that are not finite, or too large for half precision.
+        """
         target, partial = self.path / 'final', self.path / 'final.partial'
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
         task = self.trainer.task
         state = unwrap_model(task.get_trainable_module(ema=task.has_ema())).state_dict()
-        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        weights = partial / 'model.safetensors'
-        save_file({k: v.contiguous().cpu() for k, v in state.items()}, weights, {'format': 'pt'})
+        state = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+        if wrong := [k for k, v in state.items() if not v.isfinite().all()]:
+            raise InputError(f"the weights are not finite in half precision ('{wrong[0]}'), and not exported: use a "
+                             'smaller --lr')
+        shutil.rmtree(partial, ignore_errors=True)
+        with written_beside(partial / WEIGHTS_NAME) as file:
+            file.write_bytes(save(state, {'format': 'pt'}))
         shutil.copy(self.path / RECIPE_NAME, partial / RECIPE_NAME)
-        self.step.sha256 = sha256(weights)
+        self.step.sha256 = sha256(partial / WEIGHTS_NAME)
         self.history.write(self.path)  # a checkpoint of this run may be a parent too
         History(self.history.steps, History.read(self.path).log).write(partial)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            os.replace(target, next(path for k in itertools.count(1)
+                                    if not (path := self.path / f'final.{k}').exists()))
         os.replace(partial, target)
-        _logger.info(f'Final weights: {target / "model.safetensors"}')
+        _logger.info(f'Final weights: {target / WEIGHTS_NAME}')
 
 
 def _accuracy_line(metrics: Dict[str, float]) -> str:

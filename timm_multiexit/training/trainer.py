@@ -11,7 +11,7 @@ import torch
 from timm.data import Mixup, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import AverageMeter, distribute_bn, init_distributed_device, unwrap_model
+from timm.utils import AverageMeter, NativeScaler, distribute_bn, init_distributed_device, unwrap_model
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
@@ -106,6 +106,8 @@ class Trainer:
             args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
         capturable = dict(capturable=True) if args.cuda_graph else {}
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **capturable)  # after the task's freezing
+        # Float16 gradients below 6e-8 would vanish.
+        self.scaler = NativeScaler(self.device.type) if self.amp_dtype == torch.float16 else None
         self.graphed_step = None
         if args.cpu_kernels:
             use_cpu_kernels(model)
@@ -132,10 +134,14 @@ class Trainer:
         even = len(images) // 2 * 2  # Mixup pairs images
         return self.mixup(images[:even], targets[:even])
 
+    def loss(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch, with its graph."""
+        with torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16, enabled=bool(self.amp_dtype)):
+            return self.task(images, targets)['loss']
+
     def gradients(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Forward, backward and gradient clipping; returns the loss."""
-        with torch.autocast(self.device.type, dtype=self.amp_dtype or torch.bfloat16, enabled=bool(self.amp_dtype)):
-            loss = self.task(images, targets)['loss']
+        loss = self.loss(images, targets)
         loss.backward()
         if self.args.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), self.args.clip_grad)
@@ -147,8 +153,12 @@ class Trainer:
             self.graphed_step = self.graphed_step or GraphedStep(
                 self.gradients, unwrap_model(self.task.get_trainable_module()), self.optimizer, images, targets)
             return self.graphed_step(images, targets)
-        loss = self.gradients(images, targets)
-        self.optimizer.step()
+        if self.scaler:
+            loss = self.loss(images, targets)
+            self.scaler(loss, self.optimizer, self.args.clip_grad, parameters=self.task.get_clip_parameters())
+        else:
+            loss = self.gradients(images, targets)
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
@@ -196,7 +206,8 @@ class Trainer:
                     f'Train: {epoch} [{index + 1:>4d}/{self.updates_per_epoch}]  Loss: {losses.val:.4f} '
                     f'({losses.avg:.4f})  {rate:.1f} images/s  LR: {self.optimizer.param_groups[0]["lr"]:.3e}')
         if args.distributed:
-            distribute_bn(self.task.get_trainable_module(), args.world_size, reduce=True)
+            for ema in (False, True) if self.task.has_ema() else (False,):  # each process has seen its own images
+                distribute_bn(unwrap_model(self.task.get_trainable_module(ema=ema)), args.world_size, reduce=True)
         rate = seen / (time.perf_counter() - start)
         return {'loss': losses.avg, 'images_per_s': round(rate, 1)}
 

@@ -1,0 +1,227 @@
+"""Kills, full disks, other settings and other processes: a run loses no finished epoch and is never mixed with another.
+
+Faults are made here: `Killer` dies before the k-th operation on files, and a killed process makes no more of them.
+"""
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.training import run_folder
+from timm_multiexit.training.history import History
+from timm_multiexit.training.options import parse_train_args
+from timm_multiexit.training.run import train
+from timm_multiexit.training.run_folder import RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
+from timm_multiexit.training.trainer import Trainer
+
+pytest_plugins = ['training_support']  # folder_dataset
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+class Killed(BaseException):
+    """The process is dead."""
+
+
+class Killer:
+    """Counts operations that change files below a folder, and raises `Killed` before number `at` and all after it."""
+
+    EVENTS = ('open', 'os.rename', 'os.remove', 'os.link', 'os.mkdir', 'os.rmdir')
+    active = None
+
+    def __init__(self, folder: Path, at: int = 1_000_000):
+        self.folder, self.at, self.done = str(folder), at, []
+
+    def __enter__(self):
+        Killer.active = self
+        return self
+
+    def __exit__(self, kind, *error):
+        Killer.active = None
+        return kind is Killed
+
+    def see(self, event, args):
+        paths = [os.fspath(a) for a in args if isinstance(a, (str, os.PathLike))]
+        if not any(path.startswith(self.folder) for path in paths):
+            return
+        if event == 'open' and not args[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        if len(self.done) >= self.at:
+            raise Killed
+        self.done.append((event, *(path.removeprefix(self.folder) for path in paths[:2])))
+
+
+def audit(event, args):
+    if Killer.active and event in Killer.EVENTS:
+        Killer.active.see(event, args)
+
+
+sys.addaudithook(audit)  # Python has no way to take one away
+
+
+def options(data: Path, output: Path, *extra: str):
+    return parse_train_args('', [
+        '--data-dir', str(data), '--dataset', 'folder', '--output', str(output), '--experiment', 'run',
+        '--model-kwargs', 'steps=(1,1,1)', 'base_width=4', 'growth=2', 'head_width=4', '--num-classes', '2',
+        '--batch-size', '100', '--validation-images', '40', '--epochs', '3', '--model-ema', '--threads', '1',
+        '--device', 'cpu', *extra])
+
+
+@pytest.fixture(scope='module')
+def trainer(folder_dataset, tmp_path_factory, one_thread):
+    return Trainer(options(folder_dataset, tmp_path_factory.mktemp('output')))
+
+
+ACCURACY = (50., 70., 60.)  # the second epoch is the best
+
+
+def record(trainer: Trainer, path: Path) -> None:
+    """A run's work on its files, with an epoch's number in the place of what it would have learned."""
+    checkpoint = find_checkpoint('auto', path)
+    saved = read_checkpoint(checkpoint) if checkpoint else {}
+    if saved and is_finished(path, saved, 3):
+        return
+    start = saved['epoch'] + 1 if saved else 0
+    folder = RunFolder(trainer, path, checkpoint, start, {})
+    module = trainer.task.get_trainable_module(ema=True).module
+    if saved:
+        module.load_state_dict(saved['state_dict_ema'])
+    for epoch in range(start, 3):
+        next(module.parameters()).data.fill_(epoch)
+        metrics = dict.fromkeys(trainer.metrics, ACCURACY[epoch])
+        folder.end_epoch(epoch, {'loss': 1.}, metrics)
+    folder.export()
+
+
+def contents(path: Path):
+    """What each file of a run says."""
+    def epoch(file):
+        checkpoint = read_checkpoint(str(path / file))
+        assert next(iter(checkpoint['state_dict_ema'].values())).unique().tolist() == [checkpoint['epoch']]
+        return checkpoint['epoch'], checkpoint['saver']['best_epoch']
+
+    (step,) = History.read(path / 'final').steps
+    found = {file.name: epoch(file.name) for file in path.glob('*.pth.tar')}
+    final = load_file(path / 'final' / 'model.safetensors')
+    return (found, (path / 'summary.csv').read_text(), (path / 'recipe.yaml').read_text(),
+            next(iter(final.values())).unique().tolist(), step.reached, sorted(p.name for p in path.rglob('*')))
+
+
+@pytest.mark.parametrize('every', [8, pytest.param(1, marks=pytest.mark.slow('40 s of CPU time: about 70 runs'))])
+def test_a_kill_before_any_operation_on_files_loses_nothing(trainer, tmp_path, every):
+    with Killer(tmp_path) as operations:
+        (tmp_path / 'whole').mkdir()
+        record(trainer, tmp_path / 'whole')
+    whole = contents(tmp_path / 'whole')
+    assert whole[0] == {'last.pth.tar': (2, 1), 'checkpoint-1.pth.tar': (1, 0), 'model_best.pth.tar': (1, 0)}
+    assert len(operations.done) > 40
+    for k in range(1, len(operations.done), every):
+        path = tmp_path / 'killed'
+        with Killer(tmp_path, k):
+            path.mkdir()
+            record(trainer, path)
+        epochs = read_checkpoint(str(path / 'last.pth.tar'))['epoch'] if (path / 'last.pth.tar').exists() else -1
+        renamed = [done[2] for done in operations.done[:k] if done[0] == 'os.rename']
+        finished = [name for name in renamed if name.endswith('/last.pth.tar')]
+        assert epochs == len(finished) - 1, operations.done[k]
+        assert not (path / 'final').exists() or len(list((path / 'final').iterdir())) == 4
+        with run_folder.held(path):  # clears what the killed process left half written
+            record(trainer, path)
+        (path / '.lock').unlink()
+        assert contents(path) == whole, f'killed before {operations.done[k]}'
+        shutil.rmtree(path)
+
+
+def test_a_used_folder_is_not_started_anew(trainer, tmp_path):
+    record(trainer, tmp_path)
+    with pytest.raises(InputError, match='holds a run .*add --resume auto'):
+        find_checkpoint('', tmp_path)
+    assert find_checkpoint(str(tmp_path / 'checkpoint-1.pth.tar'), tmp_path)
+    with pytest.raises(InputError, match='holds a run'):
+        find_checkpoint(str(tmp_path.parent / 'other.pth.tar'), tmp_path)
+    (tmp_path / 'last.pth.tar').unlink()
+    with pytest.raises(InputError, match='no checkpoint to go on from'):
+        find_checkpoint('auto', tmp_path)
+    assert find_checkpoint('auto', tmp_path / 'new') == find_checkpoint('', tmp_path / 'new') == ''
+
+
+def test_a_run_goes_on_from_an_earlier_checkpoint(trainer, tmp_path):
+    record(trainer, tmp_path)
+    (tmp_path / 'final' / 'multiexit.json').write_text('{}')
+    RunFolder(trainer, tmp_path, str(tmp_path / 'checkpoint-1.pth.tar'), 2, {})
+    assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 1
+    assert len((tmp_path / 'summary.csv').read_text().splitlines()) == 3
+    record(trainer, tmp_path)
+    # What was calibrated for the weights before is kept beside them.
+    assert (tmp_path / 'final.1' / 'multiexit.json').exists() and len(list((tmp_path / 'final').iterdir())) == 4
+
+
+def test_other_settings_are_named_recorded_or_refused(trainer, folder_dataset, tmp_path):
+    record(trainer, tmp_path)
+    saved = read_checkpoint(str(tmp_path / 'last.pth.tar'))
+
+    def changed(*extra):
+        return changed_options(saved, options(folder_dataset, tmp_path, '--world-size', '1', *extra))
+    assert changed() == {}
+    assert changed('--lr', '0.5', '--epochs', '6', '--threads', '2') == {'lr': 0.03, 'epochs': 3}
+    for refused in ('--epochs 2', '--opt sgd', '--validation-images 0', '--model-kwargs base_width=8'):
+        with pytest.raises(InputError, match=refused.split()[0]):
+            changed(*refused.split())
+    args = trainer.args
+    RunFolder(trainer, tmp_path, str(tmp_path / 'last.pth.tar'), 3, {'lr': 0.5})
+    (step,) = History.read(tmp_path).steps
+    assert step.before == {3: {'lr': 0.5}} and step.options['lr'] == args.lr
+
+
+def test_weights_that_are_not_finite_are_not_exported(trainer, tmp_path):
+    record(trainer, tmp_path)
+    folder = RunFolder(trainer, tmp_path, str(tmp_path / 'last.pth.tar'), 3, {})
+    first = next(trainer.task.get_trainable_module(ema=True).module.parameters())
+    for value in (float('nan'), 1e6):  # the latter has no half precision
+        first.data.fill_(value)
+        with pytest.raises(InputError, match='not finite'):
+            folder.export()
+    assert load_file(tmp_path / 'final' / 'model.safetensors')
+
+
+def test_a_finished_run_stays_as_it_is(folder_dataset, tmp_path, caplog):
+    train(options(folder_dataset, tmp_path, '--epochs', '1'))
+    path = tmp_path / 'run'
+    (path / 'final' / 'multiexit.json').write_text('{}')
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in path.rglob('*') if p.name != '.lock'}
+    train(options(folder_dataset, tmp_path, '--epochs', '1', '--lr', '0.5', '--resume', 'auto'))
+    assert 'The run is finished' in caplog.text
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in path.rglob('*') if p.name != '.lock'}
+    with pytest.raises(InputError, match='has done 1'):
+        train(options(folder_dataset, tmp_path, '--epochs', '0', '--resume', 'auto', '--update-bn',
+                      '--initial-checkpoint', str(path / 'final' / 'model.safetensors')))
+    train(options(folder_dataset, tmp_path, '--epochs', '2', '--resume', 'auto'))
+    assert '--epochs is 2 from epoch 1 on, 1 before' in caplog.text
+    recipe = yaml.safe_load((path / 'final' / 'recipe.yaml').read_text())
+    (step,) = History.read(path / 'final').steps
+    assert recipe['epochs'] == step.options['epochs'] == 2 and step.before == {1: {'epochs': 1}}
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        with run_folder.held(tmp_path):
+            os.write(tell, b'held')
+            time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(ready, 4)
+        with pytest.raises(InputError, match=f'in use by process {child} on '), run_folder.held(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with run_folder.held(tmp_path):  # a kill leaves no lock behind
+        pass
