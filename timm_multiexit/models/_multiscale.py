@@ -50,9 +50,6 @@ class MultiScaleNet(MultiExitNet):
     An architecture sets its stem, its layer and its exits' convolutions, and which maps a layer outputs.
 
     Args:
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: timm's pooling type, '' for none.
         steps: Layers in each stage; an exit follows each.
         base_width: Width n of the first maps, in units of the scale factors.
         growth: Growth g per layer, in units of the scale factors.
@@ -60,9 +57,7 @@ class MultiScaleNet(MultiExitNet):
         bottleneck_factors: Bottleneck factor b of each scale; None for the scale factors.
         reduction: Fraction of the width that a transition keeps.
         head_width: Channels of an exit's convolutions.
-        drop_rate: Dropout before the classifiers.
-        act_layer: Activation.
-        norm_layer: Normalisation.
+        num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
         ValueError: a schedule or widths that no network can be built from.
@@ -105,7 +100,22 @@ class MultiScaleNet(MultiExitNet):
     ):
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         factors = scale_factors if bottleneck_factors is None else bottleneck_factors
-        check_lattice(steps, base_width, growth, scale_factors, factors, reduction)
+        if not steps or min(steps) < 1:
+            raise ValueError(f'steps={tuple(steps)}: every stage needs at least one layer')
+        if not scale_factors or min(scale_factors) < 1:
+            raise ValueError(f'scale_factors={tuple(scale_factors)}: give a factor of 1 or more for every scale')
+        if len(factors) != len(scale_factors) or min(factors) < 1:
+            raise ValueError(
+                f'bottleneck_factors={tuple(factors)} for {len(scale_factors)} scales: give a factor of 1 or '
+                'more for every scale')
+        if base_width < 1 or growth < 1:
+            raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
+        if growth * min(scale_factors[1:], default=2) < 2:
+            raise ValueError(
+                f'growth={growth} with scale_factors={tuple(scale_factors)}: two branches share the growth of '
+                'a coarser scale, so growth times its factor must be 2 or more')
+        if not 0 < reduction <= 1:
+            raise ValueError(f'reduction={reduction}: a transition keeps a fraction of the width in (0, 1]')
 
         num_scales = len(scale_factors)
         active = scale_schedule(sum(steps), num_scales)
@@ -129,34 +139,3 @@ class MultiScaleNet(MultiExitNet):
             net.add_exit(chs, size_reduction, self.exit_convs(chs, head_width, **kwargs), head_width)
         super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
-
-
-def check_lattice(
-        steps: Sequence[int],
-        base_width: int,
-        growth: int,
-        scale_factors: Sequence[int],
-        bottleneck_factors: Sequence[int],
-        reduction: float,
-) -> None:
-    """Checks the arguments of a lattice.
-
-    Raises:
-        ValueError: no lattice can be built from them.
-    """
-    if not steps or min(steps) < 1:
-        raise ValueError(f'steps={tuple(steps)}: every stage needs at least one layer')
-    if not scale_factors or min(scale_factors) < 1:
-        raise ValueError(f'scale_factors={tuple(scale_factors)}: give a factor of 1 or more for every scale')
-    if len(bottleneck_factors) != len(scale_factors) or min(bottleneck_factors) < 1:
-        raise ValueError(
-            f'bottleneck_factors={tuple(bottleneck_factors)} for {len(scale_factors)} scales: give a factor of 1 or '
-            'more for every scale')
-    if base_width < 1 or growth < 1:
-        raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
-    if growth * min(scale_factors[1:], default=2) < 2:
-        raise ValueError(
-            f'growth={growth} with scale_factors={tuple(scale_factors)}: two branches share the growth of '
-            'a coarser scale, so growth times its factor must be 2 or more')
-    if not 0 < reduction <= 1:
-        raise ValueError(f'reduction={reduction}: a transition keeps a fraction of the width in (0, 1]')

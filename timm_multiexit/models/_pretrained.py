@@ -1,4 +1,5 @@
 """Pretrained cfgs: one per network and data set, with the statistics of the data set and the path of the weights."""
+import itertools
 from pathlib import Path
 from typing import Any, Dict
 
@@ -8,19 +9,18 @@ from ..datasets import DATASETS
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / 'weights'
 
 
-def pretrained_cfgs(arch: str, num_exits: int, **kwargs: Any) -> Dict[str, Dict[str, Any]]:
-    """A cfg `ARCH.TAG` for each data set of `DATASETS`, for timm's `generate_default_cfgs`.
+def pretrained_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, Any]]:
+    """A cfg `ARCH.TAG` for each network and data set of `DATASETS`, for timm's `generate_default_cfgs`.
 
     `file` is set only where the weights are in the package: timm then lists only names that load, and says that the
     others have no pretrained weights.
 
     Args:
-        arch: Name of the network in timm's registry.
-        num_exits: Its number of exits.
-        **kwargs: Further entries, the same for every data set.
+        exits: Number of exits of each network, by its name in timm's registry.
+        **kwargs: Further entries, the same in every cfg.
     """
     cfgs = {}
-    for tag, dataset in DATASETS.items():
+    for (arch, num_exits), (tag, dataset) in itertools.product(exits.items(), DATASETS.items()):
         weights = WEIGHTS_DIR / f'{arch}.{tag}' / 'model.safetensors'
         cfgs[f'{arch}.{tag}'] = dict(
             file=str(weights) if weights.is_file() else None,

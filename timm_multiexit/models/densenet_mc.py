@@ -75,18 +75,13 @@ class DenseNetMC(MultiExitNet):
     """DenseNet^MC of num_blocks * (depth + 1) + 1 layers.
 
     Args:
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: timm's pooling type, '' for none.
         num_blocks: Dense blocks; each has half the resolution of the previous one.
         depth: Layers of each dense block.
         exit_after: Layers of each block that an exit follows, numbered from 1; the last layer always has one.
         base_width: Channels of the first convolution.
         growth: Channels that a layer adds.
         compression: Fraction of the width that a transition keeps.
-        drop_rate: Dropout before the classifiers.
-        act_layer: Activation.
-        norm_layer: Normalisation.
+        num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
         ValueError: widths below 1, no layers, or an exit after a layer that a block does not have.
@@ -136,8 +131,7 @@ class DenseNetMC(MultiExitNet):
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs(
-    'densenet52_mc_cifar',
-    num_exits=7,
+    dict(densenet52_mc_cifar=7),
     pool_size=(8, 8),
     first_conv='stages.0.layers.0.conv',
     paper_ids='arXiv:1703.09844',

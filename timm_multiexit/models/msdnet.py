@@ -3,7 +3,7 @@
 Paper: `Multi-Scale Dense Networks for Resource Efficient Image Classification`, Huang et al., ICLR 2018 -
 https://arxiv.org/abs/1703.09844
 """
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 from timm.models import generate_default_cfgs, register_model
@@ -30,36 +30,28 @@ class Stem(ConvChain):
         super().__init__(in_chans, chs, strides, first_out=scales - out_scales, **kwargs)
 
 
-class FinestGrowth(nn.Module):
-    """The finest scale of a layer that drops none: concat(x_1, B(x_1))."""
+class ScaleGrowth(nn.Module):
+    """One scale of a layer: concat(x_s, B(x_{s-1}, stride 2), B(x_s)), where both maps come from the *previous* layer.
 
-    def __init__(self, in_chs: Sequence[int], growth_chs: int, factors: Sequence[int], **kwargs):
-        super().__init__()
-        self.own = Bottleneck(in_chs[-1], growth_chs, factors[-1], **kwargs)
-
-    def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
-        x = maps[-1]
-        return torch.cat([x, self.own(x)], 1)
-
-
-class CoarserGrowth(nn.Module):
-    """Any other scale: concat(x_s, B(x_{s-1}, stride 2), B(x_s)), where both maps come from the *previous* layer.
+    The finest scale of a layer that drops none has no finer one to read: concat(x_1, B(x_1)).
 
     Args:
-        in_chs: Channels of the finer scale and of this one.
-        growth_chs: Channels that the two branches add together.
-        factors: Bottleneck factors of these two; a bottleneck uses the factor of the scale that it reads.
+        in_chs: Channels of the finer scale, if there is one, and of this one.
+        growth_chs: Channels that the branches add together.
+        factors: Bottleneck factors of these scales; a bottleneck uses the factor of the scale that it reads.
     """
 
     def __init__(self, in_chs: Sequence[int], growth_chs: int, factors: Sequence[int], **kwargs):
         super().__init__()
-        half = growth_chs // 2
-        self.down = Bottleneck(in_chs[0], half, factors[0], stride=2, **kwargs)
-        self.own = Bottleneck(in_chs[1], growth_chs - half, factors[1], **kwargs)
+        half = growth_chs // 2 if len(in_chs) > 1 else 0
+        self.down = Bottleneck(in_chs[0], half, factors[0], stride=2, **kwargs) if len(in_chs) > 1 else None
+        self.own = Bottleneck(in_chs[-1], growth_chs - half, factors[-1], **kwargs)
 
     def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
-        finer, x = maps
-        return torch.cat([x, self.down(finer), self.own(x)], 1)
+        x = maps[-1]
+        if self.down is None:
+            return torch.cat([x, self.own(x)], 1)
+        return torch.cat([x, self.down(maps[0]), self.own(x)], 1)
 
 
 class ScaleLayer(nn.Module):
@@ -87,9 +79,8 @@ class ScaleLayer(nn.Module):
         self.first_out = len(in_chs) - out_scales
         self.scales = nn.ModuleList()
         for s in range(self.first_out, len(in_chs)):
-            growth_type = FinestGrowth if s == 0 else CoarserGrowth
             read = slice(max(0, s - 1), s + 1)
-            self.scales.append(growth_type(in_chs[read], growth_chs[s], factors[read], **kwargs))
+            self.scales.append(ScaleGrowth(in_chs[read], growth_chs[s], factors[read], **kwargs))
 
     def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
         maps: List[torch.Tensor] = []
@@ -108,20 +99,12 @@ class ScaleLayer(nn.Module):
 
 
 class MSDNet(MultiScaleNet):
-    """MSDNet.
-
-    Args:
-        base_width: Width n of the first maps, in units of the scale factors.
-        growth: Growth g per layer, in units of the scale factors.
-        **kwargs: Arguments of `MultiScaleNet`.
-
-    Raises:
-        ValueError: a schedule or widths that no network can be built from.
-    """
+    """MSDNet; for the arguments see `MultiScaleNet`."""
 
     stem_type = Stem
     layer_type = ScaleLayer
     finest_reduction = 1
+    exit_convs = staticmethod(strided_convs)
 
     def __init__(self, *, base_width: int = 16, growth: int = 6, **kwargs: Any):
         super().__init__(base_width=base_width, growth=growth, **kwargs)
@@ -137,26 +120,14 @@ class MSDNet(MultiScaleNet):
         held = (active[0], *active)
         return tuple(min(scales, len(active) - layer + 1) for layer, scales in enumerate(held))
 
-    @staticmethod
-    def exit_convs(in_chs: int, width: int, **kwargs) -> nn.Module:
-        return strided_convs(in_chs, width, **kwargs)
 
-
-def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:
-    return pretrained_cfgs(
-        arch,
-        num_exits,
-        pool_size=(2, 2),
-        first_conv='stages.0.layers.0.convs.0.conv',
-        paper_ids='arXiv:1703.09844',
-        paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
-    )
-
-
-default_cfgs = generate_default_cfgs({
-    **_cfgs('msdnet_cifar', num_exits=7),
-    **_cfgs('msdnet_cifar_budgeted', num_exits=5),
-})
+default_cfgs = generate_default_cfgs(pretrained_cfgs(
+    dict(msdnet_cifar=7, msdnet_cifar_budgeted=5),
+    pool_size=(2, 2),
+    first_conv='stages.0.layers.0.convs.0.conv',
+    paper_ids='arXiv:1703.09844',
+    paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
+))
 
 
 @register_model

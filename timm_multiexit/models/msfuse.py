@@ -7,7 +7,7 @@ The paper has no table of widths. The defaults are MSDNet's anytime schedule at 
 at half the image size, which gives the paper's cost ratios (15 % below MSDNet, 32 % below RANet). The paper does not
 name the activation; the default is ReLU.
 """
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 from timm.layers import ConvNormAct
@@ -104,16 +104,7 @@ class FusionLayer(nn.Module):
 
 
 class MSFuse(MultiScaleNet):
-    """MSFuse.
-
-    Args:
-        base_width: Width n of the first maps, in units of the scale factors.
-        growth: Growth g per layer, in units of the scale factors.
-        **kwargs: Arguments of `MultiScaleNet`.
-
-    Raises:
-        ValueError: a schedule or widths that no network can be built from.
-    """
+    """MSFuse; for the arguments see `MultiScaleNet`."""
 
     stem_type = Stem
     layer_type = FusionLayer
@@ -135,22 +126,14 @@ class MSFuse(MultiScaleNet):
         )
 
 
-def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:
-    return pretrained_cfgs(
-        arch,
-        num_exits,
-        pool_size=(2, 2),
-        first_conv='stages.0.layers.0.conv1.conv',
-        paper_name='Multi-Exit Resource-Efficient Neural Architecture for Image Classification with Optimized Fusion '
-                   'Block',
-        origin_url='https://hal.science/hal-04181149',
-    )
-
-
-default_cfgs = generate_default_cfgs({
-    **_cfgs('msfuse_cifar', num_exits=7),
-    **_cfgs('msfuse_cifar_budgeted', num_exits=5),
-})
+default_cfgs = generate_default_cfgs(pretrained_cfgs(
+    dict(msfuse_cifar=7, msfuse_cifar_budgeted=5),
+    pool_size=(2, 2),
+    first_conv='stages.0.layers.0.conv1.conv',
+    paper_name='Multi-Exit Resource-Efficient Neural Architecture for Image Classification with Optimized Fusion '
+               'Block',
+    origin_url='https://hal.science/hal-04181149',
+))
 
 
 @register_model

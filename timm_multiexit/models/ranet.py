@@ -6,7 +6,7 @@ https://arxiv.org/abs/2003.07326
 Sub-network 0 works at the lowest resolution and has the first exits; the next ones start from finer maps and run only
 for images that have not left. All end at the resolution of the first one, where the exits are.
 """
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -251,9 +251,6 @@ class RANet(MultiExitNet):
     """RANet.
 
     Args:
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: timm's pooling type, '' for none.
         scales: Scale of each sub-network's input, 1 for the coarsest. Starts with 1 and grows by at most 1.
         block_layers: Layers in block 1, 2, ... of any sub-network; as many as the last sub-network has blocks.
         exits_per_net: Exits of each sub-network; each has that many blocks more than the previous one.
@@ -264,9 +261,7 @@ class RANet(MultiExitNet):
         compress: Fraction of a fusion block's growth and end that comes from the lower sub-network.
         reduction: Fraction of the width that a transition keeps.
         head_width: Channels of an exit's convolutions.
-        drop_rate: Dropout before the classifiers.
-        act_layer: Activation.
-        norm_layer: Normalisation.
+        num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
         ValueError: scales, blocks or widths that no network can be built from.
@@ -295,8 +290,26 @@ class RANet(MultiExitNet):
     ):
         kwargs = dict(act_layer=act_layer, norm_layer=norm_layer, device=device, dtype=dtype)
         factors = width_factors if bottleneck_factors is None else bottleneck_factors
-        check_networks(
-            scales, block_layers, exits_per_net, base_width, growth, width_factors, factors, compress, reduction)
+        if not scales or scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales[:-1], scales[1:])):
+            raise ValueError(
+                f'scales={tuple(scales)}: start with 1, and give each sub-network the scale of the previous one or '
+                'one more')
+        if exits_per_net < 1 or len(block_layers) != exits_per_net * len(scales) or min(block_layers) < 1:
+            raise ValueError(
+                f'block_layers={tuple(block_layers)} for {len(scales)} sub-networks and exits_per_net={exits_per_net}: '
+                'the last sub-network has their product of blocks; give each at least one layer')
+        for name, given in (('width_factors', width_factors), ('bottleneck_factors', factors)):
+            if len(given) != len(scales) or min(given) < 1:
+                raise ValueError(
+                    f'{name}={tuple(given)} for {len(scales)} sub-networks: give a factor of 1 or more for each')
+        if base_width < 1 or growth < 1:
+            raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
+        if not 0 < compress < 1 or growth * min(width_factors[1:], default=growth) * compress < 1:
+            raise ValueError(
+                f'compress={compress} with growth={growth}: it must be a fraction in (0, 1) that leaves every fusion '
+                'layer at least one channel of the lower sub-network')
+        if not 0 < reduction <= 1:
+            raise ValueError(f'reduction={reduction}: a transition keeps a fraction of the width in (0, 1]')
         plans = plan_blocks(
             scales, block_layers, exits_per_net, base_width, growth, width_factors, compress, reduction)
 
@@ -313,59 +326,13 @@ class RANet(MultiExitNet):
         self.apply(init_weights)
 
 
-def check_networks(
-        scales: Sequence[int],
-        block_layers: Sequence[int],
-        exits_per_net: int,
-        base_width: int,
-        growth: int,
-        width_factors: Sequence[int],
-        bottleneck_factors: Sequence[int],
-        compress: float,
-        reduction: float,
-) -> None:
-    """Checks the arguments of a RANet.
-
-    Raises:
-        ValueError: no network can be built from them.
-    """
-    if not scales or scales[0] != 1 or any(b - a not in (0, 1) for a, b in zip(scales[:-1], scales[1:])):
-        raise ValueError(
-            f'scales={tuple(scales)}: start with 1, and give each sub-network the scale of the previous one or '
-            'one more')
-    if exits_per_net < 1 or len(block_layers) != exits_per_net * len(scales) or min(block_layers) < 1:
-        raise ValueError(
-            f'block_layers={tuple(block_layers)} for {len(scales)} sub-networks and exits_per_net={exits_per_net}: the '
-            'last sub-network has their product of blocks; give each at least one layer')
-    for name, factors in (('width_factors', width_factors), ('bottleneck_factors', bottleneck_factors)):
-        if len(factors) != len(scales) or min(factors) < 1:
-            raise ValueError(
-                f'{name}={tuple(factors)} for {len(scales)} sub-networks: give a factor of 1 or more for each')
-    if base_width < 1 or growth < 1:
-        raise ValueError(f'base_width={base_width}, growth={growth}: both must be 1 or more')
-    if not 0 < compress < 1 or growth * min(width_factors[1:], default=growth) * compress < 1:
-        raise ValueError(
-            f'compress={compress} with growth={growth}: it must be a fraction in (0, 1) that leaves every fusion layer '
-            'at least one channel of the lower sub-network')
-    if not 0 < reduction <= 1:
-        raise ValueError(f'reduction={reduction}: a transition keeps a fraction of the width in (0, 1]')
-
-
-def _cfgs(arch: str, num_exits: int) -> Dict[str, Any]:
-    return pretrained_cfgs(
-        arch,
-        num_exits,
-        pool_size=(2, 2),
-        first_conv='stages.0.layers.0.convs.0.conv',
-        paper_ids='arXiv:2003.07326',
-        paper_name='Resolution Adaptive Networks for Efficient Inference',
-    )
-
-
-default_cfgs = generate_default_cfgs({
-    **_cfgs('ranet_cifar', num_exits=8),
-    **_cfgs('ranet_cifar_budgeted', num_exits=6),
-})
+default_cfgs = generate_default_cfgs(pretrained_cfgs(
+    dict(ranet_cifar=8, ranet_cifar_budgeted=6),
+    pool_size=(2, 2),
+    first_conv='stages.0.layers.0.convs.0.conv',
+    paper_ids='arXiv:2003.07326',
+    paper_name='Resolution Adaptive Networks for Efficient Inference',
+))
 
 
 @register_model

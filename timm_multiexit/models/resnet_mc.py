@@ -53,16 +53,11 @@ class ResNetMC(MultiExitNet):
     """ResNet^MC of 2 * len(widths) * depth + 2 layers.
 
     Args:
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: timm's pooling type, '' for none.
         widths: Channels at each resolution; each has half the size of the previous one.
         depth: Basic blocks at each resolution.
         exit_after: Blocks of each resolution that an exit follows, numbered from 1; the last block always has one.
         narrow_stride: Whether the strided convolution at the start of a resolution keeps the previous width.
-        drop_rate: Dropout before the classifiers.
-        act_layer: Activation.
-        norm_layer: Normalisation.
+        num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
         ValueError: decreasing widths, no blocks, or an exit after a block that a resolution does not have.
@@ -105,8 +100,7 @@ class ResNetMC(MultiExitNet):
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs(
-    'resnet62_mc_cifar',
-    num_exits=7,
+    dict(resnet62_mc_cifar=7),
     pool_size=(8, 8),
     first_conv='stages.0.layers.0.conv.conv',
     paper_ids='arXiv:1703.09844',

@@ -51,15 +51,10 @@ class VGGMC(MultiExitNet):
     """VGG^MC of depth * len(widths) + 2 layers, with an exit at each resolution.
 
     Args:
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the image.
-        global_pool: timm's pooling type, '' for none.
         stem_width: Channels at the image's resolution.
         widths: Channels at each further resolution; each has half the size of the previous one.
         depth: Convolutions at each of these.
-        drop_rate: Dropout before the classifiers.
-        act_layer: Activation.
-        norm_layer: Normalisation.
+        num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
         ValueError: no resolution, or one without channels or convolutions.
@@ -98,8 +93,7 @@ class VGGMC(MultiExitNet):
 
 
 default_cfgs = generate_default_cfgs(pretrained_cfgs(
-    'vgg8_mc_cifar',
-    num_exits=3,
+    dict(vgg8_mc_cifar=3),
     pool_size=(4, 4),
     first_conv='stages.0.layers.0.conv.conv',
 ))
