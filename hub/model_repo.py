@@ -33,27 +33,16 @@ _MADE_BY = {
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its weights, from the package or a user's folder.
+    """A network with its weights, from the package or a user's folder."""
 
-    Attributes:
-        name: 'arch.tag', also the repository's name.
-        folder: Holds model.safetensors, multiexit.json, results.json, recipe.yaml, history.yaml and history.csv.
-        model: With these weights, in eval mode.
-        exits: Costs and policies.
-        results: From timm-multiexit evaluate.
-        recipe: Options of train_timm.py.
-        history: The runs that led to it, and itself.
-        packaged: Whether the weights come with the package.
-    """
-
-    name: str
-    folder: Path
-    model: MultiExitNet
-    exits: ExitConfig
-    results: Results
-    recipe: Dict[str, Any]
-    history: History
-    packaged: bool
+    name: str  # 'arch.tag', also the repository's name
+    folder: Path  # with the weights and the files of `_MADE_BY`
+    model: MultiExitNet  # with these weights, in eval mode
+    exits: ExitConfig  # costs and policies
+    results: Results  # from timm-multiexit evaluate
+    recipe: Dict[str, Any]  # options of train_timm.py
+    history: History  # the runs that led to it, and itself
+    packaged: bool  # whether the weights come with the package
 
     @property
     def tag(self) -> str:

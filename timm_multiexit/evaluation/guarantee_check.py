@@ -17,21 +17,13 @@ MAX_LOSSES = (0.25, 0.5, 1., 2.)
 
 @dataclass(frozen=True)
 class GuaranteeCheck:
-    """How one promise fared over the splits.
+    """How one promise fared over the splits."""
 
-    Attributes:
-        max_loss: What was promised, in points.
-        broken: Share of the splits whose loss on the other images exceeds it.
-        median_macs: Median of the average MACs certified, measured on all test images; the full cost where nothing is.
-        nothing: Share of the splits in which no candidate is certified.
-        plug_in_broken: `broken`, for the rule that takes the cheapest candidate whose measured loss is allowed.
-    """
-
-    max_loss: float
-    broken: float
-    median_macs: float
-    nothing: float
-    plug_in_broken: float
+    max_loss: float  # what was promised, in points
+    broken: float  # share of the splits whose loss on the other images exceeds it
+    median_macs: float  # of the average MACs certified, on all test images; the full cost where nothing is
+    nothing: float  # share of the splits in which no candidate is certified
+    plug_in_broken: float  # `broken`, for the rule that takes the cheapest candidate whose measured loss is allowed
 
 
 def check_guarantees(

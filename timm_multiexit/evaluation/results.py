@@ -17,52 +17,30 @@ RESULTS_NAME = 'results.json'
 
 @dataclass(frozen=True)
 class ExitResult:
-    """One exit alone.
+    """One exit alone."""
 
-    Attributes:
-        exit: Number, from 1.
-        macs: Cumulative MACs.
-        params: Cumulative parameters.
-        accuracy: Top-1 on the test images.
-        validation_accuracy: Top-1 on the validation images.
-        temperature: Fitted on the validation images.
-        calibration_error: Expected calibration error on the test images, without the temperature.
-        calibration_error_with_temperature: Likewise, with it.
-    """
-
-    exit: int
-    macs: int
-    params: int
-    accuracy: float
-    validation_accuracy: float
-    temperature: float
-    calibration_error: float
-    calibration_error_with_temperature: float
+    exit: int  # number, from 1
+    macs: int  # cumulative
+    params: int  # cumulative
+    accuracy: float  # top-1 on the test images
+    validation_accuracy: float  # top-1 on the validation images
+    temperature: float  # fitted on the validation images
+    calibration_error: float  # expected calibration error on the test images, without the temperature
+    calibration_error_with_temperature: float  # likewise, with it
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """One average budget, kept by thresholds from the validation images.
+    """One average budget, kept by thresholds from the validation images."""
 
-    Attributes:
-        budget: Average MACs that the thresholds were solved for.
-        average_macs: What the test images took.
-        accuracy: Top-1 on the test images.
-        over_budget: Average MACs over the budget, in percent of it; negative below.
-        validation_macs: Average on the validation images.
-        validation_accuracy: Top-1 on the validation images.
-        exit_shares: Share of the test images that leave at each exit.
-        thresholds: One per exit.
-    """
-
-    budget: float
-    average_macs: int
-    accuracy: float
-    over_budget: float
-    validation_macs: float
-    validation_accuracy: float
-    exit_shares: Tuple[float, ...]
-    thresholds: Tuple[float, ...]
+    budget: float  # average MACs that the thresholds were solved for
+    average_macs: int  # what the test images took
+    accuracy: float  # top-1 on the test images
+    over_budget: float  # average MACs over the budget, in percent of it; negative below
+    validation_macs: float  # average on the validation images
+    validation_accuracy: float  # top-1 on the validation images
+    exit_shares: Tuple[float, ...]  # share of the test images that leave at each exit
+    thresholds: Tuple[float, ...]  # one per exit
 
 
 @dataclass(frozen=True)
@@ -76,56 +54,32 @@ class OracleResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Test accuracy at equal average cost, in points.
+    """Test accuracy at equal average cost, in points."""
 
-    Attributes:
-        mean_gain: Of the search over the geometric rule.
-        smallest_gain: Its least value over the budgets.
-        gains: At each budget.
-        mean_gain_fast: Of 'fast' over the search, below 0 where it loses.
-        smallest_gain_fast: Its least value over the budgets.
-        largest_budget_error: Of all methods and budgets on the test images, in percent of the budget.
-    """
-
-    mean_gain: float
-    smallest_gain: float
-    gains: Tuple[float, ...]
-    mean_gain_fast: float
-    smallest_gain_fast: float
-    largest_budget_error: float
+    mean_gain: float  # of the search over the geometric rule
+    smallest_gain: float  # its least value over the budgets
+    gains: Tuple[float, ...]  # at each budget
+    mean_gain_fast: float  # of 'fast' over the search, below 0 where it loses
+    smallest_gain_fast: float  # its least value over the budgets
+    largest_budget_error: float  # of all methods and budgets on the test images, in percent of the budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that an evaluation measures; the order of the attributes is that of results.json.
+    """All that an evaluation measures; the order of the attributes is that of results.json."""
 
-    Attributes:
-        model: Name of the network.
-        dataset: timm's name of the data set.
-        checkpoint: File name of a user's weights, or None.
-        timm_multiexit: Version of the package.
-        validation_images: Images on which temperatures and thresholds were set.
-        test_images: Images on which everything was measured.
-        measure: Confidence measure, see `policy.confidence`.
-        input_size: (C, H, W) of an image.
-        exits: Shallow to deep.
-        budgeted: By method, its budgets in the order solved.
-        oracle: For 1, 2, ... exits.
-        comparison: Of the methods.
-    """
-
-    model: str = ''
-    dataset: str = ''
-    checkpoint: Optional[str] = None
-    timm_multiexit: str = ''
-    validation_images: int
-    test_images: int
-    measure: str
-    input_size: Tuple[int, int, int]
-    exits: Tuple[ExitResult, ...]
-    budgeted: Dict[str, Tuple[BudgetResult, ...]]
-    oracle: Tuple[OracleResult, ...]
-    comparison: Comparison
+    model: str = ''  # name of the network
+    dataset: str = ''  # timm's name of the data set
+    checkpoint: Optional[str] = None  # file name of a user's weights, or None
+    timm_multiexit: str = ''  # version of the package
+    validation_images: int  # on which temperatures and thresholds were set
+    test_images: int  # on which everything was measured
+    measure: str  # confidence measure, see `policy.confidence`
+    input_size: Tuple[int, int, int]  # (C, H, W) of an image
+    exits: Tuple[ExitResult, ...]  # shallow to deep
+    budgeted: Dict[str, Tuple[BudgetResult, ...]]  # by method, its budgets in the order solved
+    oracle: Tuple[OracleResult, ...]  # for 1, 2, ... exits
+    comparison: Comparison  # of the methods
 
     def save(self, path: Union[str, Path]) -> None:
         """Writes results.json.

@@ -33,17 +33,11 @@ class Answers(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Images that run together.
+    """Images that run together."""
 
-    Attributes:
-        state: The engine's, of all rows.
-        owners: Position in the batch of each row's image, -1 where it has left.
-        memory: The rule's, of all rows, or None.
-    """
-
-    state: Any
-    owners: np.ndarray
-    memory: Optional[np.ndarray]
+    state: Any  # the engine's, of all rows
+    owners: np.ndarray  # position in the batch of each row's image, -1 where it has left
+    memory: Optional[np.ndarray]  # the rule's, of all rows, or None
 
 
 def segments_of(rule: StoppingRule) -> Tuple[Segment, ...]:

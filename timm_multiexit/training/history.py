@@ -23,19 +23,12 @@ _HEAD = '# Runs in order; options are those that differ from the run above. The 
 
 @dataclass(frozen=True)
 class Parent:
-    """A file of weights that a run started from.
+    """A file of weights that a run started from."""
 
-    Attributes:
-        file: Its name, without folders.
-        run: Id of the run that wrote it; '' if unknown.
-        epoch: That of an intermediate checkpoint, from 0; None for the final weights of the run.
-        sha256: Hex digest; '' if not recorded.
-    """
-
-    file: str
-    run: str = ''
-    epoch: Optional[int] = None
-    sha256: str = ''
+    file: str  # its name, without folders
+    run: str = ''  # id of the run that wrote it; '' if unknown
+    epoch: Optional[int] = None  # that of an intermediate checkpoint, from 0; None for the final weights of the run
+    sha256: str = ''  # hex digest; '' if not recorded
 
 
 @dataclass
@@ -61,15 +54,10 @@ class Step:
 
 @dataclass
 class History:
-    """Runs in order, none before its parents, and their logs.
-
-    Attributes:
-        steps: The runs.
-        log: Rows of all summaries, each with its `run`.
-    """
+    """Runs in order, none before its parents, and their logs."""
 
     steps: List[Step] = field(default_factory=list)
-    log: List[Dict[str, str]] = field(default_factory=list)
+    log: List[Dict[str, str]] = field(default_factory=list)  # rows of all summaries, with their `run`
 
     @classmethod
     def read(cls, folder: Path) -> 'History':
