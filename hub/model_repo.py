@@ -22,10 +22,8 @@ from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, History
 ORGANISATION = 'timm-multiexit'
 
 _MADE_BY = {
-    WEIGHTS_FILE: 'give the folder final/ of a run of train_timm.py',
-    RECIPE_NAME: 'give the folder final/ of a run of train_timm.py',
-    STEPS_NAME: 'give the folder final/ of a run of train_timm.py',
-    LOG_NAME: 'give the folder final/ of a run of train_timm.py',
+    **dict.fromkeys(
+        (WEIGHTS_FILE, RECIPE_NAME, STEPS_NAME, LOG_NAME), 'give the folder final/ of a run of train_timm.py'),
     FILE_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
     RESULTS_NAME: 'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
 }
@@ -53,11 +51,6 @@ class Network:
         return self.folder / WEIGHTS_FILE
 
 
-def packaged_networks():
-    """Names 'arch.tag' of the networks with weights in the package."""
-    return list_networks(pretrained=True)
-
-
 def read_network(given: str, name: str = '') -> Network:
     """Reads a network to publish and checks that the files beside the weights belong to them.
 
@@ -74,14 +67,17 @@ def read_network(given: str, name: str = '') -> Network:
         if '/' in given or '\\' in given:
             raise InputError(f"'{given}' is not a folder: give one with {WEIGHTS_FILE}, or a name like arch.tag")
         check_name(given)
-        if given not in packaged_networks():
-            trained = ', '.join(packaged_networks()) or 'none yet'
+        if given not in list_networks(pretrained=True):
+            trained = ', '.join(list_networks(pretrained=True)) or 'none yet'
             raise InputError(f"the package holds no weights for '{given}': give a folder, or one of {trained}")
         folder = WEIGHTS_DIR / given
     for required, remedy in _MADE_BY.items():
         if not (folder / required).is_file():
             raise InputError(f"'{folder}' has no {required}: {remedy}")
-    recipe = _read_recipe(folder / RECIPE_NAME)
+    recipe = read_yaml(folder / RECIPE_NAME, 'recipe')
+    if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
+        raise InputError(
+            f"'{folder / RECIPE_NAME}' is not a recipe, it names no model and dataset: give the run's own recipe")
     results = Results.load(folder / RESULTS_NAME)
     exits = ExitConfig.load(folder / FILE_NAME)
     history = History.read(folder)
@@ -92,16 +88,13 @@ def read_network(given: str, name: str = '') -> Network:
     if not re.fullmatch(r'\w+\.[\w-]+', name):
         raise InputError(f"'{name}' is not a repository name: give ARCH.TAG, like msfuse_cifar.flowers")
     model = _load(folder / WEIGHTS_FILE, name if packaged else str(recipe['model']), recipe, packaged)
-    network = Network(name, folder, model, exits, results, recipe, history, packaged)
-    _check(network)
-    return network
-
-
-def _read_recipe(path: Path) -> Dict[str, Any]:
-    recipe = read_yaml(path, 'recipe')
-    if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
-        raise InputError(f"'{path}' is not a recipe, it names no model and dataset: give the run's own recipe")
-    return recipe
+    exits.check_network(model)
+    costs = exit_costs(model, exits.input_size)
+    if tuple(costs.macs) != exits.exit_macs:
+        raise InputError(f"the costs in {FILE_NAME} of '{folder}' are not the network's: calibrate it again")
+    if [e.macs for e in results.exits] != list(costs.macs):
+        raise InputError(f"{RESULTS_NAME} of '{folder}' is of another network: evaluate it again")
+    return Network(name, folder, model, exits, results, recipe, history, packaged)
 
 
 def _default_name(recipe: Dict[str, Any]) -> str:
@@ -130,25 +123,11 @@ def _load(path: Path, name: str, recipe: Dict[str, Any], packaged: bool) -> Mult
     return model.eval()
 
 
-def _check(network: Network) -> None:
-    network.exits.check_network(network.model)
-    costs = exit_costs(network.model, network.exits.input_size)
-    if tuple(costs.macs) != network.exits.exit_macs:
-        raise InputError(f"the costs in {FILE_NAME} of '{network.folder}' are not the network's: calibrate it again")
-    if [e.macs for e in network.results.exits] != list(costs.macs):
-        raise InputError(f"{RESULTS_NAME} of '{network.folder}' is of another network: evaluate it again")
-
-
-def same_images(model: MultiExitNet, count: int = 4) -> torch.Tensor:
-    """Fixed images (count, C, H, W) for comparing two copies of a network."""
-    size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
-    return torch.rand((count, *size), generator=torch.Generator().manual_seed(0))
-
-
 @torch.inference_mode()
 def differences(ours: MultiExitNet, theirs: torch.nn.Module) -> int:
-    """Number of exits whose logits differ between two copies of a network, bit for bit."""
-    images = same_images(ours)
+    """Number of exits whose logits differ between two copies of a network, bit for bit, on four fixed images."""
+    size = (ours.in_chans, *ours.pretrained_cfg['input_size'][1:])
+    images = torch.rand((4, *size), generator=torch.Generator().manual_seed(0))
     if not isinstance(theirs, MultiExitNet) or theirs.num_exits != ours.num_exits:
         return ours.num_exits
     pairs = zip(ours.eval().forward_exits(images), theirs.eval().forward_exits(images))

@@ -2,7 +2,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict
+from typing import Any, Dict
 
 import timm
 import yaml
@@ -10,20 +10,15 @@ from card import build_card
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from model_repo import Network, differences
-from timm.models._hub import (
-    save_config_for_hf,  # private: save_for_hf would write the weights anew, in single precision
-)
+from timm.models._hub import save_config_for_hf  # private, but save_for_hf writes the weights anew, in single precision
 
 from timm_multiexit import InputError, load_exit_config
-from timm_multiexit.evaluation.results import RESULTS_NAME, Results
+from timm_multiexit.evaluation.results import RESULTS_NAME
 from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
 from timm_multiexit.stopping.config import CONFIG_KEY, RECIPE_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CARD = 'README.md'
 
@@ -42,15 +37,19 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
     Raises:
         InputError: matplotlib, which draws the figures, is not installed.
     """
+    require_extra('plots', 'a model repository')
+    from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure  # not on top: the Space needs none
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
     for name in (STEPS_NAME, LOG_NAME):
         shutil.copyfile(network.folder / name, folder / name)
-    (folder / RECIPE_NAME).write_text(_portable_recipe(network.folder / RECIPE_NAME), encoding='utf-8')
+    text, recipe = (network.folder / RECIPE_NAME).read_text(encoding='utf-8'), portable(network.recipe)
+    (folder / RECIPE_NAME).write_text(
+        text if recipe == network.recipe else yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
     write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
     network.results.save(folder / RESULTS_NAME)
-    for name, figure in _figures(network.results).items():
-        figure.savefig(folder / name, dpi=150, metadata={'Software': None})
+    for name, draw in (('anytime.png', anytime_figure), ('budgeted.png', budgeted_figure)):
+        draw(network.results).savefig(folder / name, dpi=150, metadata={'Software': None})
     (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')
     return folder
 
@@ -73,20 +72,6 @@ def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
     return config
 
 
-def _figures(results: Results) -> Dict[str, 'Figure']:
-    """The figures of a repository, by file name; InputError if matplotlib is not installed."""
-    require_extra('plots', 'a model repository')  # the Space needs no figures
-    from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
-    return {'anytime.png': anytime_figure(results), 'budgeted.png': budgeted_figure(results)}
-
-
-def _portable_recipe(path: Path) -> str:
-    """The recipe unchanged, except that absolute paths are reduced to file names."""
-    text = path.read_text(encoding='utf-8')
-    recipe = yaml.safe_load(text)
-    return text if portable(recipe) == recipe else yaml.safe_dump(portable(recipe), sort_keys=False)
-
-
 def check_folder(network: Network, folder: Path) -> str:
     """Loads the folder as a user would, compares the logits, and validates the card.
 
@@ -104,9 +89,7 @@ def check_folder(network: Network, folder: Path) -> str:
     if load_exit_config(place) != network.exits:
         raise InputError(f'{network.name}: config.json does not hold the stored policies')
     card = ModelCard.load(folder / CARD)
-    parsed = card.data.eval_results or []
-    measured = [e.accuracy for e in network.results.exits]
-    if [r.metric_value for r in parsed] != measured:
+    if [r.metric_value for r in card.data.eval_results or ()] != [e.accuracy for e in network.results.exits]:
         raise InputError(f'the model-index in the card of {network.name} does not hold the measured accuracies')
     return validate_card(card)
 

@@ -13,15 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Callable, List, Optional, Sequence
+from typing import Optional, Sequence
 
-from huggingface_hub import HfApi
-from model_repo import ORGANISATION, Network, packaged_networks, read_network
+from huggingface_hub import HfApi, get_token
+from model_repo import ORGANISATION, Network, read_network
 from publication import build_folder, check_folder
 from space_repo import SPACE, build_space, check_space
-from upload import Change, Target, compare, remote_files, require_token, send, verify_files, verify_network
+from upload import Target, compare, remote_files, send, verify_files, verify_network
 
-from timm_multiexit import InputError, __version__
+from timm_multiexit import InputError, __version__, list_networks
 from timm_multiexit.optional import require_timm
 from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 
@@ -45,14 +45,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
-def show(changes: List[Change]) -> None:
-    """Prints one line per file: action, bytes, SHA-256, path."""
-    for c in changes:
-        print(f"  {c.action:<8}{c.size:>12,}  {c.digest or '-':<64}  {c.path}")
-
-
 def show_plan(api: HfApi, target: Target, folder: Path) -> None:
-    """Prints what a push would do, file by file."""
+    """Prints what a push would do: the action, bytes, SHA-256 and path of each file."""
     note, remote = '', {}
     try:
         commit, remote = remote_files(api, target)
@@ -61,47 +55,30 @@ def show_plan(api: HfApi, target: Target, folder: Path) -> None:
         note = f'not compared: {explain(error)}'
     changes = compare(folder, remote)
     print(f'{target.repo_type} {target} ({note})')
-    show(changes)
+    for c in changes:
+        print(f"  {c.action:<8}{c.size:>12,}  {c.digest or '-':<64}  {c.path}")
     sent = [c for c in changes if c.action in ('add', 'replace')]
     print(f"  to upload: {len(sent)} files, {sum(c.size for c in sent):,} bytes"
           f"{' in one commit' if any(c.action != 'keep' for c in changes) else '; no change, no commit'}")
 
 
-def push(args: argparse.Namespace, api: HfApi, target: Target, folder: Path,
-         verify: Callable[[Target, str], None]) -> None:
-    """Uploads a checked folder, then verifies the repository."""
+def push(args: argparse.Namespace, api: HfApi, folder: Path, note: str, network: Optional[Network] = None) -> None:
+    """Uploads a checked folder, a network's or else the Space's, to the repository of its name, then verifies that.
+
+    `note` is what the check has to tell.
+    """
+    if note:
+        print(f'push.py: note: {note}', file=sys.stderr)
+    target = Target(f'{args.org}/{folder.name}', 'model' if network else 'space', args.revision, args.private)
     if args.dry_run:
         show_plan(api, target, folder)
         return
-    what = target.repo_id.rpartition('/')[2]
-    commit, new = send(api, target, folder, f'Publish {what} with timm-multiexit {__version__}')
+    commit, new = send(api, target, folder, f'Publish {folder.name} with timm-multiexit {__version__}')
     verify_files(api, target, folder)
-    verify(target, commit)
+    if network:
+        verify_network(target, commit, network)
     done = 'published' if new else 'unchanged, no commit made'
     print(f'{target}: {done}; verified at commit {commit[:12]}')
-
-
-def push_network(args: argparse.Namespace, api: HfApi, network: Network) -> None:
-    """Builds, checks, uploads and verifies one network."""
-    with TemporaryDirectory() as scratch:
-        folder = build_folder(network, Path(scratch) / network.name, args.org)
-        report(check_folder(network, folder))
-        target = Target(f'{args.org}/{network.name}', 'model', args.revision, args.private)
-        push(args, api, target, folder, lambda target, commit: verify_network(target, commit, network))
-
-
-def push_space(args: argparse.Namespace, api: HfApi) -> None:
-    """Builds, checks, uploads and verifies the app."""
-    with TemporaryDirectory() as scratch:
-        folder = build_space(Path(scratch) / SPACE, args.org)
-        report(check_space(folder))
-        push(args, api, Target(f'{args.org}/{SPACE}', 'space', args.revision, args.private), folder,
-             lambda target, commit: None)
-
-
-def report(note: str) -> None:
-    if note:
-        print(f'push.py: note: {note}', file=sys.stderr)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -109,18 +86,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parse_args(argv)
     try:
         require_timm('1.0.31', 'publishing')
-        if not args.dry_run:
-            require_token()
-        names = args.models or ([] if args.space else packaged_networks())
+        if not args.dry_run and not get_token():
+            raise InputError('no token for the Hub: log in with `hf auth login` or set HF_TOKEN')
+        names = args.models or ([] if args.space else list_networks(pretrained=True))
         if not names and not args.space:
             raise InputError('this package holds no weights: name a folder')
         # Read all before uploading the first, so that an error in the last publishes nothing.
         networks = [read_network(name, args.name) for name in names]
         api = HfApi(library_name='timm-multiexit', library_version=__version__)
         for network in networks:
-            push_network(args, api, network)
+            with TemporaryDirectory() as scratch:
+                folder = build_folder(network, Path(scratch) / network.name, args.org)
+                push(args, api, folder, check_folder(network, folder), network)
         if args.space:
-            push_space(args, api)
+            with TemporaryDirectory() as scratch:
+                folder = build_space(Path(scratch) / SPACE, args.org)
+                push(args, api, folder, check_space(folder))
     except InputError as error:
         print(f'push.py: error: {error}', file=sys.stderr)
         return 2

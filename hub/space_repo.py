@@ -7,10 +7,9 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import SpaceCard
-from model_repo import packaged_networks
 from publication import CARD, validate_card
 
-from timm_multiexit import InputError
+from timm_multiexit import InputError, list_networks
 
 PROJECT = Path(__file__).resolve().parent.parent
 SPACE = 'timm-multiexit-app'
@@ -44,7 +43,7 @@ def build_space(folder: Path, organisation: str, app: Path = PROJECT / 'app') ->
     needed = sorted(r for r in requires('timm-multiexit') or () if 'extra ==' not in r)
     (folder / 'requirements.txt').write_text('\n'.join([_TORCH_INDEX, *needed]) + '\n', encoding='utf-8')
     card = _load_card(folder)
-    card.data.models = [f'{organisation}/{name}' for name in packaged_networks()]
+    card.data.models = [f'{organisation}/{name}' for name in list_networks(pretrained=True)]
     card.save(folder / CARD)
     return folder
 

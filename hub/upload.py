@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Dict, List, Optional, Tuple
 
 import timm
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
@@ -58,45 +58,31 @@ def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
         folder: The local files.
         remote: The repository's files by path, from `remote_files`.
     """
-    changes = []
     local = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
+    gone = sorted(remote.keys() - local.keys() - set(_KEPT))
+    changes = []
     for name, path in local.items():
-        there = remote.get(name)
-        digest = sha256(path)
-        if there is None:
-            action = 'add'
-        elif there.lfs is not None:
-            action = 'keep' if there.lfs.sha256 == digest else 'replace'
-        else:
-            action = 'keep' if there.blob_id == git_hash(path.read_bytes()) else 'replace'
+        there, digest = remote.get(name), sha256(path)
+        action = 'add'
+        if there is not None:
+            same = there.lfs.sha256 == digest if there.lfs is not None else (
+                there.blob_id == git_hash(path.read_bytes()))
+            action = 'keep' if same else 'replace'
         changes.append(Change(action, name, path.stat().st_size, digest))
-    for name in sorted(remote.keys() - local.keys() - set(_KEPT)):
-        changes.append(Change('delete', name, remote[name].size, ''))
-    return changes
+    return changes + [Change('delete', name, remote[name].size, '') for name in gone]
 
 
 def remote_files(api: HfApi, target: Target) -> Tuple[Optional[str], Dict[str, RepoFile]]:
     """The head commit of a branch and its files by path; None and {} if the branch does not exist yet."""
-    where = dict(repo_type=target.repo_type, revision=target.revision)
+    kind = target.repo_type
     try:
-        commit = api.repo_info(target.repo_id, **where).sha
-        tree = api.list_repo_tree(
-            target.repo_id, recursive=True, repo_type=target.repo_type, revision=commit)
+        commit = api.repo_info(target.repo_id, repo_type=kind, revision=target.revision).sha
+        tree = api.list_repo_tree(target.repo_id, recursive=True, repo_type=kind, revision=commit)
         return commit, {f.path: f for f in tree if isinstance(f, RepoFile)}
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         if error.response.status_code == 404:
             return None, {}
         raise
-
-
-def require_token() -> None:
-    """Checks that huggingface_hub finds a token.
-
-    Raises:
-        InputError: it finds none.
-    """
-    if not get_token():
-        raise InputError('no token for the Hub: log in with `hf auth login` or set HF_TOKEN')
 
 
 def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, bool]:
