@@ -150,7 +150,7 @@ def main() -> None:
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
         images, targets = load_images(trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
-        test = LabelledLogits(*exit_logits(model, images, targets, label=name))
+        test = exit_logits(model, images, targets, label=name)
         make_assets(name, class_labels(model, config.class_names), config, images, test)
         print(f'{ASSETS / name}: {EXAMPLES_FILE}, {SPRITE_FILE}')
 

@@ -84,7 +84,7 @@ def split_logits(
     images, targets = load_images(
         dataset, args.data_dir, split, args.dataset_download, args.validation_images)
     costs = exit_costs(model, tuple(images.shape[1:]))
-    return LabelledLogits(*exit_logits(model, images, targets, args.batch_size, args.device, split)), costs
+    return exit_logits(model, images, targets, args.batch_size, args.device, split), costs
 
 
 def run(args: argparse.Namespace) -> None:

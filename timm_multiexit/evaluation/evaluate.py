@@ -27,6 +27,18 @@ from .results import RESULTS_NAME, BudgetResult, Comparison, ExitResult, OracleR
 CALIBRATION_BINS = 15
 
 
+@dataclass(frozen=True)
+class LabelledLogits:
+    """Logits float32 (num_exits, N, num_classes) of a split, and its targets int64 (N,)."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+
+    def accuracies(self) -> List[float]:
+        """Top-1 accuracy of each exit in percent."""
+        return (100. * (self.logits.argmax(2) == self.targets).double().mean(1)).tolist()
+
+
 @torch.inference_mode()
 def exit_logits(
         model: MultiExitNet,
@@ -35,8 +47,8 @@ def exit_logits(
         batch_size: int = 256,
         device: str = 'cpu',
         label: str = '',
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Logits of every exit, under the test transform.
+) -> LabelledLogits:
+    """Logits of every exit, on the CPU, under the test transform.
 
     Args:
         model: A network in eval mode, on `device`.
@@ -45,9 +57,6 @@ def exit_logits(
         batch_size: Images per batch.
         device: Where to run.
         label: Of the progress bar, which is drawn on terminals only.
-
-    Returns:
-        Logits float32 (num_exits, N, num_classes) and the targets, on the CPU.
 
     Raises:
         InputError: no images, or labels or logits that cannot be used.
@@ -63,19 +72,7 @@ def exit_logits(
             progress.update(len(x))
     logits = torch.cat(batches, 1)
     check_labelled_logits(logits, targets)
-    return logits, targets
-
-
-@dataclass(frozen=True)
-class LabelledLogits:
-    """Logits float32 (num_exits, N, num_classes) of a split, and its targets int64 (N,)."""
-
-    logits: torch.Tensor
-    targets: torch.Tensor
-
-    def accuracies(self) -> List[float]:
-        """Top-1 accuracy of each exit in percent."""
-        return (100. * (self.logits.argmax(2) == self.targets).double().mean(1)).tolist()
+    return LabelledLogits(logits, targets)
 
 
 def calibration_error(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.) -> float:

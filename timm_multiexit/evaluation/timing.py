@@ -2,7 +2,7 @@
 import platform
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from tqdm import tqdm
@@ -54,9 +54,8 @@ def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes
         rounds: How many.
         passes: Forward passes per round at batch 1.
     """
-    runners = []
-    for k in range(engine.num_exits):
-        runners.append(EarlyExitRunner(engine, ExitPolicy.at_exit(k, engine.num_exits), costs=costs))
+    last_exits = [ExitPolicy.at_exit(k, engine.num_exits) for k in range(engine.num_exits)]
+    runners = [EarlyExitRunner(engine, policy, costs=costs) for policy in last_exits]
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(batch_size, *costs.input_size, generator=generator).to(engine.device)
     one = batch[:1]
@@ -129,12 +128,8 @@ def measure_policies(
 def device_name(device: torch.device) -> str:
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return cpu_model() or platform.processor() or platform.machine()
-
-
-def cpu_model() -> Optional[str]:
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next((line.partition(':')[2].strip() for line in file if line.startswith('model name')), None)
-    except OSError:  # not Linux
-        return None
+            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):  # not Linux, or a processor without a name
+        return platform.processor() or platform.machine()
