@@ -9,7 +9,7 @@ is kept in OUTPUT/EXPERIMENT: the same command with --resume auto continues afte
 with the weights that the uninterrupted run would have had. `final/` there then holds the weights (EMA if kept) as
 safetensors, with the recipe and the history of the run.
 """
-from timm_multiexit.errors import InputError
+from timm_multiexit.commands import run_command
 
 
 def main(argv=None) -> None:
@@ -20,9 +20,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except InputError as error:
-        raise SystemExit(f'train_timm.py: error: {error}') from None
-    except KeyboardInterrupt as interrupt:
-        raise SystemExit(128 + (interrupt.args[0] if interrupt.args else 2)) from None
+    raise SystemExit(run_command('train_timm.py', main, bad_input=1))

@@ -115,7 +115,7 @@ def read_json(path: Union[str, Path], what: str) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
         raise InputError(f"{what} '{path}' cannot be read ({reason}): check the name and the file") from error
 
@@ -133,7 +133,7 @@ def read_yaml(path: Union[str, Path], what: str) -> Any:
     import yaml  # not on top: devices run `stopping` without it
     try:
         return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{what} '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error
 
 

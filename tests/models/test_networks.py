@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from conftest import SMALL
+from conftest import SMALL, SMALL_NETWORKS
 from torch import nn
 
 from timm_multiexit.models import MultiExitNet
@@ -195,3 +195,19 @@ def test_arguments_that_all_networks_have(name):
     assert not any(isinstance(m, nn.ReLU) for m in network.modules())
     first_conv = network.get_submodule(network.pretrained_cfg['first_conv'])
     assert first_conv.in_channels == 1
+
+
+@pytest.mark.parametrize('name', SMALL_NETWORKS)
+def test_gradient_checkpointing_changes_nothing(name):
+    """Its second forward pass would update BN statistics a second time."""
+    plain = timm.create_model(name, **SMALL_NETWORKS[name]).train()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    x = images(plain, batch=4)
+    for network in (plain, saving):
+        for _ in range(2):
+            network(x).sum().backward()
+    for a, b in zip(plain.buffers(), saving.buffers()):
+        assert torch.equal(a, b)
+    for a, b in zip(plain.parameters(), saving.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)

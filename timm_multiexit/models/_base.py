@@ -7,6 +7,7 @@ first. Stage k maps the state to the next one; the first stage receives `[image]
 map that the exit reads, and every other tensor is read by a later stage. So inference may stop after any exit, and may
 drop finished images by indexing every tensor of the state.
 """
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
@@ -14,6 +15,21 @@ from timm.layers import ClassifierHead, create_classifier
 from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices  # private, but used by every timm model with these methods
 from torch import nn
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch normalisation as in train mode, whose running statistics stay as they are."""
+    norms = [m for m in module.modules() if getattr(m, 'num_batches_tracked', None) is not None]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.
+    try:
+        yield
+    finally:  # checkpointing leaves the block by an error when it has all that it needs
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 class Stage(nn.Module):
@@ -31,8 +47,13 @@ class Stage(nn.Module):
 
     def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.run_layers, state)
+            return checkpoint(self.run_layers, state, context_fn=self._contexts)
         return self.run_layers(state)
+
+    @torch.jit.ignore
+    def _contexts(self) -> Tuple[Any, Any]:
+        """Those of the forward and of its repetition in the backward pass, where BN statistics must not move again."""
+        return nullcontext(), _statistics_kept(self)
 
     @torch.jit.ignore
     def keep_maps(self, kept: List[int]) -> List[int]:

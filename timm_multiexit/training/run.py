@@ -29,7 +29,7 @@ def train(args: argparse.Namespace) -> None:
 
     Raises:
         InputError: options, data or checkpoints that cannot be used, or a loss that diverges.
-        KeyboardInterrupt: with the number of the signal.
+        KeyboardInterrupt: with the number of the signal and a message.
     """
     setup_default_logging()
     if args.benchmark:
@@ -40,12 +40,12 @@ def train(args: argparse.Namespace) -> None:
     with Interruptions() as interruptions, held(path) if first else nullcontext():
         try:
             _train(args, path, interruptions)
-        except KeyboardInterrupt:
-            if first:
-                kept = (path / LAST_NAME).is_file()
-                _logger.info('Stopped; the same command with --resume auto '
-                             + ('goes on after the last checkpoint' if kept else 'starts again: no epoch was finished'))
-            raise
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.args[0]
+            kept = (path / LAST_NAME).is_file()
+            raise KeyboardInterrupt(
+                number, f'stopped by {signal.Signals(number).name}: the same command with --resume auto '
+                + ('goes on after the last checkpoint' if kept else 'starts again, no epoch was finished')) from None
 
 
 def _train(args: argparse.Namespace, path: Path, interruptions: 'Interruptions') -> None:

@@ -3,7 +3,7 @@ import argparse
 import logging
 import random
 import time
-from typing import Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import numpy as np
 import timm
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..models import MultiExitNet
 from ..models._fold import fold_batch_norm
+from ..pretrained.hub_files import first_line
 from ..pretrained.load import load_mean, load_teacher
 from .cpu_kernels import use_cpu_kernels
 from .cuda_graph import GraphedStep
@@ -43,7 +44,11 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
     Raises:
         InputError: a network without exits, or initial weights that cannot be read or do not fit.
     """
-    model = timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, **args.model_kwargs)
+    try:
+        model = timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, **args.model_kwargs)
+    except Exception as error:  # of many types, as names and arguments can be wrong
+        raise InputError(f"network '{args.model}' with {args.model_kwargs or 'no --model-kwargs'} cannot be created "
+                         f'({first_line(error)})') from error
     if not isinstance(model, MultiExitNet):
         raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
@@ -86,6 +91,9 @@ class Trainer:
         num_classes = args.num_classes or count_classes(args)
         model = create_network(args, num_classes)
         self.data_config = resolve_data_config(model=model)
+        size = min(self.data_config['input_size'][1:])
+        if args.crop_padding >= size:
+            raise InputError(f'--crop-padding {args.crop_padding}: images of {size} pixels have room for {size - 1}')
         model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
         self.metrics = [*(f'top1_exit{k + 1}' for k in range(model.num_exits)), 'top1_mean']
 
@@ -105,7 +113,8 @@ class Trainer:
             model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
             args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
         capturable = dict(capturable=True) if args.cuda_graph else {}
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **capturable)  # after the task's freezing
+        self.optimizer = self._create(
+            '--opt', create_optimizer_v2, model, **optimizer_kwargs(args), **capturable)  # after the task's freezing
         # Float16 gradients below 6e-8 would vanish.
         self.scaler = NativeScaler(self.device.type) if self.amp_dtype == torch.float16 else None
         self.graphed_step = None
@@ -116,9 +125,16 @@ class Trainer:
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         self.updates_per_epoch = len(self.loader)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, **{**scheduler_kwargs(args), 'num_epochs': max(args.epochs, 1)},
-            updates_per_epoch=self.updates_per_epoch)
+        self.scheduler, _ = self._create(
+            '--sched', create_scheduler_v2, self.optimizer, updates_per_epoch=self.updates_per_epoch,
+            **{**scheduler_kwargs(args), 'num_epochs': max(args.epochs, 1)})
+
+    def _create(self, option: str, create: Callable, *args, **kwargs) -> Any:
+        try:
+            return create(*args, **kwargs)
+        except Exception as error:  # of many types, as arguments can be wrong
+            name = getattr(self.args, option[2:])
+            raise InputError(f'{option} {name} cannot be used with these options ({first_line(error)})') from error
 
     def distribute(self) -> None:
         """Wraps the network for several processes; to be called after a checkpoint is loaded, so all start from it."""
@@ -227,6 +243,8 @@ class Trainer:
     def evaluate(self) -> Dict[str, float]:
         """Top-1 accuracy of every exit and their mean, in percent, with the EMA weights if kept."""
         network = self.task.get_trainable_module(ema=self.task.has_ema())
-        accuracies = exit_accuracies(network, self.loader_eval, self.amp_dtype).tolist()
+        # Not in float16: early in training RANet's maps are too large for it, with statistics that are not yet fitted.
+        dtype = None if self.scaler else self.amp_dtype
+        accuracies = exit_accuracies(network, self.loader_eval, dtype).tolist()
         values = [*accuracies, sum(accuracies) / len(accuracies)]
         return {name: round(value, 3) for name, value in zip(self.metrics, values)}

@@ -1,0 +1,106 @@
+"""What the commands share: options whose values are checked, and errors as one line."""
+import argparse
+import math
+import os
+import signal
+import sys
+from typing import Callable, List, Optional, Sequence, Type, Union
+
+import torch
+
+from .errors import InputError
+
+HINT = '--traceback shows where an unexpected error arose'
+
+
+def run_command(
+        name: str,
+        run: Callable[[List[str]], Optional[int]],
+        argv: Optional[Sequence[str]] = None,
+        bad_input: int = 2,
+) -> int:
+    """Runs a command; its errors become one line, unless `--traceback` is among the arguments.
+
+    Args:
+        name: Of the command, for messages.
+        run: Takes the other arguments; returns a status, None for 0.
+        argv: Arguments; None for those of the command line.
+        bad_input: Status for an `InputError`.
+
+    Returns:
+        The exit status: 0, `bad_input`, 1 for an unexpected error, 128 + the number of the signal that ended it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run([arg for arg in argv if arg != '--traceback']) or 0
+    except InputError as error:
+        print(f'{name}: error: {error}', file=sys.stderr)
+        return bad_input
+    except KeyboardInterrupt as interrupt:
+        number, message = interrupt.args or (signal.SIGINT, 'interrupted')
+        print(message, file=sys.stderr)
+        return 128 + number
+    except BrokenPipeError:  # the reader (head, less) closed the pipe
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if '--traceback' in argv:
+            raise
+        reason = (str(error).strip().splitlines() or ['no message'])[0][:300]
+        print(f'{name}: error: {type(error).__name__}: {reason} ({HINT})', file=sys.stderr)
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f'{self.prog}: error: {message} (--help lists the options)\n')
+
+
+class Number:
+    """The type of an option that takes a finite number from `low` to `high`.
+
+    Args:
+        kind: int or float.
+        low, high: Bounds, allowed themselves.
+        but: A bound that is not allowed.
+    """
+
+    def __init__(self, kind: Type[Union[int, float]], low: float = -math.inf, high: float = math.inf,
+                 but: Optional[float] = None):
+        self.kind, self.low, self.high, self.but = kind, low, high, but
+
+    def __call__(self, text: str) -> Union[int, float]:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not self.low <= value <= self.high or value == self.but or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {self}")
+        return value
+
+    def __str__(self) -> str:
+        kind = 'a whole number' if self.kind is int else 'a number'
+        low = '' if self.low == -math.inf else f' from {self.low}'
+        high = '' if self.high == math.inf else f' to {self.high}'
+        return kind + low + high + (f', {self.but} excluded' if self.but is not None else '')
+
+
+COUNT = Number(int, 1)
+WHOLE = Number(int, 0)
+THREADS = Number(int, 0, max(os.cpu_count() or 1, 1))
+NOT_NEGATIVE = Number(float, 0)
+POSITIVE = Number(float, 0, but=0)
+SHARE = Number(float, 0, 1)
+BELOW_ONE = Number(float, 0, 1, but=1)
+
+
+def device(text: str) -> str:
+    """The type of an option that takes a torch device of this machine."""
+    try:
+        torch.empty(0, device=text)
+    except Exception as error:  # of many types, as the device has
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"no device '{text}' here ({reason[:100]})") from error
+    return text
