@@ -3,6 +3,7 @@
 Each is replaced by one rename, so that a kill at any moment leaves a run that `--resume auto` goes on with.
 """
 import argparse
+import io
 import itertools
 import logging
 import os
@@ -135,8 +136,10 @@ class _Saver(CheckpointSaver):
     """timm's, with each file replaced by one rename; what a kill kept from being ranked is ranked on resume."""
 
     def _save(self, save_path, epoch, metric=None):
-        with written_beside(Path(self.checkpoint_dir) / LAST_NAME) as partial, partial.open('wb') as file:
-            super()._save(file, epoch, metric)
+        buffer = io.BytesIO()  # on a full disk torch.save would hide the reason
+        super()._save(buffer, epoch, metric)
+        with written_beside(Path(self.checkpoint_dir) / LAST_NAME) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def _replace(self, src, dst):
         pass  # `_save` did
