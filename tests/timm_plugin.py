@@ -7,11 +7,11 @@ from functools import wraps
 
 import pytest
 import timm
+from backbone_models import BACKBONES  # registers exits on three kinds of timm's models
 
-import timm_multiexit  # noqa: F401 - registers the networks
 from timm_multiexit.pretrained.names import list_networks
 
-_NAMES = frozenset(list_networks())
+_NAMES = frozenset([*list_networks(), *BACKBONES])
 
 
 def is_ours(name) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, List
 from .errors import InputError
 from .inference.anytime import AnytimeRunner
 from .inference.runner import EarlyExitRunner
-from .models import MultiExitNet, exit_costs
+from .models import MultiExitNet, add_exits, exit_costs
 from .pretrained.exit_config import load_exit_config
 from .pretrained.load import load_model
 from .pretrained.names import list_networks
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 __all__ = [
     'AnytimeRunner', 'EarlyExitRunner', 'ExitConfig', 'ExitCosts', 'ExitPolicy', 'InputError', 'MultiExitNet',
-    'MultiExitTask', '__version__', 'exit_costs', 'list_networks', 'load_exit_config', 'load_model',
+    'MultiExitTask', '__version__', 'add_exits', 'exit_costs', 'list_networks', 'load_exit_config', 'load_model',
 ]
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import PROJECT, SAMPLES, SMALL, SMALL_NETWORKS, exit_logits
+from conftest import NETWORKS, PROJECT, SAMPLES, SMALL, SMALL_NETWORKS, exit_logits
 from timm.data import resolve_data_config
 
 from timm_multiexit.datasets import load_images, normalize
@@ -18,7 +18,6 @@ from timm_multiexit.inference.runner import EarlyExitRunner, Run
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.load import load_model
-from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.policy import NEVER, ExitPolicy
 from timm_multiexit.stopping.simulate import Simulation, simulate
@@ -96,7 +95,7 @@ EXPORT = pytest.mark.slow('40 s of CPU time: exporting the nine full networks to
 @pytest.mark.parametrize('engine_name', ['torch', 'onnx'])
 @pytest.mark.parametrize('name, kwargs', [
     *(pytest.param(name, kwargs, id=f'{name}-small') for name, kwargs in SMALL_NETWORKS.items()),
-    *(pytest.param(name, {}, id=name, marks=EXPORT) for name in list_networks())])
+    *(pytest.param(name, {}, id=name, marks=EXPORT) for name in NETWORKS)])
 def test_every_network_runs_as_simulated(name, kwargs, photos, engine_name):
     network = timm.create_model(name, **kwargs).eval()
     images = photos[0][:48]

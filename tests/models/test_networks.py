@@ -5,12 +5,11 @@ import math
 import pytest
 import timm
 import torch
-from conftest import SMALL, SMALL_NETWORKS
+from conftest import NETWORKS, SMALL, SMALL_NETWORKS
 from torch import nn
 
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.models._costs import exit_costs
-from timm_multiexit.pretrained.names import list_networks
 
 
 def images(network, batch=2, size=None):
@@ -18,7 +17,7 @@ def images(network, batch=2, size=None):
     return torch.randn(batch, chans, *(size or full))
 
 
-@pytest.fixture(scope='module', params=list_networks())
+@pytest.fixture(scope='module', params=NETWORKS)
 def settled(request):
     """Every network, its BN statistics fitted to random images: otherwise maps drift with depth, and channels die."""
     network = timm.create_model(request.param).train()
@@ -177,13 +176,13 @@ def test_depthwise_convolutions_are_initialised_by_their_own_fan():
         assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
 
 
-@pytest.mark.parametrize('name', list_networks())
+@pytest.mark.parametrize('name', NETWORKS)
 def test_unknown_arguments_are_refused(name):
     with pytest.raises(TypeError, match='no_such_argument'):
         timm.create_model(name, no_such_argument=1)
 
 
-@pytest.mark.parametrize('name', list_networks())
+@pytest.mark.parametrize('name', NETWORKS)
 def test_arguments_that_all_networks_have(name):
     network = timm.create_model(
         name, device='meta', dtype=torch.float64, num_classes=7, in_chans=1, drop_rate=0.5, act_layer='gelu')

@@ -338,10 +338,16 @@ class MultiExitNet(nn.Module):
             state = stage(state)
             if i in take_indices:
                 convs = norm and i == last_index
-                intermediates.append(self.exits[i].forward_features(state[-1]) if convs else state[-1])
+                intermediates.append(
+                    self.exits[i].forward_features(state[-1]) if convs else self.feature_map(i, state[-1]))
         if intermediates_only:
             return intermediates
         return self.exits[len(stages) - 1].forward_features(state[-1]), intermediates
+
+    @torch.jit.ignore
+    def feature_map(self, k: int, x: torch.Tensor) -> torch.Tensor:
+        """The last tensor of stage k's state as a map (B, C_k, H_k, W_k)."""
+        return x
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """The last exit's map before its pooling, (B, num_features, H, W)."""
