@@ -13,11 +13,15 @@ from timm_multiexit.commands import run_command
 
 
 def main(argv=None) -> None:
-    # Imported here, so that with a timm too old for training the error is one line.
-    from timm_multiexit.training.options import parse_train_args
-    from timm_multiexit.training.run import train
-    train(parse_train_args(__doc__.splitlines()[0], argv))
+    def run(argv):
+        # Imported here, so that with a timm too old for training the error is one line.
+        from timm_multiexit.training.options import parse_train_args
+        from timm_multiexit.training.run import train
+        train(parse_train_args(__doc__.splitlines()[0], argv))
+
+    if status := run_command('train_timm.py', run, argv, bad_input=1):
+        raise SystemExit(status)
 
 
 if __name__ == '__main__':
-    raise SystemExit(run_command('train_timm.py', main, bad_input=1))
+    main()

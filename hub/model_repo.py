@@ -4,16 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict
 
-import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from timm_multiexit import ExitConfig, InputError, MultiExitNet, exit_costs, list_networks
+from timm_multiexit import ExitConfig, InputError, MultiExitNet, exit_costs, list_networks, load_model
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_yaml
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.pretrained.hub_files import WEIGHTS_FILE
+from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE
 from timm_multiexit.pretrained.names import check_name
 from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, History
@@ -23,7 +20,8 @@ ORGANISATION = 'timm-multiexit'
 
 _MADE_BY = {
     **dict.fromkeys(
-        (WEIGHTS_FILE, RECIPE_NAME, STEPS_NAME, LOG_NAME), 'give the folder final/ of a run of train_timm.py'),
+        (WEIGHTS_FILE, CONFIG_FILE, RECIPE_NAME, STEPS_NAME, LOG_NAME),
+        'give the folder final/ of a run of train_timm.py'),
     FILE_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
     RESULTS_NAME: 'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
 }
@@ -72,7 +70,8 @@ def read_network(given: str, name: str = '') -> Network:
             raise InputError(f"the package holds no weights for '{given}': give a folder, or one of {trained}")
         folder = WEIGHTS_DIR / given
     for required, remedy in _MADE_BY.items():
-        if not (folder / required).is_file():
+        registered = packaged and required == CONFIG_FILE
+        if not registered and not (folder / required).is_file():
             raise InputError(f"'{folder}' has no {required}: {remedy}")
     recipe = read_yaml(folder / RECIPE_NAME, 'recipe')
     if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
@@ -87,7 +86,7 @@ def read_network(given: str, name: str = '') -> Network:
         name = _default_name(recipe)
     if not re.fullmatch(r'\w+\.[\w-]+', name):
         raise InputError(f"'{name}' is not a repository name: give ARCH.TAG, like msfuse_cifar.flowers")
-    model = _load(folder / WEIGHTS_FILE, name if packaged else str(recipe['model']), recipe, packaged)
+    model = load_model(name if packaged else f'local-dir:{folder}')
     exits.check_network(model)
     costs = exit_costs(model, exits.input_size)
     if tuple(costs.macs) != exits.exit_macs:
@@ -102,25 +101,6 @@ def _default_name(recipe: Dict[str, Any]) -> str:
     if not kind:  # 'folder' names no dataset
         raise InputError(f"dataset '{recipe['dataset']}' gives no repository name: pass --name ARCH.TAG")
     return f"{str(recipe['model']).partition('.')[0]}.{dataset}"
-
-
-def _load(path: Path, name: str, recipe: Dict[str, Any], packaged: bool) -> MultiExitNet:
-    if ':' in name:
-        raise InputError(f"recipe with model '{name}': train a network of the package")
-    check_name(name)
-    try:
-        state = load_file(path)
-        num_classes = len(state['exits.0.fc.weight'])
-        kwargs = {} if packaged else dict(recipe.get('model_kwargs') or {})
-        # The name used in training, for its mean and standard deviation.
-        model = timm.create_model(name, **{**kwargs, 'num_classes': num_classes})
-        model.load_state_dict(state)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"weights '{path}' do not load into {name} ({reason}): check the file and recipe") from error
-    if not isinstance(model, MultiExitNet):
-        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
-    return model.eval()
 
 
 @torch.inference_mode()

@@ -1,5 +1,4 @@
 """The model repository: built from the files beside the weights, then checked."""
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Dict
@@ -10,14 +9,14 @@ from card import build_card
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from model_repo import Network, differences
-from timm.models._hub import save_config_for_hf  # private, but save_for_hf writes the weights anew, in single precision
 
 from timm_multiexit import InputError, load_exit_config
 from timm_multiexit.evaluation.results import RESULTS_NAME
 from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
-from timm_multiexit.stopping.config import CONFIG_KEY, RECIPE_NAME
+from timm_multiexit.pretrained.record import config_of
+from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable
 
 CARD = 'README.md'
@@ -46,7 +45,8 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
     text, recipe = (network.folder / RECIPE_NAME).read_text(encoding='utf-8'), portable(network.recipe)
     (folder / RECIPE_NAME).write_text(
         text if recipe == network.recipe else yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
-    write_json(folder / CONFIG_FILE, timm_config(network, folder / CONFIG_FILE))
+    write_json(folder / CONFIG_FILE, timm_config(network))
+    network.exits.save(folder / FILE_NAME)
     network.results.save(folder / RESULTS_NAME)
     for name, draw in (('anytime.png', anytime_figure), ('budgeted.png', budgeted_figure)):
         draw(network.results).savefig(folder / name, dpi=150, metadata={'Software': None})
@@ -54,21 +54,10 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
     return folder
 
 
-def timm_config(network: Network, scratch: Path) -> Dict[str, Any]:
-    """timm's config.json with the key `multiexit`.
-
-    Args:
-        network: What to publish.
-        scratch: Temporary file that timm writes.
-    """
-    cfg = dict(tag=network.tag, classifier=[f'exits.{k}.fc' for k in range(network.model.num_exits)])
-    extra = {CONFIG_KEY: network.exits.to_dict()}
-    if network.exits.class_names:
-        extra['label_names'] = list(network.exits.class_names)
-    save_config_for_hf(network.model, scratch, model_config=dict(pretrained_cfg=cfg, **extra))
-    config = json.loads(scratch.read_text(encoding='utf-8'))
-    if not network.exits.class_names and not network.packaged:
-        config['pretrained_cfg'].pop('label_names', None)  # they are the cfg's, not the user's
+def timm_config(network: Network) -> Dict[str, Any]:
+    """timm's config.json, with the record of the training data under the key `multiexit`."""
+    config = config_of(network.model)
+    config['pretrained_cfg']['tag'] = network.tag
     return config
 
 
@@ -87,7 +76,7 @@ def check_folder(network: Network, folder: Path) -> str:
         raise InputError(f'{network.name} loaded from its folder differs in the logits of {differing} exits: '
                          'config.json does not match the weights')
     if load_exit_config(place) != network.exits:
-        raise InputError(f'{network.name}: config.json does not hold the stored policies')
+        raise InputError(f'{network.name}: multiexit.json does not hold the stored policies')
     card = ModelCard.load(folder / CARD)
     if [r.metric_value for r in card.data.eval_results or ()] != [e.accuracy for e in network.results.exits]:
         raise InputError(f'the model-index in the card of {network.name} does not hold the measured accuracies')

@@ -14,7 +14,8 @@ from model_repo import Network, differences
 
 from timm_multiexit import ExitConfig, InputError
 from timm_multiexit.files import sha256
-from timm_multiexit.pretrained.hub_files import CONFIG_FILE, HUB_ERRORS, explain
+from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
+from timm_multiexit.stopping.config import FILE_NAME
 
 _KEPT = ('.gitattributes',)  # the Hub's own
 
@@ -144,8 +145,8 @@ def verify_network(target: Target, commit: str, network: Network) -> None:
     """
     with doing(f'published, but loading hf-hub:{target} back'), TemporaryDirectory() as cache:
         loaded = timm.create_model(f'hf-hub:{target.repo_id}@{commit}', pretrained=True, cache_dir=cache)
-        config = hf_hub_download(target.repo_id, CONFIG_FILE, revision=commit, cache_dir=cache)
-        exits = ExitConfig.load(config)
+        stored = hf_hub_download(target.repo_id, FILE_NAME, revision=commit, cache_dir=cache)
+        exits = ExitConfig.load(stored)
     differing = differences(network.model, loaded)
     if differing or exits != network.exits:
         what = f'the logits of {differing} exits differ' if differing else 'the policies differ'

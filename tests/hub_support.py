@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 
 from timm_multiexit.datasets import DATASETS
 from timm_multiexit.evaluation.evaluate import LabelledLogits, evaluate
+from timm_multiexit.files import write_json
 from timm_multiexit.models._costs import exit_costs
+from timm_multiexit.pretrained.record import TrainingData, config_of, describe
 from timm_multiexit.stopping.solve import solve_exit_config
 from timm_multiexit.training.history import History, Step
 
@@ -140,6 +142,9 @@ def final(tmp_path_factory) -> Path:
     model = timm.create_model('msfuse_cifar', **SHAPE).eval()
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / 'model.safetensors')
+    classes = DATASETS['cifar10'].classes
+    describe(model, TrainingData('torch/cifar10'), classes)
+    write_json(folder / 'config.json', config_of(model))
     costs = exit_costs(model)
     splits = []
     for _ in range(2):
@@ -151,7 +156,6 @@ def final(tmp_path_factory) -> Path:
     validation, test = splits
     results = replace(evaluate(validation, test, costs), model='msfuse_cifar', dataset='torch/cifar10')
     results.save(folder / 'results.json')
-    classes = DATASETS['cifar10'].classes
     solve_exit_config(validation.logits, validation.targets, costs, classes).save(folder / 'multiexit.json')
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(dict(
         model='msfuse_cifar', dataset='torch/cifar10', epochs=3, opt='nmuon', lr=0.03, batch_size=256,

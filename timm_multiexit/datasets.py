@@ -78,18 +78,6 @@ def find_dataset(name: str) -> Optional[Dataset]:
     return next((dataset for dataset in DATASETS.values() if dataset.name == name), None)
 
 
-def trained_on(pretrained_cfg: Dict[str, Any]) -> Dataset:
-    """The data set that weights were trained on, by the tag of their pretrained cfg.
-
-    Raises:
-        InputError: the tag names none.
-    """
-    tag = pretrained_cfg.get('tag') or ''
-    if tag not in DATASETS:
-        raise InputError(f"the tag '{tag}' of the weights names no data set: pass --dataset")
-    return DATASETS[tag]
-
-
 def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -> Tuple[torch.Tensor, torch.Tensor]:
     """Indices of the training and of the validation images, the same on every machine.
 

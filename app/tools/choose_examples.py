@@ -15,11 +15,12 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from timm_multiexit import ExitConfig, InputError, list_networks, load_exit_config, load_model
-from timm_multiexit.datasets import load_images, trained_on
+from timm_multiexit.datasets import load_images
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.pretrained.exit_config import list_stored
 from timm_multiexit.pretrained.names import class_labels
+from timm_multiexit.pretrained.record import trained_on
 from timm_multiexit.stopping.policy import confidence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -149,7 +150,7 @@ def main() -> None:
     for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
-        images, targets = load_images(trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
+        images, targets = load_images(trained_on(model), args.data_dir, 'test')
         test = exit_logits(model, images, targets, label=name)
         make_assets(name, class_labels(model, config.class_names), config, images, test)
         print(f'{ASSETS / name}: {EXAMPLES_FILE}, {SPRITE_FILE}')

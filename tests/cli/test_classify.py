@@ -126,12 +126,29 @@ def test_table_says_where_and_why_it_stopped(capsys):
 
 def test_other_images_are_still_answered(capsys, tmp_path):
     (tmp_path / 'bad.png').write_text('no image')
-    code = main(['classify', str(tmp_path / 'bad.png'), IMAGES[0], str(tmp_path), '--json'])
+    code = main(['classify', str(tmp_path / 'bad.png'), IMAGES[0], str(tmp_path / 'none*.png'), '--json'])
     out, err = capsys.readouterr()
     results = json.loads(out)
     assert code == 2 and [('error' in r) for r in results] == [True, False, True]
     lines = err.strip().splitlines()
-    assert len(lines) == 2 and 'bad.png' in lines[0] and 'is a folder' in lines[1]
+    assert len(lines) == 2 and 'bad.png' in lines[0] and 'does not exist' in lines[1]
+
+
+def test_folders_and_quoted_patterns(capsys, tmp_path):
+    """As a shell would expand them, where the shell does not."""
+    (tmp_path / 'deep').mkdir()
+    (tmp_path / '[a].png').write_bytes(SAMPLES.joinpath(IMAGES[0]).read_bytes())
+    for name in ('b.png', 'c.png', '._b.png', 'notes.txt', 'deep/d.jpg'):
+        (tmp_path / name).write_bytes((tmp_path / '[a].png').read_bytes())
+    for given, names in [
+        (tmp_path, '[a].png b.png c.png deep/d.jpg'), (tmp_path / '?.png', 'b.png c.png'),
+        (tmp_path / '[a].png', '[a].png'), (tmp_path / '**' / '*.jpg', 'deep/d.jpg'),
+    ]:
+        code, results = answers(capsys, str(given), '--budget', '16M')
+        assert code == 0 and [r['image'] for r in results] == [str(tmp_path / n) for n in names.split()]
+    (tmp_path / 'empty').mkdir()
+    assert main(['classify', str(tmp_path / 'empty')]) == 2
+    assert 'holds no images' in capsys.readouterr().err
 
 
 def checkpoint(tmp_path, **kwargs):
@@ -164,9 +181,10 @@ def test_bad_options_are_one_line_and_code_2(capsys, args, message):
 
 
 def test_checkpoints_that_do_not_fit_or_are_damaged(capsys, tmp_path):
-    assert main(['classify', IMAGES[0], '--checkpoint', str(checkpoint(tmp_path, **SMALL))]) == 2
+    classify = ['classify', IMAGES[0], '--model', 'msfuse_cifar', '--checkpoint']
+    assert main([*classify, str(checkpoint(tmp_path, **SMALL))]) == 2
     assert 'does not fit msfuse_cifar with 10 classes' in capsys.readouterr().err
-    assert main(['classify', IMAGES[0], '--checkpoint', str(cut_checkpoint(tmp_path))]) == 2
+    assert main([*classify, str(cut_checkpoint(tmp_path))]) == 2
     err = capsys.readouterr().err
     assert 'cannot be read' in err and len(err.strip().splitlines()) == 1
 

@@ -31,12 +31,13 @@ def test_push_load_back_and_push_again(client, server, final):
     first, commit = server.commits(REPO)
     assert not first.files and set(commit.files) == {
         'README.md', 'anytime.png', 'budgeted.png', 'config.json', 'history.csv', 'history.yaml', 'model.safetensors',
-        'recipe.yaml', 'results.json'}
+        'multiexit.json', 'recipe.yaml', 'results.json'}
     stored = server.contents(REPO)
     assert stored['model.safetensors'] == (final / 'model.safetensors').read_bytes()
     config = json.loads(stored['config.json'])
     assert config['architecture'] == 'msfuse_cifar' and config['pretrained_cfg']['tag'] == 'cifar10'
-    assert ExitConfig.from_dict(config['multiexit']) == ExitConfig.load(final / 'multiexit.json')
+    assert config['multiexit']['dataset'] == 'torch/cifar10'
+    assert ExitConfig.from_dict(json.loads(stored['multiexit.json'])) == ExitConfig.load(final / 'multiexit.json')
     for text in ('README.md', 'config.json', 'recipe.yaml', 'results.json'):
         assert str(final).encode() not in stored[text] and b'/somewhere/of/mine' not in stored[text]
 

@@ -181,8 +181,8 @@ def write_and_name(server, tmp_path: Path, place: str, files: dict) -> str:
 @pytest.mark.parametrize('change, words', [
     ('no results', ['results.json', 'timm-multiexit evaluate']),
     ('no policies', ['multiexit.json', 'timm-multiexit calibrate']),
-    ('no weights', ['model.safetensors', 'train_timm.py']), ('corrupt weights', ['do not load']),
-    ('other weights', ['do not load']), ('other results', ['another network']),
+    ('no weights', ['model.safetensors', 'train_timm.py']), ('corrupt weights', ['cannot be loaded']),
+    ('other weights', ['do not fit']), ('other results', ['another network']),
     ('other policies', ['costs in multiexit.json']), ('recipe', ['names no model']), ('folder data', ['--name']),
 ])
 def test_folder_that_cannot_be_published(client, server, final, tmp_path, change, words):
@@ -195,7 +195,9 @@ def test_folder_that_cannot_be_published(client, server, final, tmp_path, change
         weights = folder / 'model.safetensors'
         weights.write_bytes(weights.read_bytes()[:5000])
     elif change == 'other weights':
-        recipe['model_kwargs']['growth'] = 6
+        config = json.loads((folder / 'config.json').read_text())
+        config['model_args']['growth'] = 6
+        write_json(folder / 'config.json', config)
     elif change in ('other results', 'other policies'):
         path = folder / ('results.json' if change == 'other results' else 'multiexit.json')
         content = json.loads(path.read_text())

@@ -13,7 +13,7 @@ from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.exit_config import load_exit_config
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.names import list_networks
-from timm_multiexit.stopping.config import CONFIG_KEY, FILE_NAME, ExitConfig
+from timm_multiexit.stopping.config import FILE_NAME, ExitConfig
 from timm_multiexit.stopping.policy import NEVER, ExitPolicy
 from timm_multiexit.stopping.simulate import simulate
 
@@ -159,21 +159,6 @@ def test_config_is_checked_against_the_network(small_msfuse):
     two = timm.create_model('msfuse_cifar', **{**SMALL, 'steps': (2, 2)})
     with pytest.raises(InputError, match='3 exits does not fit a network with 2'):
         small_config().check_network(two)
-
-
-def test_timm_s_config_holds_it_under_one_key(tmp_path, small_msfuse):
-    """timm writes and reads config.json with or without this key."""
-    timm.models.save_for_hf(small_msfuse, tmp_path, safe_serialization=True, model_args=SMALL)
-    path = tmp_path / 'config.json'
-    name = f'local-dir:{tmp_path}'
-    with pytest.raises(InputError, match='has no policies: create one with timm-multiexit calibrate'):
-        load_exit_config(name)
-    config = small_config(class_names=None)
-    path.write_text(json.dumps({**json.loads(path.read_text()), CONFIG_KEY: config.to_dict()}))
-    assert load_exit_config(name) == config == ExitConfig.load(path)
-    x = torch.rand(2, 3, 32, 32)
-    with torch.inference_mode():
-        torch.testing.assert_close(load_model(name)(x), small_msfuse(x))
 
 
 def test_the_config_of_a_user_s_checkpoint_lies_beside_it(tmp_path):

@@ -3,21 +3,24 @@
 Faults are made here: `Killer` dies before the k-th operation on files, and a killed process makes no more of them.
 """
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PROJECT
 from safetensors.torch import load_file
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.training import run_folder
 from timm_multiexit.training.history import History
 from timm_multiexit.training.options import parse_train_args
-from timm_multiexit.training.run import train
+from timm_multiexit.training.run import Interruptions, train
 from timm_multiexit.training.run_folder import RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
 from timm_multiexit.training.trainer import Trainer
 
@@ -65,12 +68,16 @@ def audit(event, args):
 sys.addaudithook(audit)  # Python has no way to take one away
 
 
-def options(data: Path, output: Path, *extra: str):
-    return parse_train_args('', [
+def arguments(data: Path, output: Path, *extra: str):
+    return [
         '--data-dir', str(data), '--dataset', 'folder', '--output', str(output), '--experiment', 'run',
         '--model-kwargs', 'steps=(1,1,1)', 'base_width=4', 'growth=2', 'head_width=4', '--num-classes', '2',
         '--batch-size', '100', '--validation-images', '40', '--epochs', '3', '--model-ema', '--threads', '1',
-        '--device', 'cpu', *extra])
+        '--device', 'cpu', *extra]
+
+
+def options(*args: object):
+    return parse_train_args('', arguments(*args))
 
 
 @pytest.fixture(scope='module')
@@ -188,6 +195,98 @@ def test_weights_that_are_not_finite_are_not_exported(trainer, tmp_path):
         with pytest.raises(InputError, match='not finite'):
             folder.export()
     assert load_file(tmp_path / 'final' / 'model.safetensors')
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(trainer, tmp_path):
+    folder = RunFolder(trainer, tmp_path, '', 0, {})
+    metrics = dict.fromkeys(trainer.metrics, 50.)
+    folder.end_epoch(0, {'loss': 1.}, metrics)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match='last.pth.tar. cannot be written .File too large') as raised:
+            folder.end_epoch(1, {'loss': 1.}, metrics)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert '\n' not in str(raised.value) and read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 0
+    assert not list(tmp_path.glob('.*'))
+
+
+def start(data: Path, output: Path, *extra: str, launch=(sys.executable,)) -> subprocess.Popen:
+    """A run in a process group of its own, in the middle of its second epoch."""
+    process = subprocess.Popen(
+        [*launch, str(PROJECT / 'train_timm.py'),
+         *arguments(data, output, '--epochs', '500', '--log-interval', '1', *extra)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr:
+        if 'Train: 1 [   2/' in line:
+            return process
+    raise AssertionError(line)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_one_line(folder_dataset, tmp_path, number):
+    process = start(folder_dataset, tmp_path)
+    process.send_signal(number)
+    lines = [line for line in process.stderr.read().splitlines() if 'Train:' not in line]
+    assert process.wait(20) == 128 + number
+    assert lines == [f'stopped by {number.name}: the same command with --resume auto goes on after the last checkpoint']
+    assert read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['epoch'] == 0
+
+
+def test_a_signal_waits_for_the_checkpoint(trainer, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match=str(int(signal.SIGTERM))), Interruptions() as interruptions:
+        with interruptions.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            RunFolder(trainer, tmp_path, '', 0, {}).end_epoch(0, {'loss': 1.}, dict.fromkeys(trainer.metrics, 50.))
+        raise AssertionError('not interrupted')
+    assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 0
+
+
+TORCHRUN = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+
+
+@pytest.mark.slow('20 s of CPU time: two starts of three processes')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all_processes(folder_dataset, tmp_path, number):
+    process = start(folder_dataset, tmp_path, launch=TORCHRUN)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    text = process.stderr.read()  # to its end: nothing is left that could write
+    process.wait(20)
+    assert f'stopped by {number.name}: the same command' in text
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+AGREE = """
+import sys, torch
+from timm.utils import unwrap_model
+from timm_multiexit.training.options import parse_train_args
+from timm_multiexit.training.trainer import Trainer
+trainer = Trainer(parse_train_args('', sys.argv[1:]))
+trainer.distribute()
+trainer.train_epoch(0)
+task = trainer.task
+states = [unwrap_model(task.get_trainable_module(ema=ema)).state_dict() for ema in (False, True)]
+accuracies, got = trainer.evaluate(), [None, None]
+torch.distributed.all_gather_object(got, states)
+if trainer.args.rank == 0:
+    for a, b in zip(*got):
+        assert a and all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
+    # 41 images, each counted once, by a network that both processes have.
+    assert all(abs(value * 41 / 100 - round(value * 41 / 100)) < 1e-3 for value in list(accuracies.values())[:3])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_end_an_epoch_with_the_same_networks(folder_dataset, tmp_path):
+    script = tmp_path / 'agree.py'
+    script.write_text(AGREE)
+    done = subprocess.run(
+        [*TORCHRUN, str(script),
+         *arguments(folder_dataset, tmp_path, '--validation-images', '41', '--model-ema-decay', '0.9')],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_finished_run_stays_as_it_is(folder_dataset, tmp_path, caplog):

@@ -102,7 +102,8 @@ def test_a_run_records_its_parents(uninterrupted, folder_dataset, tmp_path):
     start = uninterrupted / 'run' / 'final'
     train(folder_dataset, tmp_path, '--initial-checkpoint', str(start / 'model.safetensors'), '--lr', '0', epochs=1)
     final = tmp_path / 'run' / 'final'
-    assert {p.name for p in final.iterdir()} == {'history.csv', 'history.yaml', 'model.safetensors', 'recipe.yaml'}
+    assert {p.name for p in final.iterdir()} == {
+        'config.json', 'history.csv', 'history.yaml', 'model.safetensors', 'recipe.yaml'}
     (first,), log = History.read(start).steps, History.read(start).log
     assert first.parents == [] and first.options['epochs'] == 3 and first.sha256 == sha256(start / 'model.safetensors')
     assert first.reached == {k[5:]: float(v) for k, v in rows(uninterrupted)[-1].items() if k.startswith('eval_')}

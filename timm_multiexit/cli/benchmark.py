@@ -6,16 +6,17 @@ from typing import Any, Dict, List, Tuple
 import torch
 from timm.data import resolve_data_config
 
-from ..datasets import load_images, normalize, trained_on
+from ..datasets import load_images, normalize
 from ..errors import InputError
 from ..evaluation.timing import device_name, measure_exits, measure_policies
 from ..files import write_json
 from ..inference.engine import ENGINES, make_engine
 from ..models import exit_costs
 from ..pretrained.exit_config import load_exit_config
+from ..pretrained.record import trained_on
 from ..stopping.costs import ExitCosts, format_macs, parse_macs
 from ..stopping.policy import ExitPolicy, check_exits
-from ._common import add_model_options, load_network
+from ._common import add_model_argument, add_model_options, load_network, network_name
 
 
 def add_parser(subparsers) -> None:
@@ -24,7 +25,7 @@ def add_parser(subparsers) -> None:
         description='Measures time at batch 1 and at a large batch: of each exit alone, and, with --data-dir, of real '
                     'test images under policies against the full network (all stages, only the last head; BN folded '
                     'on both sides). All take turns within one run, so the ratios are comparable.')
-    parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
+    add_model_argument(parser)
     add_model_options(parser)
     parser.add_argument('--data-dir', default='', metavar='DIR', help='folder of the data set, for policies')
     parser.add_argument('--dataset', default='', metavar='NAME',
@@ -67,7 +68,7 @@ def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy
 
 
 def test_images(args: argparse.Namespace, model) -> Tuple[torch.Tensor, torch.Tensor]:
-    images, targets = load_images(args.dataset or trained_on(model.pretrained_cfg).name, args.data_dir, 'test')
+    images, targets = load_images(args.dataset or trained_on(model), args.data_dir, 'test')
     config = resolve_data_config(model=model)
     return normalize(images[:args.images], config['mean'], config['std']), targets[:args.images]
 
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         engine = make_engine(model, args.engine)
         results: Dict[str, Any] = dict(
-            model=args.model, engine=engine.name, device=device_name(engine.device), threads=torch.get_num_threads(),
+            model=network_name(args.model, model), engine=engine.name, device=device_name(engine.device),
+            threads=torch.get_num_threads(),
             torch=torch.__version__, batch_size=args.batch_size, rounds=args.rounds,
             exits=measure_exits(engine, costs, args.batch_size, args.rounds))
         if policies:

@@ -7,7 +7,7 @@ from ..errors import InputError
 from ..stopping.config import FILE_NAME, ExitConfig
 from ..stopping.costs import format_macs
 from ..stopping.solve import METHODS, solve_exit_config
-from ._common import add_model_options
+from ._common import add_model_argument, add_model_options, weights_folder
 from .evaluate import add_data_options, prepare, split_logits
 
 
@@ -16,19 +16,19 @@ def add_parser(subparsers) -> None:
         'calibrate', help='thresholds for a checkpoint, from validation images',
         description='Fits temperatures, and thresholds for a range of average budgets, on validation images; writes '
                     f'them to {FILE_NAME} beside the checkpoint, where classify --average-budget finds them.')
-    parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
+    add_model_argument(parser)
     add_model_options(parser)
     add_data_options(parser)
     parser.add_argument('--method', choices=METHODS, default='search', help='default: %(default)s')
-    parser.add_argument('--output', metavar='FILE', default='', help=f'default: {FILE_NAME} beside --checkpoint')
+    parser.add_argument('--output', metavar='FILE', default='', help=f'default: {FILE_NAME} beside the weights')
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    if not args.checkpoint and not args.output:
-        raise InputError(f'calibrate writes {FILE_NAME} beside --checkpoint FILE: pass that, or --output FILE')
-    output = Path(args.output or Path(args.checkpoint).parent / FILE_NAME)
+    if not args.output and not args.checkpoint and not args.model.startswith('local-dir:'):
+        raise InputError(f'calibrate writes {FILE_NAME} beside --checkpoint PATH: pass that, or --output FILE')
     model, dataset = prepare(args)
+    output = Path(args.output or Path(weights_folder(args)) / FILE_NAME)
     validation, costs = split_logits(args, model, dataset, 'validation')
     names = class_names(dataset, args.data_dir)
     if names is not None and len(names) != model.num_classes:

@@ -1,16 +1,18 @@
 """`timm-multiexit classify IMAGE...`: the answer for each image, exit by exit, under a budget if one is given."""
 import argparse
+import glob
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Callable, Iterator, List, Sequence, Tuple
 
 import torch
-from timm.data import create_transform, resolve_data_config
 
 from ..errors import InputError
 from ..inference.anytime import AnytimeRunner
-from ..inference.images import read_image
+from ..inference.preprocess import Preprocessing
+from ..inference.runner import image_paths
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.exit_config import load_exit_config
 from ..pretrained.names import class_labels
@@ -26,8 +28,10 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'classify', help='classify images, exit by exit',
         description='Classifies images, exit by exit. Without a budget all exits run.')
-    parser.add_argument('images', nargs='+', metavar='IMAGE')
-    parser.add_argument('--model', default='msfuse_cifar', help='name in the registry, hf-hub:... or local-dir:...')
+    parser.add_argument('images', nargs='+', metavar='IMAGE',
+                        help="files, folders (with their subfolders) or quoted patterns like '*.png'")
+    parser.add_argument('--model', default='', help='name in the registry, hf-hub:... or local-dir:... (default: '
+                                                    'that of --checkpoint, else msfuse_cifar)')
     add_model_options(parser)
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument('--budget', metavar='MACS',
@@ -126,25 +130,41 @@ def steps_under_options(
     return lambda x: list(exits_under_policy(model, x, policy, reason))
 
 
+def image_files(given: Sequence[str]) -> List[str]:
+    """The files that arguments name: as a shell would expand patterns, and the images of folders.
+
+    What names nothing stays, for the reader to refuse.
+    """
+    files = []
+    for name in given:
+        if Path(name).is_dir():
+            files += map(str, image_paths(name))
+        elif Path(name).exists():  # also a file with brackets in its name
+            files.append(name)
+        else:
+            files += sorted(glob.glob(name, recursive=True)) or [name]
+    return files
+
+
 def run(args: argparse.Namespace) -> int:
+    if not args.checkpoint:
+        args.model = args.model or 'msfuse_cifar'
     model = load_network(args)
     costs = exit_costs(model)
     steps_of = steps_under_options(args, model, costs)
-    config = resolve_data_config(model=model)
-    transform = create_transform(**config)
+    preprocess = Preprocessing.of(model)
     labels = class_labels(model)
     results, failed = [], False
-    for path in args.images:
+    for path in image_files(args.images):
         try:
-            image, notes = read_image(path, config['input_size'][-1])
+            x, notes = preprocess(path)
         except InputError as error:
             failed = True
             print(f'timm-multiexit: error: {error}', file=sys.stderr)
             results.append(dict(image=path, error=str(error)))
             continue
-        x = transform(image).unsqueeze(0).to(args.device)
         with torch.inference_mode():
-            steps = steps_of(x)
+            steps = steps_of(x[None].to(args.device))
         rows, why = [_row(k, logits, costs, labels) for k, logits, _ in steps], steps[-1][2]
         share = rows[-1].macs / costs.macs[-1]
         results.append(dict(

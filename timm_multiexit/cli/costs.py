@@ -5,15 +5,18 @@ import json
 import timm
 
 from ..errors import InputError
-from ..models import exit_costs
-from ..pretrained.names import check_name
+from ..models import MultiExitNet, exit_costs
+from ..pretrained.names import check_name, list_networks
+from ..pretrained.record import find_weights
+from ._common import add_model_argument, network_name
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'costs', help='multiply-adds and parameters of each exit',
         description='Multiply-adds and parameters up to and including each exit, for one image.')
-    parser.add_argument('model', help='name in the registry, with or without tag')
+    add_model_argument(parser)
+    parser.add_argument('--checkpoint', default='', metavar='PATH', help='your own weights, instead of MODEL')
     parser.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), default=None,
                         help='size of the image (default: that of the network)')
     parser.add_argument('--num-classes', type=int, default=None, metavar='N',
@@ -23,19 +26,22 @@ def add_parser(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    check_name(args.model)
-    kwargs = {} if args.num_classes is None else dict(num_classes=args.num_classes)
+    name, _ = find_weights(args.model, args.checkpoint)
+    check_name(name)
     size = args.input_size
     if size and min(size) < 1:
         raise InputError(f'--input-size {size}: give three positive numbers, channels, height and width')
-    model = timm.create_model(args.model, in_chans=size[0] if size else 3, **kwargs)
+    given = dict(num_classes=args.num_classes, in_chans=size[0] if size else None)
+    model = timm.create_model(name, **{k: v for k, v in given.items() if v is not None})
+    if not isinstance(model, MultiExitNet):
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
     costs = exit_costs(model, size)
     if args.json:
         print(json.dumps(dict(
-            model=args.model, num_classes=model.num_classes, input_size=costs.input_size, macs=costs.macs,
-            params=costs.params)))
+            model=network_name(name, model), num_classes=model.num_classes, input_size=costs.input_size,
+            macs=costs.macs, params=costs.params)))
         return
-    print(f"{args.model}: {model.num_classes} classes, {' x '.join(map(str, costs.input_size))} input")
+    print(f"{network_name(name, model)}: {model.num_classes} classes, {' x '.join(map(str, costs.input_size))} input")
     print(f"{'exit':>4} {'MACs':>10} {'of full':>8} {'params':>11}")
     for k, (macs, params) in enumerate(zip(costs.macs, costs.params), 1):
         print(f'{k:>4} {macs / 1e6:>8.2f} M {macs / costs.macs[-1]:>8.1%} {params:>11,}')

@@ -7,7 +7,7 @@ from typing import List, Tuple
 import torch
 
 from .. import __version__
-from ..datasets import VALIDATION_IMAGES, load_images, trained_on
+from ..datasets import VALIDATION_IMAGES, load_images
 from ..errors import InputError
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
 from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
@@ -15,10 +15,11 @@ from ..evaluation.results import Results
 from ..models import MultiExitNet, exit_costs
 from ..optional import require_extra
 from ..pretrained.exit_config import load_recipe
+from ..pretrained.record import trained_on
 from ..stopping.costs import ExitCosts, format_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import MEASURES, ExitPolicy
-from ._common import add_model_options, load_network
+from ._common import add_model_argument, add_model_options, load_network, network_name, weights_folder
 
 
 def add_parser(subparsers) -> None:
@@ -26,10 +27,11 @@ def add_parser(subparsers) -> None:
         'evaluate', help='accuracy of each exit and under average budgets',
         description='Measures every exit on the test set, and average budgets under thresholds from validation images. '
                     'Writes results.json, two CSV tables and two figures.')
-    parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
+    add_model_argument(parser)
     add_model_options(parser)
     add_data_options(parser)
-    parser.add_argument('--output', metavar='DIR', default='', help='default: evaluation/MODEL')
+    parser.add_argument('--output', metavar='DIR', default='',
+                        help='default: beside your own weights, else evaluation/MODEL')
     parser.add_argument('--guarantee', nargs='?', const='accuracy', choices=RISKS, metavar='RISK',
                         help='also check promises "at most so many points lost": 500 random splits of the test images '
                              'into 2,000 to certify on and the rest to check on; of '
@@ -63,7 +65,7 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
         raise InputError(f'--validation-images {args.validation_images}: give 1 or more')
     model = load_network(args)
     model = model.to(memory_format=torch.channels_last)
-    dataset = args.dataset or trained_on(model.pretrained_cfg).name
+    dataset = args.dataset or trained_on(model)
     if args.validation_images is None:
         recipe = load_recipe(args.model, args.checkpoint)
         same = recipe.get('dataset') == dataset  # the recipe's split is of its own data set
@@ -93,9 +95,10 @@ def run(args: argparse.Namespace) -> None:
     validation, costs = split_logits(args, model, dataset, 'validation')
     test, _ = split_logits(args, model, dataset, 'test')
     results = replace(
-        evaluate(validation, test, costs, measure=args.measure), model=args.model, dataset=dataset,
+        evaluate(validation, test, costs, measure=args.measure), model=network_name(args.model, model), dataset=dataset,
         checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
-    paths = write_report(results, Path(args.output or Path('evaluation') / args.model.replace('/', '_')))
+    paths = write_report(results, Path(
+        args.output or weights_folder(args) or Path('evaluation') / args.model.replace('/', '_')))
     print_results(results)
     if args.guarantee:
         temperatures = tuple(e.temperature for e in results.exits)

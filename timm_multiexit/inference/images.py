@@ -1,7 +1,11 @@
-"""The one reader of image files: RGB from any mode, with a note or an error for what is unusual."""
+"""The one reader of image files, for training and all that follows: 8-bit RGB or grey from any mode.
+
+What is unusual becomes a note or an error.
+"""
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Tuple, Union
+from typing import Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,17 +16,32 @@ from ..errors import InputError
 MAX_PIXELS = 180_000_000
 # A photo is decoded at a fraction of its size where the format allows (JPEG): the network sees few pixels anyway.
 DRAFT_SIZE = 1024
+SUFFIXES = frozenset('.avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
+Source = Union[str, Path, Image.Image]
 
 
-def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[Image.Image, List[str]]:
-    """One image as RGB, upright.
+def is_image_file(path: Path) -> bool:
+    """Whether a file counts as an image of a data set: by its suffix, unless it is hidden ('._a.jpg' of a Mac)."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith('.')
 
-    Greyscale is repeated over the channels, 16-bit is scaled to 8, transparency is composited over white, and an
-    animation gives its first frame.
+
+def read_image(
+        source: Source,
+        size: int = 32,
+        channels: int = 3,
+        value_range: Optional[Tuple[float, float]] = None,
+) -> Tuple[Image.Image, List[str]]:
+    """One image as 8-bit RGB or grey, upright.
+
+    Greyscale is repeated over three channels, transparency is composited over white, and an animation gives its first
+    frame.
 
     Args:
         source: A file or an open image.
         size: Smaller side that the network will see, in pixels.
+        channels: 3 for RGB, 1 for grey.
+        value_range: Raw values that are black and white in images of more than 8 bits a channel, those of the data set
+            that the network was trained on; None to guess them for each image, with a note.
 
     Returns:
         The image, and notes that matter for the answer (shrunk, first frame, ...).
@@ -30,22 +49,55 @@ def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[I
     Raises:
         InputError: no such file, a folder, not an image, truncated, or too large to decode.
     """
+    with _opened(source) as image:
+        return _to_8_bits(image, size, channels, value_range)
+
+
+def raw_range(source: Source) -> Optional[Tuple[float, float]]:
+    """Least and greatest raw value of an image with more than 8 bits a channel; None for other images.
+
+    Raises:
+        InputError: as `read_image`.
+    """
+    with _opened(source) as image:
+        if not _is_deep(image):
+            return None
+        values = np.asarray(image)
+        values = values[np.isfinite(values)]
+        return (float(values.min()), float(values.max())) if values.size else None
+
+
+def image_header(source: Source) -> Tuple[Tuple[int, int], bool]:
+    """(width, height) and whether there are more than 8 bits a channel, without decoding pixels.
+
+    Raises:
+        InputError: no such file, or not an image.
+    """
+    with _opened(source) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return ((image.height, image.width) if turned else (image.width, image.height)), _is_deep(image)
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """An open image; errors while it is open become InputErrors that name the file."""
     if isinstance(source, Image.Image):
-        return _to_rgb(source, size)
+        yield source
+        return
     path = Path(source)
     if path.is_dir():
         raise InputError(f"'{path}' is a folder: give its images, like {path}/*.png")
     if not path.is_file():
         raise InputError(f"'{path}' does not exist: check the name")
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # MAX_PIXELS is the limit here
+        warnings.simplefilter('ignore')  # MAX_PIXELS is the limit here; notes of Pillow on damaged EXIF help nobody
         try:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise InputError(
                         f"'{path}' has {image.width} x {image.height} pixels: shrink it below {MAX_PIXELS // 10 ** 6} "
                         'million')
-                return _to_rgb(image, size)
+                yield image
         except UnidentifiedImageError:
             raise InputError(f"'{path}' is not an image: give a PNG, JPEG, WebP or another file that Pillow reads"
                              ) from None
@@ -56,19 +108,36 @@ def read_image(source: Union[str, Path, Image.Image], size: int = 32) -> Tuple[I
             raise InputError(f"'{path}' is damaged or truncated ({error}): save it again") from None
 
 
-def _to_rgb(image: Image.Image, size: int) -> Tuple[Image.Image, List[str]]:
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith('I') or image.mode == 'F'
+
+
+def _to_8_bits(
+        image: Image.Image,
+        size: int,
+        channels: int,
+        value_range: Optional[Tuple[float, float]],
+) -> Tuple[Image.Image, List[str]]:
     notes = []
     full = image.size
     frames = getattr(image, 'n_frames', 1)
     if frames > 1:
         notes.append(f'animated, {frames} frames: only the first is classified')
         image.seek(0)
-    image.draft('RGB', (DRAFT_SIZE, DRAFT_SIZE))
+    # Pillow keeps the upper 8 of 16 bits of colours: 12-bit colours come out black.
+    halved = not _is_deep(image) and ';16' in str([tile[3] for tile in getattr(image, 'tile', [])])
+    side = max(DRAFT_SIZE, 2 * size)
+    image.draft('RGB', (side, side))
     image.load()
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I') or image.mode == 'F':
-        image = _scale_deep(image)
-        notes.append('more than 8 bits a channel: scaled to 8')
+    if _is_deep(image):
+        low, high = value_range or _likely_range(np.asarray(image))
+        if value_range is None:
+            notes.append(f'more than 8 bits a channel: {low:g} is taken for black and {high:g} for white, a guess from '
+                         'this image alone')
+        image = _scale(image, low, high)
+    elif halved and np.asarray(image.convert('RGB')).max() < 64:
+        raise ValueError('its 16-bit colours use the lowest bits only, which Pillow drops; store 8 bits a channel')
     if image.has_transparency_data:
         image = image.convert('RGBA')
         if np.asarray(image.getchannel('A')).min() < 255:
@@ -76,11 +145,22 @@ def _to_rgb(image: Image.Image, size: int) -> Tuple[Image.Image, List[str]]:
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if min(full) >= 8 * size:
         notes.append(f'shrunk from {full[0]} x {full[1]} to {size} x {size}: one large object in the middle works best')
-    return image.convert('RGB'), notes
+    return image.convert('RGB' if channels == 3 else 'L'), notes
 
 
-def _scale_deep(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float64)
-    # 16 bits unless the values say otherwise (32-bit integers or floats have no fixed white).
-    top = 65535. if image.mode.startswith('I;16') or 255. < values.max() <= 65535. else max(values.max(), 1e-12)
-    return Image.fromarray((values.clip(0., top) * (255. / top)).round().astype(np.uint8))
+def _likely_range(values: np.ndarray) -> Tuple[float, float]:
+    """Black and white of one image: the least depth that holds its integers, 0 to 1, or else its extremes."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0., 1.)
+    if low >= 0. and values.dtype.kind in 'iu' and high <= 65535.:
+        bits = next(b for b in (8, 10, 12, 14, 16) if high < 2 ** b)
+        return 0., 2. ** bits - 1.
+    if low >= 0. and high <= 1.:
+        return 0., 1.
+    return low, high
+
+
+def _scale(image: Image.Image, low: float, high: float) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low)
+    values = (values.clip(low, high) - low) * (255. / max(high - low, 1e-12))
+    return Image.fromarray(values.round().astype(np.uint8))

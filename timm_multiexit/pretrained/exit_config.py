@@ -9,7 +9,7 @@ from ..files import read_yaml
 from ..models._pretrained import WEIGHTS_DIR
 from ..stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
 from ..stopping.policy import CALIBRATE_HINT
-from .hub_files import CONFIG_FILE, hub_file
+from .hub_files import hub_file
 from .names import check_name
 
 
@@ -17,7 +17,7 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
     """The exit config stored with weights: what their exits cost, and when to stop for an average budget.
 
     Args:
-        name: 'arch' or 'arch.tag' (in the package), 'hf-hub:ORG/NAME[@REVISION]' or 'local-dir:PATH' (config.json).
+        name: 'arch' or 'arch.tag' (in the package), 'hf-hub:ORG/NAME[@REVISION]' or 'local-dir:PATH'.
         checkpoint: File with weights that replace the named ones; the config is read from the same folder.
 
     Raises:
@@ -25,10 +25,13 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
     """
     if not checkpoint:
         check_name(name)
-    path = _beside_weights(name, checkpoint, FILE_NAME, published=CONFIG_FILE)
-    if checkpoint and not path.is_file():
-        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint}': {CALIBRATE_HINT}")
-    if not checkpoint and ':' not in name and not path.is_file():
+    try:
+        path = _beside_weights(name, checkpoint, FILE_NAME)
+    except MissingFileError:
+        raise InputError(f"'{name}' holds no {FILE_NAME}: {CALIBRATE_HINT}") from None
+    if not path.is_file() and (checkpoint or ':' in name):
+        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint or name}': {CALIBRATE_HINT}")
+    if not path.is_file():
         others = ', '.join(list_stored())
         raise InputError(
             f"no policies are stored for '{path.parent.name}': {CALIBRATE_HINT}"
@@ -49,20 +52,21 @@ def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
     if not checkpoint and ':' not in name:
         check_name(name)
     try:
-        path = _beside_weights(name, checkpoint, RECIPE_NAME, published=RECIPE_NAME)
+        path = _beside_weights(name, checkpoint, RECIPE_NAME)
     except MissingFileError:  # a repository filled by another tool
         return {}
     recipe = read_yaml(path, 'recipe') if path.is_file() else {}
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str, published: str) -> Path:
-    """Path of `filename` beside these weights; a repository calls it `published`, and it is downloaded."""
+def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str) -> Path:
+    """Path of `filename` beside these weights; from a repository it is downloaded."""
     if checkpoint:
-        return Path(checkpoint).parent / filename
+        path = Path(checkpoint)
+        return (path if path.is_dir() else path.parent) / filename
     source, colon, place = name.partition(':')
     if colon:
-        return Path(place) / published if source == 'local-dir' else hub_file(place, published)
+        return Path(place) / filename if source == 'local-dir' else hub_file(place, filename)
     return WEIGHTS_DIR / (name if '.' in name else _with_default_tag(name)) / filename
 
 

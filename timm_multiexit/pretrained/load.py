@@ -7,14 +7,17 @@ import torch
 from timm.models import load_checkpoint
 from timm.models._hub import load_model_config_from_path  # private: timm exports only its twin for the Hub
 
+from ..datasets import DATASETS, find_dataset
 from ..errors import InputError
 from ..models import MultiExitNet
+from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE, first_line, hub_file
 from .names import LOAD_ERRORS, check_name, list_networks, require_weights
+from .record import TrainingData, describe, find_weights, read_training_data
 
 
 def load_model(
-        name: str,
+        name: str = '',
         checkpoint: Union[str, Path] = '',
         num_classes: Optional[int] = None,
         device: Union[str, torch.device] = 'cpu',
@@ -23,16 +26,18 @@ def load_model(
     """A network in eval mode with trained weights.
 
     Args:
-        name: A name from the registry with or without tag, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
-        checkpoint: File with weights to use instead of the pretrained ones: safetensors, or a checkpoint of
-            train_timm.py, whose EMA weights are preferred.
-        num_classes: Number of classes; None for that of the pretrained cfg.
+        name: A name from the registry with or without tag, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'; not
+            needed with a checkpoint that has a record beside it.
+        checkpoint: Folder or file with weights to use instead of the pretrained ones: safetensors, or a checkpoint of
+            train_timm.py, whose EMA weights are preferred. A config.json beside it names the network and its classes.
+        num_classes: Number of classes; None for that of the record or pretrained cfg.
         device: Device of the network.
         **kwargs: Further arguments of the network.
 
     Raises:
         InputError: unknown name or tag, a network without exits, or weights that are missing, damaged or do not fit.
     """
+    name, checkpoint = find_weights(name, checkpoint)
     check_name(name)
     if not checkpoint:
         _require_safetensors(name)
@@ -46,9 +51,25 @@ def load_model(
         raise InputError(f"network '{name}' cannot be loaded: {first_line(error)}") from error
     if not isinstance(model, MultiExitNet):
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+    if not checkpoint and model.num_classes != (stored := model.pretrained_cfg['num_classes']):
+        raise InputError(f"the weights of '{name}' are for {stored} classes, not {model.num_classes}: leave out "
+                         '--num-classes; other classes need training (train_timm.py --pretrained)')
     if checkpoint:
         _load_checkpoint(model, Path(checkpoint), name)
+    _read_record(model, name, checkpoint)
     return model.to(device).eval()
+
+
+def _read_record(model: MultiExitNet, name: str, checkpoint: str) -> None:
+    """Attaches what the record beside the weights says; class names that are not theirs are dropped."""
+    source, colon, place = name.partition(':')
+    if colon:
+        folder = Path(place) if source == 'local-dir' else hub_file(place, CONFIG_FILE).parent
+        vars(model)['training_data'] = read_training_data(folder / CONFIG_FILE)
+    elif checkpoint:  # written before there was a record
+        known = DATASETS.get(name.partition('.')[2])  # a tag that the user gave
+        dataset = load_recipe(name, checkpoint).get('dataset', known.name if known else '')
+        describe(model, TrainingData(dataset), known.classes if (known := find_dataset(dataset)) else None)
 
 
 def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str, Any]) -> torch.nn.Module:
@@ -120,6 +141,8 @@ def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str)
 
 
 def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
     if not path.is_file():
         raise InputError(f"checkpoint '{path}' is not a file")
     try:

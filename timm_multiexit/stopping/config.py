@@ -1,8 +1,8 @@
 """The exit config, stored with weights: costs, temperatures and policies for a range of average budgets.
 
 With it a user needs a budget and no data. The file is `weights/ARCH.TAG/multiexit.json` in the package and
-`multiexit.json` beside a user's checkpoint; on the Hub it is the key `multiexit` of timm's config.json, which timm
-itself ignores. This module alone knows its schema, which .github/FORMAT.md documents.
+`multiexit.json` beside a user's checkpoint and on the Hub. This module alone knows its schema, which
+.github/FORMAT.md documents.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from .costs import format_macs
 from .policy import CALIBRATE_HINT, NEVER, ExitPolicy, check_average_budget, check_exits
 
 VERSION = 1
-CONFIG_KEY = 'multiexit'
 FILE_NAME = 'multiexit.json'
 RECIPE_NAME = 'recipe.yaml'
 
@@ -174,17 +173,12 @@ class ExitConfig:
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> 'ExitConfig':
-        """Reads what `save` wrote, or a config.json that holds it under the key `multiexit`.
+        """Reads what `save` wrote.
 
         Raises:
             InputError: no such file, or no exit config in it.
         """
-        values = read_json(path, 'exit config')
-        if isinstance(values, dict) and 'architecture' in values:  # timm's config.json
-            if CONFIG_KEY not in values:
-                raise InputError(f"'{path}' has no policies: {CALIBRATE_HINT}")
-            values = values[CONFIG_KEY]
-        return cls.from_dict(values)
+        return cls.from_dict(read_json(path, 'exit config'))
 
 
 def _check_version(version: Any) -> None:

@@ -11,8 +11,10 @@ from timm.data.auto_augment import auto_augment_transform, rand_augment_transfor
 from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
 
-from ..datasets import load_images, normalize, open_dataset, split_indices
+from ..datasets import class_names, load_images, normalize, open_dataset, split_indices
 from ..errors import InputError
+from ..models import MultiExitNet
+from ..pretrained.record import TrainingData, describe
 
 
 def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[float]) -> Callable:
@@ -184,6 +186,14 @@ def count_classes(args: argparse.Namespace) -> int:
     """Number of classes in the test set."""
     _, targets = load_images(args.dataset, args.data_dir, 'test', args.dataset_download)
     return int(targets.max()) + 1
+
+
+def describe_data(args: argparse.Namespace, model: MultiExitNet) -> None:
+    """Records in the network's pretrained cfg what it is trained on: class names and image size."""
+    image, _ = open_dataset(args.dataset, args.data_dir, train=True, download=args.dataset_download)[0]
+    names = class_names(args.dataset, args.data_dir)
+    describe(model, TrainingData(args.dataset), names if names and len(names) == model.num_classes else None,
+             input_size=(model.in_chans, image.height, image.width))
 
 
 def create_loaders(

@@ -3,6 +3,7 @@
 Each is replaced by one rename, so that a kill at any moment leaves a run that `--resume auto` goes on with.
 """
 import argparse
+import io
 import itertools
 import logging
 import os
@@ -19,7 +20,8 @@ from safetensors.torch import save
 from timm.utils import CheckpointSaver, unwrap_model
 
 from ..errors import InputError
-from ..files import require_writable, sha256, written_beside
+from ..files import require_writable, sha256, write_json, written_beside
+from ..pretrained.hub_files import CONFIG_FILE
 from ..stopping.config import RECIPE_NAME
 from .history import SUMMARY_NAME, History, initial_history, read_rows, write_rows
 from .trainer import Trainer
@@ -135,8 +137,10 @@ class _Saver(CheckpointSaver):
     """timm's, with each file replaced by one rename; what a kill kept from being ranked is ranked on resume."""
 
     def _save(self, save_path, epoch, metric=None):
-        with written_beside(Path(self.checkpoint_dir) / LAST_NAME) as partial, partial.open('wb') as file:
-            super()._save(file, epoch, metric)
+        buffer = io.BytesIO()  # on a full disk torch.save would hide the reason
+        super()._save(buffer, epoch, metric)
+        with written_beside(Path(self.checkpoint_dir) / LAST_NAME) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def _replace(self, src, dst):
         pass  # `_save` did
@@ -173,6 +177,7 @@ class RunFolder:
         self.trainer, self.path = trainer, path
         args = trainer.args
         self._begin_history(checkpoint, start_epoch, changed)
+        write_json(path / CONFIG_FILE, trainer.config)
         with written_beside(path / RECIPE_NAME) as partial:
             partial.write_text(yaml.safe_dump(_recipe(args), sort_keys=False), encoding='utf-8')
         self.saver = _Saver(
@@ -257,7 +262,8 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         with written_beside(partial / WEIGHTS_NAME) as file:
             file.write_bytes(save(state, {'format': 'pt'}))
-        shutil.copy(self.path / RECIPE_NAME, partial / RECIPE_NAME)
+        for name in (RECIPE_NAME, CONFIG_FILE):
+            shutil.copy(self.path / name, partial / name)
         self.step.sha256 = sha256(partial / WEIGHTS_NAME)
         self.history.write(self.path)  # a checkpoint of this run may be a parent too
         History(self.history.steps, History.read(self.path).log).write(partial)

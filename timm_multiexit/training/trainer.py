@@ -20,9 +20,10 @@ from ..models import MultiExitNet
 from ..models._fold import fold_batch_norm
 from ..pretrained.hub_files import first_line
 from ..pretrained.load import load_mean, load_teacher
+from ..pretrained.record import config_of
 from .cpu_kernels import use_cpu_kernels
 from .cuda_graph import GraphedStep
-from .loader import count_classes, create_loaders
+from .loader import count_classes, create_loaders, describe_data
 from .precision import muon_in_float32, slow_bfloat16
 from .task import MultiExitTask, exit_accuracies
 
@@ -90,6 +91,8 @@ class Trainer:
 
         num_classes = args.num_classes or count_classes(args)
         model = create_network(args, num_classes)
+        describe_data(args, model)
+        self.config = config_of(model)
         self.data_config = resolve_data_config(model=model)
         size = min(self.data_config['input_size'][1:])
         if args.crop_padding >= size:

@@ -1,0 +1,84 @@
+"""Writing where one is told: links, modes, pipes, full disks, and a check before the work."""
+import errno
+import os
+import resource
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from timm_multiexit.errors import InputError
+from timm_multiexit.files import read_json, read_yaml, require_writable, write_json, written_beside
+
+
+def test_a_link_is_followed_and_a_mode_kept(tmp_path):
+    target, link = tmp_path / 'elsewhere' / 'target.json', tmp_path / 'link.json'
+    write_json(target, 1)
+    target.chmod(0o600)
+    link.symlink_to(target)
+    write_json(link, 2)
+    assert link.is_symlink() and read_json(target, 'file') == 2
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    dangling = tmp_path / 'dangling.json'
+    dangling.symlink_to(tmp_path / 'new' / 'file.json')
+    write_json(dangling, 3)
+    assert dangling.is_symlink() and read_json(tmp_path / 'new' / 'file.json', 'file') == 3
+
+
+def test_pipes_and_devices_are_written_to(tmp_path):
+    pipe = tmp_path / 'pipe'
+    os.mkfifo(pipe)
+    received = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader.start()
+    require_writable(pipe)
+    write_json(pipe, [1])
+    reader.join(10)
+    assert received == ['[1]\n'] and stat.S_ISFIFO(pipe.stat().st_mode)
+    null = tmp_path / 'null'
+    null.symlink_to('/dev/null')
+    write_json(null, 1)
+    assert stat.S_ISCHR(null.stat().st_mode)
+    with pytest.raises(InputError, match="'/dev/full' cannot be written .No space left"):
+        write_json('/dev/full', 1)
+
+
+@pytest.mark.parametrize('place', ['folder', 'file/x.json', '/proc/x', '/proc/self/status/x', 'x' * 300])
+def test_a_bad_place_is_known_before_the_work(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    Path('folder').mkdir()
+    Path('file').write_text('')
+    for attempt in (require_writable, lambda path: write_json(path, 1)):
+        with pytest.raises(InputError, match='cannot be written') as raised:
+            attempt(place)
+        assert '\n' not in str(raised.value)
+    require_writable('new/' + 'x' * 250 + '.json')
+    assert not any(Path('new').iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file.json'
+    write_json(path, 'old')
+    with pytest.raises(InputError, match='No space left'), written_beside(path) as partial:
+        partial.write_text('half of the n')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(InputError, match='File too large'):
+            write_json(path, 'n' * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert read_json(path, 'file') == 'old' and [p.name for p in tmp_path.iterdir()] == ['file.json']
+
+
+@pytest.mark.parametrize('text', [b'', b'{', b'\xff\xfe\x00', b'[' * 100_000, b'!!python/object/apply:os.getpid []'])
+def test_files_that_cannot_be_read_are_input_errors(tmp_path, text):
+    path = tmp_path / 'file'
+    path.write_bytes(text)
+    for read in (read_json, read_yaml):
+        if read is read_json or text:  # empty YAML is nothing
+            with pytest.raises(InputError, match='cannot be read') as raised:
+                read(path, 'file')
+            assert '\n' not in str(raised.value)
