@@ -39,6 +39,7 @@ def build_card(network: Network, organisation: str) -> ModelCard:
     return ModelCard.from_template(
         data, template_path=str(_TEMPLATE), network=network, dataset=title, macs=format_macs,
         place=f'hf-hub:{organisation}/{network.name}', module=module.rpartition('.')[2],
+        backbone=getattr(network.model, '_model_args', {}).get('backbone'),
         architecture=sys.modules[module].__doc__.strip().splitlines()[0],
         parameters=sum(p.numel() for p in network.model.parameters()),
         budgeted=every[::max(1, -(-len(every) // _BUDGET_ROWS))],

@@ -10,6 +10,7 @@ from ..commands import BELOW_ONE, COUNT, HINT, NOT_NEGATIVE, POSITIVE, SHARE, TH
 from ..datasets import VALIDATION_IMAGES
 from ..errors import InputError
 from ..files import read_yaml
+from .regimes import REGIMES
 from .task import KD_EXITS
 
 # timm's that work when they are updated at every step.
@@ -37,6 +38,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     args.sched_on_updates = True
     if args.decay_rate is None:
         args.decay_rate = 0.1 if args.sched in ('step', 'multistep') else 1.
+    if args.distill_weight is None:
+        args.distill_weight = 1. if args.model.partition('.')[0] == 'multiexit' else 0.
     if not args.experiment:
         tagged = args.model if '.' in args.model else f"{args.model}.{args.dataset.split('/')[-1]}"
         args.experiment = tagged.replace('/', '_')
@@ -87,6 +90,16 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_Kwargs)
     group.add_argument('--initial-checkpoint', default=[], nargs='+', metavar='FILE',
                        help='start from these weights; from their mean if there are several files')
+    group.add_argument('--pretrained', action='store_true',
+                       help="start from the pretrained weights of the network, or of multiexit's backbone")
+    group.add_argument('--backbone-checkpoint', default='', metavar='FILE',
+                       help="weights of multiexit's backbone, for the classes of the data set, as timm's train.py "
+                            'saves')
+    group.add_argument('--regime', choices=REGIMES, default='joint',
+                       help='joint: everything together; for multiexit also heads: the early exits of a backbone that '
+                            'knows the classes and does not change; mixed: the backbone first, then everything')
+    group.add_argument('--backbone-epochs', type=WHOLE, default=None, metavar='N',
+                       help='epochs of the first phase of --regime mixed (default: half)')
     group.add_argument('--freeze', nargs='+', default=[], metavar='MODULE',
                        help='names of modules that keep their weights and BN statistics')
 
@@ -94,8 +107,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _add_loss_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('loss and distillation')
     group.add_argument('--exit-weights', type=NOT_NEGATIVE, nargs='+', default=None, help='loss weight of each exit')
-    group.add_argument('--distill-weight', type=NOT_NEGATIVE, default=0.,
-                       help='weight of the distillation from the last exit to the others')
+    group.add_argument('--distill-weight', type=NOT_NEGATIVE, default=None,
+                       help='weight of the distillation from the last exit to the others (default: 0, 1 for multiexit)')
     group.add_argument('--distill-temperature', type=POSITIVE, default=2.)
     group.add_argument('--kd-model-name', default=[], nargs='+', metavar='NAME',
                        help="trained networks to distil from into every exit, any of timm's for the same classes; "
@@ -235,6 +248,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.cpu_kernels and (args.torchcompile or args.device != 'cpu' or not args.channels_last
                              or not args.amp or args.amp_dtype != 'bfloat16'):
         parser.error('--cpu-kernels needs --amp --channels-last --device cpu, in bfloat16 and not compiled')
+    if args.cuda_graph and args.regime == 'mixed':
+        parser.error('--cuda-graph captures one kind of step: use another --regime')
     if args.cuda_graph and (torch.device(args.device).type != 'cuda' or args.kd_draw):
         parser.error('--cuda-graph needs --device cuda and excludes --kd-draw: a graph cannot draw')
     if '..' in PurePath(args.experiment).parts or PurePath(args.experiment).is_absolute():

@@ -41,7 +41,7 @@ _NOT_IN_RECIPE = (
 
 
 # What a checkpoint is a checkpoint of; a run that is resumed cannot change it.
-_FIXED = ('model', 'model_kwargs', 'num_classes', 'dataset', 'validation_images', 'freeze', 'opt', 'opt_args',
+_FIXED = ('model', 'model_kwargs', 'regime', 'num_classes', 'dataset', 'validation_images', 'freeze', 'opt', 'opt_args',
           'model_ema')
 
 
@@ -255,7 +255,9 @@ class RunFolder:
         target, partial = self.path / 'final', self.path / 'final.partial'
         task = self.trainer.task
         state = unwrap_model(task.get_trainable_module(ema=task.has_ema())).state_dict()
-        state = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+        frozen = tuple(f'{name}.' for name in self.trainer.args.freeze)  # these stay what they were, to the bit
+        state = {k: (v.half() if v.is_floating_point() and not k.startswith(frozen) else v).contiguous().cpu()
+                 for k, v in state.items()}
         if wrong := [k for k, v in state.items() if not v.isfinite().all()]:
             raise InputError(f"the weights are not finite in half precision ('{wrong[0]}'), and not exported: use a "
                              'smaller --lr')

@@ -90,6 +90,7 @@ class MultiExitTask(ClassificationTask):
         self.frozen = [modules[name] for name in frozen]
         self.exit_weights = [w / sum(weights) for w in weights]
         self.register_buffer('loss_weights', torch.tensor(self.exit_weights, device=self.device), persistent=False)
+        self.last_exit_only = False  # the first phase of mixed training: the others get no gradient
         self.distill_weight = distill_weight
         self.distill_temperature = distill_temperature
         self.task_loss_weight = task_loss_weight
@@ -135,6 +136,8 @@ class MultiExitTask(ClassificationTask):
             c, teacher = self.task_loss_weight, self._teacher_log_probabilities(input)
             kd = torch.stack([self._divergence(x, teacher, self.kd_temperature) for x in logits])
             losses = c * losses + (1. - c) * kd
+        if self.last_exit_only:
+            return {'loss': losses[-1] + 0. * losses.sum(), 'output': logits[-1]}
         loss = (losses * self.loss_weights).sum()
         if self.distill_weight > 0.:
             t = self.distill_temperature

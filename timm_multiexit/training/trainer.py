@@ -25,6 +25,7 @@ from .cpu_kernels import use_cpu_kernels
 from .cuda_graph import GraphedStep
 from .loader import count_classes, create_loaders, describe_data
 from .precision import muon_in_float32, slow_bfloat16
+from .regimes import prepare, starts_trained
 from .task import MultiExitTask, exit_accuracies
 
 _logger = logging.getLogger('train')
@@ -46,7 +47,9 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
         InputError: a network without exits, or initial weights that cannot be read or do not fit.
     """
     try:
-        model = timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, **args.model_kwargs)
+        model = timm.create_model(
+            args.model, pretrained=starts_trained(args), num_classes=num_classes, drop_rate=args.drop,
+            **args.model_kwargs)
     except Exception as error:  # of many types, as names and arguments can be wrong
         raise InputError(f"network '{args.model}' with {args.model_kwargs or 'no --model-kwargs'} cannot be created "
                          f'({first_line(error)})') from error
@@ -54,6 +57,7 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
         raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
         load_mean(model, args.initial_checkpoint, args.model)
+    prepare(args, model)
     return model
 
 
@@ -203,6 +207,7 @@ class Trainer:
         if self.mixup is not None and args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
             self.mixup.mixup_enabled = False
         self.task.train()
+        self.task.last_exit_only = epoch < (args.backbone_epochs or 0)
         losses, seen, start = AverageMeter(), 0, time.perf_counter()
         total = None
         for index, (images, targets) in enumerate(self.loader):

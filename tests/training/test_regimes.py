@@ -1,0 +1,106 @@
+"""Training exits on a backbone: early exits alone, the backbone first, and what each leaves unchanged."""
+import pytest
+import timm
+import torch
+import yaml
+from backbone_support import photos
+from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
+
+from timm_multiexit import InputError, load_model
+from timm_multiexit.cli import main
+from timm_multiexit.training.options import parse_train_args
+from timm_multiexit.training.run import train
+from timm_multiexit.training.trainer import Trainer
+
+pytest_plugins = ['training_support']  # folder_dataset
+KWARGS = ['backbone=resnet10t', 'at=2']
+
+
+def options(data, output, *extra, kwargs=KWARGS):
+    return parse_train_args('', [
+        '--data-dir', str(data), '--dataset', 'folder', '--output', str(output), '--experiment', 'run',
+        '--model', 'multiexit', '--batch-size', '40', '--validation-images', '40', '--epochs', '2', '--opt', 'adamw',
+        '--lr', '0.003', '--warmup-epochs', '0', '--threads', '1', '--device', 'cpu', '--smoothing', '0', *extra,
+        '--model-kwargs', *kwargs])
+
+
+@pytest.fixture(scope='module')
+def backbone(folder_dataset, tmp_path_factory):
+    """A folder with a backbone that tells the two classes apart, trained without exits."""
+    folder = tmp_path_factory.mktemp('backbone')
+    torch.manual_seed(0)
+    trainer = Trainer(options(folder_dataset, folder))
+    trainer.task.last_exit_only = True
+    model = trainer.task.get_trainable_module().backbone.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for epoch in range(4):
+        trainer.begin_epoch(epoch)
+        for images, targets in trainer.loader:
+            torch.nn.functional.cross_entropy(model(images), targets).backward()
+            optimizer.step(), optimizer.zero_grad()
+    save_for_hf(model.eval(), folder, safe_serialization=True)
+    return folder
+
+
+def test_heads_leave_the_last_exit_as_it_was(folder_dataset, backbone, tmp_path):
+    train(options(folder_dataset, tmp_path, '--regime', 'heads', '--epochs', '6', '--model-ema', '--model-ema-decay',
+                  '0.5', kwargs=[f'backbone=local-dir:{backbone}', 'at=2']))
+    final = tmp_path / 'run' / 'final'
+    own, net = timm.create_model(f'local-dir:{backbone}', pretrained=True).eval(), load_model('', final)
+    x = photos(8, (3, 32, 32))
+    with torch.no_grad():
+        assert torch.equal(net(x), own(x))
+    reached = yaml.safe_load((final / 'history.yaml').read_text())[-1]['reached']
+    assert all(reached[f'top1_exit{k}'] > 70 for k in (1, 2, 3)), reached  # two classes: chance is 50
+    assert yaml.safe_load((final / 'recipe.yaml').read_text())['distill_weight'] == 1.
+    # detach: the plain model again
+    assert main(['detach', str(final), '--output', str(tmp_path / 'plain')]) == 0
+    plain = timm.create_model(f'local-dir:{tmp_path / "plain"}', pretrained=True).eval()
+    with torch.no_grad():
+        assert type(plain) is type(own) and torch.equal(plain(x), own(x))
+    assert plain.pretrained_cfg['mean'] == list(net.pretrained_cfg['mean'])
+    assert main(['detach', str(final), '--output', str(tmp_path / 'plain')]) == 2
+
+
+def test_heads_of_a_checkpoint_of_timms_train_script(folder_dataset, backbone, tmp_path):
+    state = load_file(backbone / 'model.safetensors')
+    torch.save(dict(arch='resnet10t', state_dict=state), tmp_path / 'model_best.pth.tar')
+    trainer = Trainer(options(folder_dataset, tmp_path, '--regime', 'heads', '--backbone-checkpoint',
+                              str(tmp_path / 'model_best.pth.tar')))
+    trainer.train_epoch(0)
+    after = trainer.task.get_trainable_module().backbone.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_heads_refuse_a_backbone_that_does_not_know_the_classes(folder_dataset, tmp_path):
+    with pytest.raises(InputError, match='does not know the 2 classes: use --regime mixed'):
+        Trainer(options(folder_dataset, tmp_path, '--regime', 'heads'))
+
+
+def test_mixed_trains_the_backbone_first(folder_dataset, tmp_path):
+    args = options(folder_dataset, tmp_path, '--regime', 'mixed')
+    trainer = Trainer(args)
+    assert args.backbone_epochs == 1
+    net = trainer.task.get_trainable_module()
+
+    def moved(epoch):
+        before = {name: p.detach().clone() for name, p in net.named_parameters() if p.ndim == 4}
+        trainer.train_epoch(epoch)
+        return {name.split('.')[0] for name, p in net.named_parameters() if p.ndim == 4
+                and (p - before[name]).norm() > 0.01 * before[name].norm()}
+    assert moved(0) == {'backbone'}
+    assert moved(1) == {'backbone', 'exits'}
+
+
+def test_mixed_starts_at_the_second_phase_of_a_trained_backbone(folder_dataset, backbone, tmp_path):
+    args = options(folder_dataset, tmp_path, '--regime', 'mixed', kwargs=[f'backbone=local-dir:{backbone}', 'at=2'])
+    Trainer(args)
+    assert args.backbone_epochs == 0
+
+
+@pytest.mark.parametrize('extra', [['--regime', 'heads'], ['--backbone-checkpoint', 'file']])
+def test_regimes_are_for_backbones(folder_dataset, tmp_path, extra):
+    args = options(folder_dataset, tmp_path, *extra, '--model', 'vgg8_mc_cifar', kwargs=[])
+    with pytest.raises(InputError, match=f'{" ".join(extra[:1])}.* is for exits on a backbone, not for vgg8_mc_cifar'):
+        Trainer(args)
