@@ -10,7 +10,6 @@ from PIL import Image
 
 from timm_multiexit import ExitCosts, ExitPolicy, InputError
 from timm_multiexit.stopping.costs import format_macs
-from timm_multiexit.stopping.policy import leaves
 from timm_multiexit.stopping.simulate import simulate
 
 BY_BUDGET, BY_CONFIDENCE = 'budget', 'confidence'
@@ -75,7 +74,7 @@ def answer_by_confidence(outputs: ExitOutputs, threshold: float, calibrated: boo
     policy = ExitPolicy.at_confidence(_number(threshold, 'confidence'), temperatures)
     result = simulate(policy, outputs.logits.unsqueeze(1), outputs.costs.macs)
     exit_index = int(result.exit_index[0])
-    reason = f'The first exit to reach {threshold:.0%} confidence' if leaves(result.confidence[0], threshold) else (
+    reason = f'The first exit to reach {threshold:.0%} confidence' if result.confidence[0] >= threshold else (
         f'No exit reaches {threshold:.0%} confidence, so the last one answers')
     return Answer(exit_index, BY_CONFIDENCE, float(threshold), calibrated, reason)
 

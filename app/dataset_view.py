@@ -41,8 +41,8 @@ def _exits(policy: ExitPolicy, shares: Sequence[float]) -> List[Dict]:
         elif k == used[-1]:
             short, words = 'rest', 'all remaining images'
         else:
-            short = f'≥ {policy.thresholds[k]:.3f}'
-            words = f'at a confidence of {policy.thresholds[k]:.1%} or more'
+            short = f'≥ {policy.confidence_at(k):.3f}'
+            words = f'at a confidence of {policy.confidence_at(k):.1%} or more'
         reach = max(1. - sum(shares[:k]), 0.)
         exits.append(dict(reach=reach, share=share, short=short, words=words, used=k in used))
     return exits

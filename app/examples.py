@@ -12,7 +12,8 @@ from timm_multiexit import ExitConfig, ExitPolicy
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.stopping.policy import leaves
+from timm_multiexit.stopping.policy import leaves, log_odds
+from timm_multiexit.stopping.solve import budget_grid
 
 ASSETS = Path(__file__).resolve().parent / 'assets'
 SAMPLES = Path(timm_multiexit.__file__).resolve().parent / 'samples'
@@ -36,11 +37,11 @@ class GalleryImage:
     tile: int  # position in the sprite
     true_class: str
     predictions: Tuple[str, ...]  # class predicted by each exit
-    confidences: Tuple[float, ...]  # of each exit, in the measure of the stored policies
+    confidences: Tuple[float, ...]  # of each exit, in the measure of the stored scores
 
     def exit_under(self, policy: ExitPolicy) -> int:
         """Index of the exit at which the image leaves."""
-        stops = (k for k, threshold in enumerate(policy.thresholds[:-1]) if leaves(self.confidences[k], threshold))
+        stops = (k for k, threshold in enumerate(policy.thresholds) if leaves(log_odds(self.confidences[k]), threshold))
         return next(stops, policy.num_exits - 1)
 
 
@@ -112,25 +113,23 @@ class Curve:
 
 
 def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
-    """The curve on test images from results.json beside the weights, else on validation images from the policies.
-
-    None if no policies are stored, or policies without their validation results.
+    """The curve on test images from results.json beside the weights, else on the validation images whose scores are
+    stored; None if there are neither.
     """
-    policies = config.policies
-    if not policies:
+    if config.scores is None:
         return None
     path = WEIGHTS_DIR / name / RESULTS_NAME
     if ':' not in name and path.is_file():
         results = Results.load(path)
-        rows = results.budgeted.get(policies[0].method) or next(iter(results.budgeted.values()))
+        rows = results.budgeted
         return Curve(
             f'{results.test_images:,} test images', tuple(r.budget for r in rows),
             tuple(CurvePoint(r.average_macs, r.accuracy, r.exit_shares) for r in rows),
             tuple((e.macs, e.accuracy) for e in results.exits))
-    if any(p.expected_macs is None or p.expected_accuracy is None or p.exit_shares is None for p in policies):
-        return None
-    points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy, p.exit_shares) for p in policies)
-    return Curve('the validation images', tuple(p.budget for p in policies), points)
+    budgets = budget_grid(config.exit_macs[0], config.exit_macs[-1])
+    policies = [config.policy_for(b) for b in budgets]
+    points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy or 0., p.exit_shares) for p in policies)
+    return Curve('the validation images', budgets, points)
 
 
 def parse_position(number: Union[str, int, None], count: int) -> int:

@@ -204,5 +204,6 @@ def policy(network: str, average_budget: str) -> Dict[str, Any]:
     """
     config = get_network(network).config
     if config is None:
-        raise InputError(f"no policies are stored for '{network}': create them with timm-multiexit calibrate")
-    return config.policy_for(parse_macs(average_budget)).to_dict()
+        raise InputError(f"no exit config is stored for '{network}': create them with timm-multiexit calibrate")
+    policy = config.policy_for(parse_macs(average_budget))
+    return dict(confidences=[policy.confidence_at(k) for k in range(policy.num_exits)], **policy.to_dict())

@@ -34,7 +34,7 @@ def build_card(network: Network, organisation: str) -> ModelCard:
             for e in network.results.exits],
     )
     module = type(network.model).__module__
-    every, recipe = network.results.budgeted['search'], network.recipe
+    every, recipe = network.results.budgeted, network.recipe
     numbers = {step.run: number for number, step in enumerate(network.history.steps, start=1)}
     return ModelCard.from_template(
         data, template_path=str(_TEMPLATE), network=network, dataset=title, macs=format_macs,

@@ -10,9 +10,10 @@ from timm_multiexit import ExitConfig, InputError, MultiExitNet, exit_costs, lis
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_yaml
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
+from timm_multiexit.pretrained.exit_config import weights_digest
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE
 from timm_multiexit.pretrained.names import check_name
-from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME
+from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, SCORES_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, History
 
 # Default owner of everything that is published; `--org` overrides it.
@@ -23,6 +24,7 @@ _MADE_BY = {
         (WEIGHTS_FILE, CONFIG_FILE, RECIPE_NAME, STEPS_NAME, LOG_NAME),
         'give the folder final/ of a run of train_timm.py'),
     FILE_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
+    SCORES_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
     RESULTS_NAME: 'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
 }
 
@@ -34,7 +36,7 @@ class Network:
     name: str  # 'arch.tag', also the repository's name
     folder: Path  # with the weights and the files of `_MADE_BY`
     model: MultiExitNet  # with these weights, in eval mode
-    exits: ExitConfig  # costs and policies
+    exits: ExitConfig  # costs and scores
     results: Results  # from timm-multiexit evaluate
     recipe: Dict[str, Any]  # options of train_timm.py
     history: History  # the runs that led to it, and itself
@@ -87,7 +89,7 @@ def read_network(given: str, name: str = '') -> Network:
     if not re.fullmatch(r'\w+\.[\w-]+', name):
         raise InputError(f"'{name}' is not a repository name: give ARCH.TAG, like msfuse_cifar.flowers")
     model = load_model(name if packaged else f'local-dir:{folder}')
-    exits.check_network(model)
+    exits.check_network(model, weights_digest(model))
     costs = exit_costs(model, exits.input_size)
     if tuple(costs.macs) != exits.exit_macs:
         raise InputError(f"the costs in {FILE_NAME} of '{folder}' are not the network's: calibrate it again")

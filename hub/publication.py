@@ -16,7 +16,7 @@ from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
 from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
 from timm_multiexit.pretrained.record import config_of
-from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME
+from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, SCORES_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable
 
 CARD = 'README.md'
@@ -76,7 +76,7 @@ def check_folder(network: Network, folder: Path) -> str:
         raise InputError(f'{network.name} loaded from its folder differs in the logits of {differing} exits: '
                          'config.json does not match the weights')
     if load_exit_config(place) != network.exits:
-        raise InputError(f'{network.name}: multiexit.json does not hold the stored policies')
+        raise InputError(f'{network.name}: multiexit.json and {SCORES_NAME} do not hold what the weights come with')
     card = ModelCard.load(folder / CARD)
     if [r.metric_value for r in card.data.eval_results or ()] != [e.accuracy for e in network.results.exits]:
         raise InputError(f'the model-index in the card of {network.name} does not hold the measured accuracies')

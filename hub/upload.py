@@ -15,7 +15,7 @@ from model_repo import Network, differences
 from timm_multiexit import ExitConfig, InputError
 from timm_multiexit.files import sha256
 from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
-from timm_multiexit.stopping.config import FILE_NAME
+from timm_multiexit.stopping.config import FILE_NAME, SCORES_NAME
 
 _KEPT = ('.gitattributes',)  # the Hub's own
 
@@ -138,16 +138,17 @@ def verify_files(api: HfApi, target: Target, folder: Path) -> None:
 
 
 def verify_network(target: Target, commit: str, network: Network) -> None:
-    """Loads a published network as a user would, with an empty cache, and compares all logits and the policies.
+    """Loads a published network as a user would, with an empty cache, and compares all logits and the exit config.
 
     Raises:
         InputError: it cannot be loaded, or differs.
     """
     with doing(f'published, but loading hf-hub:{target} back'), TemporaryDirectory() as cache:
         loaded = timm.create_model(f'hf-hub:{target.repo_id}@{commit}', pretrained=True, cache_dir=cache)
+        hf_hub_download(target.repo_id, SCORES_NAME, revision=commit, cache_dir=cache)  # read beside the config
         stored = hf_hub_download(target.repo_id, FILE_NAME, revision=commit, cache_dir=cache)
         exits = ExitConfig.load(stored)
     differing = differences(network.model, loaded)
     if differing or exits != network.exits:
-        what = f'the logits of {differing} exits differ' if differing else 'the policies differ'
+        what = f'the logits of {differing} exits differ' if differing else 'the exit config differs'
         raise InputError(f'published, but hf-hub:{target} is not {network.name}: {what}')

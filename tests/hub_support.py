@@ -23,7 +23,7 @@ from timm_multiexit.evaluation.evaluate import LabelledLogits, evaluate
 from timm_multiexit.files import write_json
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.pretrained.record import TrainingData, config_of, describe
-from timm_multiexit.stopping.solve import solve_exit_config
+from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.training.history import History, Step
 
 PUSH = PROJECT / 'hub' / 'push.py'
@@ -154,9 +154,9 @@ def final(tmp_path_factory) -> Path:
             logits[k, torch.arange(300), targets] += 1. + k
         splits.append(LabelledLogits(logits, targets))
     validation, test = splits
-    results = replace(evaluate(validation, test, costs), model='msfuse_cifar', dataset='torch/cifar10')
+    results = replace(evaluate(validation, test, costs)[0], model='msfuse_cifar', dataset='torch/cifar10')
     results.save(folder / 'results.json')
-    solve_exit_config(validation.logits, validation.targets, costs, classes).save(folder / 'multiexit.json')
+    ExitConfig.fit(validation.logits, validation.targets, costs, classes).save(folder / 'multiexit.json')
     (folder / 'recipe.yaml').write_text(yaml.safe_dump(dict(
         model='msfuse_cifar', dataset='torch/cifar10', epochs=3, opt='nmuon', lr=0.03, batch_size=256,
         initial_checkpoint='/somewhere/of/mine/start.safetensors', model_kwargs=SHAPE)))

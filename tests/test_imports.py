@@ -105,11 +105,10 @@ import numpy as np
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.stopping.simulate import simulate
-from timm_multiexit.stopping.solve import solve_exit_config
 generator = np.random.default_rng(0)
 targets = generator.integers(5, size=300)
 logits = generator.normal(size=(3, 300, 5)) + 2. * np.eye(5)[targets]
-config = solve_exit_config(logits, targets, ExitCosts((10**6, 2 * 10**6, 4 * 10**6), (1, 2, 3), (3, 32, 32)))
+config = ExitConfig.fit(logits, targets, ExitCosts((10**6, 2 * 10**6, 4 * 10**6), (1, 2, 3), (3, 32, 32)))
 config.save(sys.argv[2])
 policy = ExitConfig.load(sys.argv[2]).policy_for(2.5e6)
 assert 2.4e6 < simulate(policy, logits, config.exit_macs).average_macs < 2.6e6

@@ -122,7 +122,7 @@ def make_assets(
     """
     by_exit = list(zip(test.logits, config.temperatures))
     examples = choose(lessons(torch.stack([(x / t).softmax(1) for x, t in by_exit]), test.targets), test.targets)
-    confidences = torch.stack([confidence(x, config.policies[0].measure, t) for x, t in by_exit])
+    confidences = torch.stack([confidence(x, config.measure, t) for x, t in by_exit])
     picks = choose_gallery(confidences)
     predictions = test.logits.argmax(2)
     for tile, example in enumerate(examples):

@@ -14,7 +14,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.evaluate import LabelledLogits
 from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.stopping.costs import ExitCosts
-from timm_multiexit.stopping.policy import ExitPolicy
+from timm_multiexit.stopping.policy import ExitPolicy, confidence
 from timm_multiexit.stopping.simulate import simulate
 
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
@@ -94,7 +94,7 @@ def test_confidence_mode_is_the_policy_of_the_package(calibrated):
         outputs = make_outputs(torch.randn(4, 3) * 2)
         temperatures = outputs.temperatures if calibrated else (1.,) * 4
         for threshold in (0.4, 0.7, 0.9, 1.):
-            policy = ExitPolicy((threshold,) * 3 + (0.,), temperatures)
+            policy = ExitPolicy.at_confidence(threshold, temperatures)
             expected = simulate(policy, outputs.logits.unsqueeze(1), MACS).exit_index.item()
             answer = answer_by_confidence(outputs, threshold, calibrated)
             assert answer.exit_index == expected
@@ -213,28 +213,31 @@ def test_networks_without_weights_are_not_listed(name):
 
 
 def make_config():
-    policies = [
-        ExitPolicy(t, (1., 1., 2., .5), budget=b, expected_macs=b, expected_accuracy=a, exit_shares=s)
-        for t, b, a, s in [((0., 0., 0., 0.), 10e6, 70., (1., 0., 0., 0.)),
-                           ((.9, .8, .7, 0.), 20e6, 80., (.5, .2, .2, .1)),
-                           ((2., 2., 2., 0.), 40e6, 82., (0., 0., 0., 1.))]]
-    return ExitConfig(MACS, (1, 2, 3, 4), (3, 32, 32), (1., 1., 2., .5), policies, ('cat', 'dog', 'pickup_truck'))
+    """An exit config of four exits, of 400 made-up images."""
+    torch.manual_seed(3)
+    targets = torch.randint(3, (400,))
+    logits = torch.randn(4, 400, 3) + torch.tensor([1., 1.5, 2., 2.5]).view(4, 1, 1) * torch.eye(3)[targets]
+    return ExitConfig.fit(logits, targets, ExitCosts(MACS, (1, 2, 3, 4), (3, 32, 32)), ('cat', 'dog', 'pickup_truck'))
 
 
-def test_the_curve_interpolates_the_stored_policies():
-    curve = examples.load_curve('no.results', make_config())
+def test_the_curve_interpolates_what_policies_give_on_the_validation_images():
+    config = make_config()
+    curve = examples.load_curve('no.results', config)
     assert curve.images == 'the validation images'
-    assert curve.at(20e6).accuracy == 80. and curve.at(1.).accuracy == 70. and curve.at(1e12).accuracy == 82.
-    between = curve.at(15e6)
-    assert (between.macs, between.accuracy, between.shares) == (15e6, 75., (.75, .1, .1, .05))
+    first, last = config.policy_for(MACS[0]), config.policy_for(MACS[-1])
+    assert curve.at(1.).accuracy == first.expected_accuracy and curve.at(1e12).accuracy == last.expected_accuracy
+    low, high, between = curve.budgets[4], curve.budgets[5], curve.at((curve.budgets[4] + curve.budgets[5]) / 2)
+    ends = [config.policy_for(b) for b in (low, high)]
+    assert between.macs == pytest.approx(sum(p.expected_macs for p in ends) / 2)
+    assert between.shares == pytest.approx([sum(s) / 2 for s in zip(*(p.exit_shares for p in ends))])
     low, high = dataset_view.accuracy_range(curve)
-    assert low < 70. and high > 82.
+    assert low < first.expected_accuracy < last.expected_accuracy < high
 
 
 def test_gallery_images_leave_where_the_policy_says():
     torch.manual_seed(1)
-    logits, policy = torch.randn(4, 60, 3) * 2, make_config().policies[1]
-    confidences = torch.stack([policy.confidence(k, x) for k, x in enumerate(logits)])
+    logits, policy = torch.randn(4, 60, 3) * 2, make_config().policy_for(20e6)
+    confidences = torch.stack([confidence(x, temperature=t) for x, t in zip(logits, policy.temperatures)])
     images = [examples.GalleryImage(i, 'cat', ('dog',) * 4, tuple(confidences[:, i].tolist())) for i in range(60)]
     groups = dataset_view.gallery_by_exit(images, policy)
     expected = simulate(policy, logits, MACS).exit_index
@@ -258,11 +261,13 @@ def test_the_budget_view_is_complete():
     assert 'error 1.0%' in Tree(dataset_view.reliability_diagrams(assets, True)).text
 
 
-@pytest.mark.parametrize('budget, shown', [
-    (10e6, ['rest', 'off', 'off', 'off']), (20e6, ['≥ 0.900', '≥ 0.800', '≥ 0.700', 'rest']),
-    (40e6, ['off', 'off', 'off', 'rest'])])
-def test_thresholds_are_shown_for_the_exits_in_use(budget, shown):
+@pytest.mark.parametrize('budget', [MACS[0], 20e6, MACS[-1]])
+def test_thresholds_are_shown_for_the_exits_in_use(budget):
     config = make_config()
+    policy = config.policy_for(budget)
+    used = policy.exits_in_use
+    shown = ['off' if k not in used else 'rest' if k == used[-1] else f'≥ {policy.confidence_at(k):.3f}'
+             for k in range(4)]
     html = dataset_view.budget_view(examples.load_curve('no.results', config), config, examples.Assets(()), budget)
     assert re.findall(r'class="cost" title="[^"]*">([^<]*)<', html) == shown
 

@@ -97,7 +97,7 @@ def test_files_that_are_not_images(client, server, tmp_path):
 
 def test_policies(client, server):
     if server.network.config is None:
-        pytest.skip('no policies are stored with the shipped weights')
+        pytest.skip('no exit config is stored with the shipped weights')
     full = server.network.costs.macs[-1]
     found = client.predict(network=server.names[0], average_budget=str(full / 2), api_name='/policy')
     assert found['thresholds'] == pytest.approx(server.network.config.policy_for(full / 2).thresholds)

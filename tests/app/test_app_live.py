@@ -228,7 +228,7 @@ def test_other_networks(server, browser):
 
 def test_the_dataset_view(server, browser):
     if server.network.config is None:
-        pytest.skip('no policies are stored with the shipped weights')
+        pytest.skip('no exit config is stored with the shipped weights')
     with Visit(browser, server.url) as page:
         page.get_by_role('tab', name='Whole dataset').click()
         calls = server.calls

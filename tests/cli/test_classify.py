@@ -16,7 +16,7 @@ from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.pretrained.exit_config import load_exit_config
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.names import list_networks
-from timm_multiexit.stopping.costs import parse_macs
+from timm_multiexit.stopping.costs import StageCosts, parse_macs
 
 IMAGES = sorted(map(str, SAMPLES.glob('*.png')))
 
@@ -50,7 +50,7 @@ def test_shipped_weights_know_the_sample_images(capsys):
 
 
 def test_rows_are_the_network_s_own_logits(capsys):
-    _, (result,) = answers(capsys, IMAGES[0])
+    _, (result,) = answers(capsys, IMAGES[0], '--uncalibrated')
     model = load_model('msfuse_cifar')
     config = timm.data.resolve_data_config(model=model)
     from PIL import Image
@@ -100,21 +100,26 @@ def test_average_budget_uses_the_stored_thresholds(capsys):
     assert main(['classify', IMAGES[0], '--average-budget', '3M']) == 2
 
 
-def test_fast_thresholds_ask_fewer_exits(capsys):
-    stored = load_exit_config('msfuse_cifar')
+def test_average_latency_runs_the_exits_that_its_policy_uses(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    code, results = answers(capsys, *IMAGES, '--average-latency', '50%', '--engine', 'torch')
+    (kept,) = (tmp_path / 'timm-multiexit' / 'profiles').iterdir()
+    values = json.loads(kept.read_text())
+    profile = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
+    policy = load_exit_config('msfuse_cifar').policy_for(average_ms=0.5 * profile.full, profile=profile)
+    assert code == 0 and any(r['exit'] < 7 for r in results)
+    for result in results:
+        used = [k + 1 for k in policy.exits_in_use]
+        assert [e['exit'] for e in result['exits']] == used[:used.index(result['exit']) + 1]
+    for wrong in ('50 %x', '-1ms', '0%', '1000%'):
+        assert main(['classify', IMAGES[0], f'--average-latency={wrong}', '--engine', 'torch']) == 2
+    assert list((tmp_path / 'timm-multiexit' / 'profiles').iterdir()) == [kept]
 
-    def asked(budget, fast):  # a threshold above 1 is that of an exit which nothing can leave
-        return sum(t <= 1 for t in stored.policy_for(budget, fast=fast).thresholds)
-    budget = max((p.budget for p in stored.policies), key=lambda b: asked(b, False) - asked(b, True))
-    assert asked(budget, True) < asked(budget, False)
-    for options in ([], ['--fast']):
-        code, results = answers(capsys, *IMAGES, '--average-budget', f'{budget:.0f}', *options)
-        thresholds = stored.policy_for(round(budget), fast=bool(options)).thresholds
-        early = [r for r in results if r['exit'] < 7]
-        assert code == 0 and early
-        assert all(f"reaches the threshold {thresholds[r['exit'] - 1]:.3f}" in r['reason'] for r in early)
-    assert main(['classify', IMAGES[0], '--budget', '30M', '--fast']) == 2
-    assert 'pass --average-budget with it' in capsys.readouterr().err
+
+def test_probabilities_are_calibrated_unless_asked_otherwise(capsys):
+    stored, raw = (answers(capsys, IMAGES[0], *options)[1][0]['exits'][0]['top'][0][1]
+                   for options in ([], ['--uncalibrated']))
+    assert 0.3 < stored < raw
 
 
 def test_table_says_where_and_why_it_stopped(capsys):

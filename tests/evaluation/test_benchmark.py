@@ -9,12 +9,13 @@ import torch
 from timm_multiexit.cli import main
 from timm_multiexit.cli.benchmark import print_results
 from timm_multiexit.datasets import load_images, normalize
-from timm_multiexit.evaluation.timing import measure_exits, measure_policies, spread, take_turns
+from timm_multiexit.evaluation.timing import measure_exits, measure_policies, spread
 from timm_multiexit.inference.engine import make_engine
+from timm_multiexit.inference.profile import measure_profile, take_turns
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.exit_config import load_exit_config
-from timm_multiexit.stopping.policy import NEVER, ExitPolicy
+from timm_multiexit.stopping.policy import ALWAYS, NEVER, ExitPolicy
 
 needs_weights = pytest.mark.skipif(
     not (WEIGHTS_DIR / 'msfuse_cifar.cifar10' / 'model.safetensors').is_file(),
@@ -53,9 +54,8 @@ def test_policies_are_measured_on_the_same_images_as_the_full_network(measured, 
     engine, costs = measured
     images, targets = load_images('torch/cifar10', cifar_root, 'test')
     images, targets = normalize(images[:48], (0.5,) * 3, (0.25,) * 3), targets[:48]
-    all_first = ExitPolicy((0.,) * 7, (1.,) * 7, budget=costs.macs[0])
-    none_early = ExitPolicy((NEVER,) * 6 + (0.,), (1.,) * 7)
-    results = measure_policies(engine, costs, [all_first, none_early], images, targets, 16, 5)
+    policies = {'all first': ExitPolicy.at_exit(0, 7), 'none early': ExitPolicy((NEVER,) * 6 + (ALWAYS,), (1.,) * 7)}
+    results = measure_policies(engine, costs, policies, images, targets, 16, 5)
     full, first, last = results['full'], *results['policies']
     assert full['average_macs'] == last['average_macs'] == costs.macs[-1] and first['average_macs'] == costs.macs[0]
     assert full['accuracy'] == last['accuracy']
@@ -68,28 +68,27 @@ def test_policies_are_measured_on_the_same_images_as_the_full_network(measured, 
     print_results(dict(results, model='msfuse_cifar', engine='torch', device='here', threads=1, batch_size=16, rounds=5,
                        exits=exits))
     printed = capsys.readouterr().out
-    assert 'share of images per exit, file 15.26 M' in printed and '100% 0% 0% 0% 0% 0% 0%' in printed
+    assert 'share of images per exit, all first: 100%' in printed and '100% 0% 0% 0% 0% 0% 0%' in printed
 
 
 @needs_weights
 def test_the_command_measures_stored_policies_and_files(cifar_root, tmp_path, capsys):
     path = tmp_path / 'policy.json'
-    ExitPolicy((0.9, *(NEVER,) * 5, 0.), (1.,) * 7).save(path)
+    ExitPolicy((2., *(NEVER,) * 5, ALWAYS), (1.,) * 7).save(path)
     args = ['benchmark', 'msfuse_cifar', '--data-dir', cifar_root, '--images', '16', '--batch-size', '8', '--rounds',
             '1', '--engine', 'torch', '--threads', '1', '--policy', str(path), '--average-budget', '32M', '--json',
+            '--average-latency', '60%',
             '--output', str(tmp_path / 'report.json')]
     assert main(args) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((tmp_path / 'report.json').read_text())
     assert results['engine'] == 'torch' and results['threads'] == 1 and results['images'] == 16
     assert len(results['exits']) == 7
-    file, stored, fast = results['policies']
-    assert file['heads'] == [1, 7] and file['budget'] is None and stored['budget'] == fast['budget'] == 32e6
-    config = load_exit_config('msfuse_cifar')
-    for row, policy in ((stored, config.policy_for(32e6)), (fast, config.policy_for(32e6, fast=True))):
-        assert row['method'] == policy.method
-        assert row['heads'] == [k for k, t in enumerate(policy.thresholds, 1) if t < NEVER]
-    assert (stored['method'], fast['method']) == ('search', 'fast')
+    assert [row['name'] for row in results['policies']] == [str(path), '32.00 M', '60% at batch 1', '60% at batch 8']
+    file, stored, *latencies = results['policies']
+    assert file['heads'] == [1, 7]
+    assert stored['heads'] == [k + 1 for k in load_exit_config('msfuse_cifar').policy_for(32e6).exits_in_use]
+    assert all(row['average_macs'] < 64e6 for row in latencies)
     assert 64e6 < results['full']['average_macs'] < 65e6
     assert 0.05 < file['batch_1']['share_of_full_time']['median'] < 1.2
 
@@ -115,3 +114,12 @@ def test_a_network_without_weights_is_refused(capsys):
     assert 'no trained weights' in capsys.readouterr().err
     assert main(['benchmark', 'msfus_cifar']) == 2
     assert 'did you mean msfuse_cifar' in capsys.readouterr().err
+
+
+def test_a_profile_adds_up_to_the_time_of_the_network(measured):
+    engine, costs = measured
+    profile = measure_profile(engine, costs.input_size)
+    assert len(profile.stages) == len(profile.heads) == 7 and profile.heads[6] == 0.
+    runner = measure_exits(engine, costs, 1, 5, passes=3)
+    assert profile.full == pytest.approx(runner[6]['ms_batch_1']['median'], rel=0.6)  # other load on the machine
+    assert profile.of_exits((0,))[0] < 0.7 * profile.full

@@ -2,6 +2,8 @@
 import argparse
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
 from timm_multiexit.evaluation.results import OracleResult, Results
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.pretrained.exit_config import load_recipe
+from timm_multiexit.pretrained.exit_config import load_recipe, weights_digest
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.stopping.config import FILE_NAME, ExitConfig
 from timm_multiexit.stopping.costs import ExitCosts
@@ -78,13 +80,12 @@ def test_the_report_is_complete_and_holds_the_network_s_numbers(report, folder):
     assert correct.min() > 40.  # trained weights
     # The budgeted rows are what their own thresholds give on these images.
     temperatures = [e['temperature'] for e in results['exits']]
-    for rows in results['budgeted'].values():
-        assert len(rows) >= 25
-        for row in rows[::8]:
-            result = simulate(ExitPolicy(row['thresholds'], temperatures), logits, costs.macs)
-            assert row['average_macs'] == pytest.approx(result.average_macs, rel=2e-3)
-            assert row['accuracy'] == pytest.approx(result.accuracy(targets), abs=0.7)  # one image of 150
-            assert row['over_budget'] == pytest.approx(100. * (row['average_macs'] / row['budget'] - 1.), abs=0.01)
+    assert len(results['budgeted']) >= 25
+    for row in results['budgeted'][::8]:
+        result = simulate(ExitPolicy(row['thresholds'], temperatures), logits, costs.macs)
+        assert row['average_macs'] == pytest.approx(result.average_macs, rel=2e-3)
+        assert row['accuracy'] == pytest.approx(result.accuracy(targets), abs=0.7)  # one image of 150
+        assert row['over_budget'] == pytest.approx(100. * (row['average_macs'] / row['budget'] - 1.), abs=0.01)
 
 
 def test_tables_hold_what_the_json_holds(report):
@@ -94,12 +95,11 @@ def test_tables_hold_what_the_json_holds(report):
     assert [float(r['accuracy']) for r in rows] == [e['accuracy'] for e in results['exits']]
     with (report / 'budgeted.csv').open() as file:
         rows = list(csv.DictReader(file))
-    for method, points in results['budgeted'].items():
-        mine = [r for r in rows if r['method'] == method]
-        assert [float(r['average_macs']) for r in mine] == [p['average_macs'] for p in points]
-        shares = [[float(r[f'exit_share_{k}']) for k in range(1, 8)] for r in mine]
-        assert shares == [p['exit_shares'] for p in points]
-        assert all(sum(s) == pytest.approx(1., abs=1e-4) for s in shares)
+    points = results['budgeted']
+    assert [float(r['average_macs']) for r in rows] == [p['average_macs'] for p in points]
+    shares = [[float(r[f'exit_share_{k}']) for k in range(1, 8)] for r in rows]
+    assert shares == [p['exit_shares'] for p in points]
+    assert all(sum(s) == pytest.approx(1., abs=1e-4) for s in shares)
 
 
 def test_figures_draw_the_results(report):
@@ -108,10 +108,8 @@ def test_figures_draw_the_results(report):
     assert list(line.get_ydata()) == [e.accuracy for e in results.exits]
     axes = budgeted_figure(results).axes
     lines = {line.get_label(): line for line in axes[0].lines}
-    assert list(lines['thresholds by search'].get_ydata()) == [r.accuracy for r in results.budgeted['search']]
-    assert list(lines['fast: few exits in use'].get_ydata()) == [r.accuracy for r in results.budgeted['fast']]
-    assert len(lines) == 5
-    assert list(axes[1].lines[-1].get_ydata()) == pytest.approx(results.comparison.gains, abs=1e-3)
+    assert list(lines['early exits by confidence'].get_ydata()) == [r.accuracy for r in results.budgeted]
+    assert len(lines) == 3
     for name in ('anytime.png', 'budgeted.png'):
         with Image.open(report / name) as image:
             assert min(image.size) > 500 and len(image.convert('L').getcolors()) > 20
@@ -137,16 +135,40 @@ def test_an_interrupted_evaluation_leaves_no_half_file(options, tmp_path, monkey
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == whole
 
 
-def test_calibrate_stores_policies_beside_a_checkpoint(options, tmp_path, capsys):
+def test_calibrate_stores_scores_beside_a_checkpoint(options, tmp_path, capsys):
     model = load_model(NAME)
     save_file(model.state_dict(), tmp_path / 'mine.safetensors')
     code = main(['calibrate', NAME, '--checkpoint', str(tmp_path / 'mine.safetensors'), *options])
     assert code == 0 and 'written' in capsys.readouterr().out
     config = ExitConfig.load(tmp_path / FILE_NAME)
-    config.check_network(model)
-    assert config.policies[0].method == 'search' and len(config.policies) >= 25
-    assert config.policy_for(25e6).budget == 25e6
-    assert config.policy_for(25e6, fast=True).method == 'fast'
+    config.check_network(model, weights_digest(model))
+    assert config.scores.development.num_images == 149 and config.scores.certified.num_images == 0
+    assert 20e6 < config.policy_for(25e6).expected_macs <= 25e6
+
+
+def test_certification_images_make_a_promise(folder, tmp_path, capsys):
+    """From what is stored with the weights and a folder of images; without labels, only of consistency."""
+    output = tmp_path / FILE_NAME
+    images = Path(folder) / 'validation'
+    assert main(['calibrate', NAME, '--certify', str(images), '--output', str(output)]) == 0
+    config = ExitConfig.load(output)
+    assert config.scores.certified.num_images == 10 * PER_CLASS and config.scores.development.num_images == 2000
+    assert (config.scores.certified.labels >= 0).all()
+    ask = ['classify', str(next(images.glob('*/*.png'))), '--model', NAME, '--exit-config', str(output)]
+    assert main([*ask, '--max-loss', '10']) == 0
+    assert main([*ask, '--max-loss', '0.01']) == 2
+    assert 'cannot be promised from 150 certification images' in capsys.readouterr().err
+    flat = tmp_path / 'flat'
+    flat.mkdir()
+    for number, path in enumerate(sorted(images.glob('*/*.png'))):
+        shutil.copy(path, flat / f'{number}.png')
+    assert main(['calibrate', NAME, '--certify', str(flat), '--output', str(output)]) == 0
+    assert "risk 'consistency' only" in capsys.readouterr().out
+    assert main([*ask, '--max-loss', '10']) == 2
+    assert '150 of 150 certification images have no label' in capsys.readouterr().err
+    assert main([*ask, '--max-loss', '10', '--risk', 'consistency']) == 0
+    assert main([*ask[:4], '--max-loss', '1']) == 2
+    assert 'calibrate --certify' in capsys.readouterr().err
 
 
 def held_out(*args):
@@ -225,7 +247,7 @@ def test_temperature_removes_overconfidence():
     targets = torch.multinomial(logits[2].softmax(1), 1, generator=generator).squeeze(1)
     logits[2] *= 3.
     halves = [LabelledLogits(logits[:, part], targets[part]) for part in (slice(0, 2000), slice(2000, 4000))]
-    results = evaluation.evaluate(*halves, ExitCosts((10, 20, 40), (1, 2, 3), (3, 32, 32)), budgets=[10, 25, 40])
+    results, _ = evaluation.evaluate(*halves, ExitCosts((10, 20, 40), (1, 2, 3), (3, 32, 32)), budgets=[10, 25, 40])
     last = results.exits[2]
     assert last.temperature == pytest.approx(3., rel=0.1)
     assert last.calibration_error_with_temperature < 4. < 8. < last.calibration_error

@@ -7,7 +7,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.evaluate import LabelledLogits
 from timm_multiexit.evaluation.guarantee_check import check_guarantees
 from timm_multiexit.stopping.costs import ExitCosts
-from timm_multiexit.stopping.policy import ExitPolicy
+from timm_multiexit.stopping.policy import ALWAYS, ExitPolicy, log_odds
 
 COSTS = ExitCosts((10, 20), (1, 2), (3, 32, 32))
 
@@ -28,7 +28,7 @@ def test_set():
     return LabelledLogits(torch.from_numpy(logits), torch.from_numpy(labels))
 
 
-CANDIDATES = [ExitPolicy((t, 0.), (1., 1.), budget=20. - 10. * (1. - t)) for t in np.linspace(0.4, 0.95, 20)]
+CANDIDATES = [ExitPolicy((log_odds(c), ALWAYS), (1., 1.)) for c in np.linspace(0.95, 0.4, 20)]
 
 
 @pytest.mark.parametrize('risk', ['accuracy', 'harm', 'consistency'])

@@ -22,7 +22,7 @@ def test_published_figures(name, engine_name, cifar_root, record_property):
     engine = make_engine(model, engine_name)
     costs = ExitCosts(config.exit_macs, config.exit_params, config.input_size)
     measured = []
-    rows = stored.budgeted['search']
+    rows = stored.budgeted
     for row in [rows[i] for i in np.linspace(0, len(rows) - 1, 8).astype(int)]:
         policy = ExitPolicy(row.thresholds, config.temperatures, stored.measure)
         with torch.inference_mode():

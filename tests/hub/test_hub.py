@@ -3,6 +3,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy
 import pytest
 import timm
 import yaml
@@ -16,7 +17,6 @@ from publication import build_folder
 from safetensors.torch import load_file, save_file
 from space_repo import build_space
 
-from timm_multiexit.files import write_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.stopping.config import ExitConfig
@@ -31,13 +31,14 @@ def test_push_load_back_and_push_again(client, server, final):
     first, commit = server.commits(REPO)
     assert not first.files and set(commit.files) == {
         'README.md', 'anytime.png', 'budgeted.png', 'config.json', 'history.csv', 'history.yaml', 'model.safetensors',
-        'multiexit.json', 'recipe.yaml', 'results.json'}
+        'multiexit.json', 'recipe.yaml', 'results.json', 'scores.safetensors'}
     stored = server.contents(REPO)
     assert stored['model.safetensors'] == (final / 'model.safetensors').read_bytes()
     config = json.loads(stored['config.json'])
     assert config['architecture'] == 'msfuse_cifar' and config['pretrained_cfg']['tag'] == 'cifar10'
     assert config['multiexit']['dataset'] == 'torch/cifar10'
-    assert ExitConfig.from_dict(json.loads(stored['multiexit.json'])) == ExitConfig.load(final / 'multiexit.json')
+    assert json.loads(stored['multiexit.json']) == ExitConfig.load(final / 'multiexit.json').to_dict()
+    assert stored['scores.safetensors'] == (final / 'scores.safetensors').read_bytes()
     for text in ('README.md', 'config.json', 'recipe.yaml', 'results.json'):
         assert str(final).encode() not in stored[text] and b'/somewhere/of/mine' not in stored[text]
 
@@ -86,15 +87,15 @@ def test_new_weights_make_one_commit_and_stale_files_go(client, server, final, b
 def test_a_second_revision_beside_main(client, server, final, built, tmp_path):
     server.put(REPO, built)
     changed = copy_of(final, tmp_path)
-    config = json.loads((changed / 'multiexit.json').read_text())
-    config['policies'] = config['policies'][:1]
-    write_json(changed / 'multiexit.json', config)
+    config = ExitConfig.load(changed / 'multiexit.json')
+    fewer = config.scores.subset(numpy.arange(100))
+    replace(config, scores=fewer).save(changed / 'multiexit.json')
     client.push(changed, '--revision', 'trial').ok()
     assert len(server.commits(REPO)) == 2 and len(server.commits(REPO, 'trial')) == 3
     client.code(f"""
 from timm_multiexit import load_exit_config
-assert len(load_exit_config('hf-hub:{REPO}').policies) > 1
-assert len(load_exit_config('hf-hub:{REPO}@trial').policies) == 1
+assert load_exit_config('hf-hub:{REPO}').scores.num_images == 300
+assert load_exit_config('hf-hub:{REPO}@trial').scores.num_images == 100
 """).ok()
     client.load(f'hf-hub:{REPO}@trial').ok()
     client.load(f'hf-hub:{REPO}@none').refused('no such revision', 'none')

@@ -19,7 +19,7 @@ from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.stopping.costs import ExitCosts
-from timm_multiexit.stopping.policy import NEVER, ExitPolicy
+from timm_multiexit.stopping.policy import ALWAYS, NEVER, ExitPolicy, scores
 from timm_multiexit.stopping.simulate import Simulation, simulate
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -40,12 +40,12 @@ def spread_policy(logits, keep, exits=None):
     The temperatures bring logits of untrained networks, which can be in the hundreds, to a common scale.
     """
     last = len(logits) - 1
-    policy = ExitPolicy((0.,) * (last + 1), tuple(float(x.std()) for x in logits))
+    temperatures = tuple(float(x.std()) for x in logits)
     thresholds = []
     for k in range(last):
         used = exits is None or k in exits
-        thresholds.append(float(policy.confidence(k, logits[k]).quantile(keep)) if used else NEVER)
-    return ExitPolicy((*thresholds, 0.), policy.temperatures)
+        thresholds.append(float(scores(logits[k], temperature=temperatures[k]).quantile(keep)) if used else NEVER)
+    return ExitPolicy((*thresholds, ALWAYS), temperatures)
 
 
 def as_tensors(result: Simulation) -> Simulation:
@@ -55,8 +55,8 @@ def as_tensors(result: Simulation) -> Simulation:
 def assert_as_simulated(run: Run, policy, logits, costs, tie):
     """The run took the decisions and gave the answers of the simulated policy, but for ties."""
     expected = as_tensors(simulate(policy, logits, costs.macs))
-    confidences = torch.stack([policy.confidence(k, x) for k, x in enumerate(logits)])
-    distance = (confidences - torch.tensor(policy.thresholds).unsqueeze(1))[:-1].abs().amin(0)
+    measured = torch.stack([scores(x, policy.measure, t) for x, t in zip(logits, policy.temperatures)])
+    distance = (measured - torch.tensor(policy.thresholds).unsqueeze(1))[:-1].abs().amin(0)
     same = run.exit_index == expected.exit_index
     assert bool((same | (distance < tie)).all())
     chosen = logits[expected.exit_index, torch.arange(len(run.exit_index))]
@@ -169,7 +169,7 @@ def test_stages_run_on_those_left_only_and_not_at_all_when_none_is(small, photos
         assert sum(ran) == left and len(ran) <= -(-left // 16)  # regrouped: no more chunks than half full ones
 
     engine.calls = []
-    EarlyExitRunner(engine, ExitPolicy((0., 0., 0.), (1.,) * 3), costs=costs).run(images)
+    EarlyExitRunner(engine, ExitPolicy.at_exit(0, 3), costs=costs).run(images)
     assert {call[:2] for call in engine.calls} == {(0, 0)}
 
 
@@ -178,8 +178,8 @@ def test_a_few_that_left_are_carried_along_rather_than_copying_all_others(small,
     images = photos[0][:40]
     engine = CountingEngine(make_engine(model))
     logits = all_logits(engine, images)
-    highest = ExitPolicy((0.,) * 3, (1.,) * 3).confidence(0, logits[0]).sort().values
-    policy = ExitPolicy((float(highest[-2:].mean()), NEVER, 0.), (1.,) * 3)  # one image leaves
+    highest = scores(logits[0]).sort().values
+    policy = ExitPolicy((float(highest[-2:].mean()), NEVER, ALWAYS), (1.,) * 3)  # one image leaves
     engine.calls = []
     run = EarlyExitRunner(engine, policy, costs=costs, chunk_size=40).run(images)
     assert engine.calls == [(0, 0, 40), (1, 2, 40)]
@@ -189,9 +189,9 @@ def test_a_few_that_left_are_carried_along_rather_than_copying_all_others(small,
 
 def test_heads_at_which_no_image_may_leave_do_not_run(small, photos):
     engine = CountingEngine(make_engine(small[0]))
-    runner = EarlyExitRunner(engine, ExitPolicy((NEVER, 0.5, 0.), (1.,) * 3), costs=small[1])
+    runner = EarlyExitRunner(engine, ExitPolicy((NEVER, 0.5, ALWAYS), (1.,) * 3), costs=small[1])
     assert runner.segments == ((0, 1), (2, 2))
-    full = EarlyExitRunner(engine, ExitPolicy((NEVER, NEVER, 0.), (1.,) * 3), costs=small[1])
+    full = EarlyExitRunner(engine, ExitPolicy((NEVER, NEVER, ALWAYS), (1.,) * 3), costs=small[1])
     assert full.segments == ((0, 2),)
     images = photos[0][:8]
     with torch.inference_mode():
@@ -218,7 +218,7 @@ def test_loader_tensor_and_folder_give_the_same(engine, small, photos, tmp_path)
 
 def test_a_folder_runs_in_the_order_of_its_names(small, photos, tmp_path):
     model, costs = small
-    runner = EarlyExitRunner(model, ExitPolicy((0.3, 0.3, 0.), (1.,) * 3), costs=costs)
+    runner = EarlyExitRunner(model, ExitPolicy((0.3, 0.3, ALWAYS), (1.,) * 3), costs=costs)
     paths, run = runner.run_folder(SAMPLES, batch_size=3)
     assert [p.name for p in paths] == sorted(p.name for p in SAMPLES.glob('*.png')) and len(paths) == 10
     numbers = [int(p.name.split('_')[2]) for p in paths]  # the samples are test images, named by their number
@@ -237,7 +237,7 @@ def test_a_folder_runs_in_the_order_of_its_names(small, photos, tmp_path):
     (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 'normalise them'),
 ])
 def test_bad_images_are_refused(small, images, words):
-    runner = EarlyExitRunner(small[0], ExitPolicy((0.5, 0.5, 0.), (1.,) * 3), costs=small[1])
+    runner = EarlyExitRunner(small[0], ExitPolicy((0.5, 0.5, ALWAYS), (1.,) * 3), costs=small[1])
     with pytest.raises(InputError, match=words):
         runner.run(images)
     with pytest.raises(InputError, match=words):
@@ -246,7 +246,7 @@ def test_bad_images_are_refused(small, images, words):
 
 def test_a_policy_or_costs_of_another_network_nan_logits_and_nothing_at_all_are_refused(small):
     model, costs = small
-    policy = ExitPolicy((0.5, 0.5, 0.), (1.,) * 3)
+    policy = ExitPolicy((0.5, 0.5, ALWAYS), (1.,) * 3)
     with pytest.raises(InputError, match='2 exits does not fit a network with 3'):
         EarlyExitRunner(model, ExitPolicy((0.5, 0.), (1.,) * 2))
     with pytest.raises(InputError, match='does not fit a network with 1'):
@@ -260,7 +260,7 @@ def test_a_policy_or_costs_of_another_network_nan_logits_and_nothing_at_all_are_
     broken = copy.deepcopy(model)
     broken.exits[1].fc.bias.data[0] = float('nan')
     with pytest.raises(InputError, match='have NaN or infinite logits'):
-        EarlyExitRunner(broken, ExitPolicy((1., 0.5, 0.), (1.,) * 3), costs=costs).run(torch.zeros(2, 3, 32, 32))
+        EarlyExitRunner(broken, ExitPolicy((1., 0.5, ALWAYS), (1.,) * 3), costs=costs).run(torch.zeros(2, 3, 32, 32))
 
 
 SHARED_RUN = """
@@ -275,7 +275,7 @@ if shared:
 torch.manual_seed(0)
 model = timm.create_model('msfuse_cifar', steps=(2, 2, 2), base_width=8, growth=4, head_width=16).eval()
 images, targets = torch.randn(70, 3, 32, 32), torch.arange(70)
-runner = EarlyExitRunner(model, ExitPolicy((0.2, 0.3, 0.), (1.,) * 3))
+runner = EarlyExitRunner(model, ExitPolicy((0.2, 0.3, -1e9), (1.,) * 3))
 runs = [runner.run(images, 8), runner.run(images[:1]),
         runner.run_loader([(images[i:i + 16], targets[i:i + 16]) for i in range(0, 70, 16)])]
 images[3] = float('nan')  # in the first process's share

@@ -1,138 +1,103 @@
-"""The exit config: the same in the package, beside a checkpoint and in config.json; policies between its budgets."""
+"""The exit config: the same in the package, beside a checkpoint and in config.json; the scores beside it."""
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import timm
-import torch
 from conftest import SMALL
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.pretrained.exit_config import load_exit_config
+from timm_multiexit.pretrained.exit_config import load_exit_config, weights_digest
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.names import list_networks
-from timm_multiexit.stopping.config import FILE_NAME, ExitConfig
-from timm_multiexit.stopping.policy import NEVER, ExitPolicy
+from timm_multiexit.stopping.config import FILE_NAME, SCORES_NAME, ExitConfig
+from timm_multiexit.stopping.costs import ExitCosts, StageCosts
 from timm_multiexit.stopping.simulate import simulate
+from timm_multiexit.stopping.solve import budget_grid
 
 MACS = (10_000_000, 20_000_000, 40_000_000)
-TEMPERATURES = (0.9, 1.1, 1.)
-
-
-def policy(thresholds, macs, shares):
-    return ExitPolicy(thresholds, TEMPERATURES, 'entropy', macs, macs, 90. + macs / 1e7, shares, 'search')
 
 
 def small_config(**changes):
-    policies = (
-        policy((0., 0., 0.), 10e6, (1., 0., 0.)),
-        policy((0.6, 0.5, 0.), 20e6, (0.5, 0.3, 0.2)),
-        policy((0.8, 0.9, 0.), 30e6, (0.2, 0.2, 0.6)),
-        policy((NEVER, NEVER, 0.), 40e6, (0., 0., 1.)),
-    )
-    values = dict(
-        exit_macs=MACS, exit_params=(1, 2, 3), input_size=(3, 32, 32), temperatures=TEMPERATURES, policies=policies,
-        class_names=('cat', 'dog'))
-    return ExitConfig(**{**values, **changes})
-
-
-def fast(policies):
-    return tuple(dataclasses.replace(p, thresholds=(NEVER, *p.thresholds[1:]), method='fast') for p in policies)
+    rng = np.random.default_rng(0)
+    targets = rng.integers(2, size=60)
+    logits = rng.normal(size=(3, 60, 2)) + np.array([0.5, 1., 1.5])[:, None, None] * np.eye(2)[targets]
+    config = ExitConfig.fit(logits, targets, ExitCosts(MACS, (1, 2, 3), (3, 32, 32)), ('cat', 'dog'),
+                            certification=np.arange(60) >= 40, weights='abc')
+    return dataclasses.replace(config, **changes)
 
 
 def test_saved_configs_come_back_the_same(tmp_path):
-    both = small_config(fast_policies=fast(small_config().policies))
-    for config in (small_config(), small_config(class_names=None), small_config(policies=()), both):
-        config.save(tmp_path / FILE_NAME)
-        assert ExitConfig.load(tmp_path / FILE_NAME) == config
-        assert ExitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for number, config in enumerate((small_config(), small_config(class_names=None), small_config(scores=None))):
+        path = tmp_path / str(number) / FILE_NAME
+        config.save(path)
+        assert ExitConfig.load(path) == config
+        assert ExitConfig.from_dict(json.loads(json.dumps(config.to_dict())), config.scores) == config
+    assert small_config() != small_config(scores=None) != small_config(weights='') != 'config'
 
 
-def test_a_stored_budget_gets_its_policy_and_one_between_gets_interpolated_thresholds():
+def test_temperatures_are_fitted_on_development_images_alone():
     config = small_config()
-    for p in config.policies:
-        assert config.policy_for(p.budget) == p
-    between = config.policy_for(22.5e6)
-    assert between.thresholds == pytest.approx((0.65, 0.6, 0.))
-    assert between.budget == between.expected_macs == 22.5e6
-    assert between.expected_accuracy == pytest.approx(92.25)
-    assert between.exit_shares == pytest.approx((0.425, 0.275, 0.3))
-    assert (between.measure, between.temperatures, between.method) == ('entropy', TEMPERATURES, 'search')
-    # near the full cost: towards 1, the largest confidence
-    assert config.policy_for(35e6).thresholds == pytest.approx((0.9, 0.95, 0.))
-    assert config.policy_for(40.02e6).thresholds == (NEVER, NEVER, 0.)
+    assert config.scores.development.num_images == 40 and config.scores.certified.num_images == 20
+    rng = np.random.default_rng(0)
+    targets = rng.integers(2, size=60)
+    logits = rng.normal(size=(3, 60, 2)) + np.array([0.5, 1., 1.5])[:, None, None] * np.eye(2)[targets]
+    assert config.temperatures == ExitConfig.fit(
+        logits[:, :40], targets[:40], ExitCosts(MACS, (1, 2, 3), (3, 32, 32))).temperatures
 
 
-def test_fast_policies_are_stored_beside_the_others():
-    config = small_config(fast_policies=fast(small_config().policies[1:]))
-    assert config.policy_for(30e6, fast=True) == config.fast_policies[1] != config.policy_for(30e6)
-    assert config.policy_for(25e6, fast=True).thresholds == pytest.approx((NEVER, 0.7, 0.))
-    with pytest.raises(InputError, match='from 20.00 M to 40.00 M'):
-        config.policy_for(12e6, fast=True)
-    with pytest.raises(InputError, match='no fast policies are stored'):
-        small_config().policy_for(30e6, fast=True)
-    with pytest.raises(InputError, match='out of order'):
-        small_config(fast_policies=config.fast_policies[::-1])
-    with pytest.raises(InputError, match='measure'):
-        small_config(fast_policies=(dataclasses.replace(config.fast_policies[0], measure='margin'),)).to_dict()
-    values = small_config().to_dict()
-    values.pop('fast_policies')  # a file from before they existed
-    assert ExitConfig.from_dict(values) == small_config()
-    with pytest.raises(InputError, match='fast_policies are not a list'):
-        ExitConfig.from_dict({**small_config().to_dict(), 'fast_policies': {}})
+def test_without_scores_no_policy_is_solved():
+    with pytest.raises(InputError, match='no scores are stored with these weights: create one with'):
+        small_config(scores=None).policy_for(20e6)
 
 
-def test_budgets_out_of_reach_are_refused():
-    for budget in (9e6, 41e6, float('nan')):
-        with pytest.raises(InputError, match='from 10.00 M .* to 40.00 M'):
-            small_config().policy_for(budget)
-    partial = small_config(policies=small_config().policies[1:3])
-    assert partial.policy_for(20e6).budget == 20e6
-    for budget in (15e6, 35e6):
-        with pytest.raises(InputError, match='from 20.00 M to 30.00 M'):
-            partial.policy_for(budget)
-    with pytest.raises(InputError, match='no policies are stored'):
-        small_config(policies=()).policy_for(20e6)
+def test_scores_of_other_weights_are_refused(tmp_path):
+    small_config().save(tmp_path / FILE_NAME)
+    small_config().scores.save(tmp_path / SCORES_NAME, 'others')
+    with pytest.raises(InputError, match='are of other weights than'):
+        ExitConfig.load(tmp_path / FILE_NAME)
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda data: b'', lambda data: data[:40], lambda data: data[:-10], lambda data: b'\xff' * 8 + data[8:],
+    lambda data: data.replace(b'"labels"', b'"lables"'), lambda data: data.replace(b'F32', b'F64'),
+    lambda data: data.replace(b'[3, 60]', b'[60, 3]', 1)])
+def test_damaged_scores_are_refused(tmp_path, spoil):
+    small_config().save(tmp_path / FILE_NAME)
+    path = tmp_path / SCORES_NAME
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match='scores .* cannot be read .*timm-multiexit calibrate'):
+        ExitConfig.load(tmp_path / FILE_NAME)
 
 
 @pytest.mark.parametrize('changes, words', [
     (dict(exit_macs=(10, 20)), '3 parameter counts'),
     (dict(exit_macs=(10, 20, 20)), 'rise from exit to exit'),
-    (dict(exit_macs=(0, 20, 30)), 'rise from exit to exit'),
+    (dict(exit_macs=(0, 20, 30)), 'numbers above 0'),
     (dict(temperatures=(1., 1.)), '2 temperatures'),
     (dict(exit_macs='all'), 'give a list'),
-    (dict(version=2), 'version 2'),
-    (dict(policies=small_config().policies[::-1]), 'out of order'),
-    (dict(policies=(ExitPolicy((0.5, 0.), (1., 1.), budget=1e7),)), '2 exits does not fit a network with 3'),
-    (dict(policies=(ExitPolicy((0.5, 0.5, 0.), TEMPERATURES),)), 'give each its budget'),
+    (dict(version=1), 'version 1'),
+    (dict(measure='luck'), "measure 'luck'"),
+    (dict(temperatures=(1., 0., 1.)), 'numbers above 0'),
+    (dict(exit_macs=(1, 2), exit_params=(1, 2), temperatures=(1., 1.)), 'scores of 3 exits'),
 ])
 def test_values_that_do_not_fit_together_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         small_config(**changes)
 
 
-def test_policies_of_more_than_one_kind_are_not_stored():
-    other = ExitPolicy((0.5, 0.5, 0.), TEMPERATURES, 'margin', 15e6, method='search')
-    mixed = small_config(policies=(small_config().policies[0], other))
-    with pytest.raises(InputError, match='measure'):
-        mixed.to_dict()
-    warmer = ExitPolicy((0.5, 0.5, 0.), (1., 1., 1.), 'entropy', 15e6, method='search')
-    with pytest.raises(InputError, match='temperatures'):
-        small_config(policies=(small_config().policies[0], warmer)).to_dict()
-
-
 @pytest.mark.parametrize('spoil', [
     lambda v: v.pop('exit_macs'),
     lambda v: v.pop('version'),
-    lambda v: v.update(version=99),
+    lambda v: v.update(version=1),
     lambda v: v.update(surprise=1),
-    lambda v: v.update(policies='none'),
-    lambda v: v.update(policies=[1]),
-    lambda v: v['policies'][1].pop('thresholds'),
-    lambda v: v['policies'][1].update(thresholds=[0.5]),
+    lambda v: v.update(temperatures=[0.5]),
     lambda v: v.update(temperatures=None),
+    lambda v: v.update(temperatures=[1., -1., 1.]),
+    lambda v: v.update(exit_macs=['a', 'b', 'c']),
 ])
 def test_spoiled_files_are_refused(tmp_path, spoil):
     values = small_config().to_dict()
@@ -156,6 +121,8 @@ def test_config_is_checked_against_the_network(small_msfuse):
     with pytest.raises(InputError, match='2 classes does not fit a network with 10'):
         small_config().check_network(small_msfuse)
     small_config(class_names=None).check_network(small_msfuse)
+    with pytest.raises(InputError, match='of other weights than these'):
+        small_config(class_names=None).check_network(small_msfuse, 'xyz')
     two = timm.create_model('msfuse_cifar', **{**SMALL, 'steps': (2, 2)})
     with pytest.raises(InputError, match='3 exits does not fit a network with 2'):
         small_config().check_network(two)
@@ -184,16 +151,36 @@ def test_names_without_a_config_are_refused(name, words):
 
 
 @pytest.mark.parametrize('name', [n for n in list_networks(pretrained=True)])
-def test_packaged_weights_come_with_policies_from_the_cheapest_exit_to_the_full_cost(name):
+def test_packaged_weights_come_with_scores_for_policies_from_the_cheapest_exit_to_the_full_cost(name):
     config, model = load_exit_config(name), load_model(name)
     config.check_network(model)
     costs = exit_costs(model)
     assert (config.exit_macs, config.exit_params, config.input_size) == (costs.macs, costs.params, costs.input_size)
     assert config.class_names == tuple(model.pretrained_cfg['label_names'])
-    assert len(config.policies) >= 25
-    assert (config.policies[0].budget, config.policies[-1].budget) == (costs.macs[0], costs.macs[-1])
-    for p in config.policies:
-        assert p.expected_macs == pytest.approx(p.budget, rel=0.005)
-    logits = model.forward_exits(torch.rand(16, 3, 32, 32))
-    assert simulate(config.policies[0], logits, costs.macs).average_macs == costs.macs[0]
-    assert simulate(config.policies[-1], logits, costs.macs).average_macs == costs.macs[-1]
+    assert config.weights == weights_digest(model)
+    for budget in budget_grid(costs.macs[0], costs.macs[-1], 9):
+        assert budget * 0.995 < config.policy_for(budget).expected_macs <= budget + 1
+
+
+def test_a_promise_is_kept_by_the_cheapest_policy_that_can_make_it():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(4, size=6000)
+    logits = rng.normal(size=(3, 6000, 4)) + np.array([2., 2.5, 3.])[:, None, None] * np.eye(4)[targets]
+    config = ExitConfig.fit(logits, targets, ExitCosts(MACS, (1, 2, 3), (3, 32, 32)),
+                            certification=np.arange(6000) >= 2000)
+    policies = [config.policy_for(max_loss=loss) for loss in (1., 3., 10.)]
+    macs = [p.expected_macs for p in policies]
+    assert macs == sorted(macs, reverse=True) and macs[0] < MACS[-1]
+    assert policies[0].promise.startswith('at most 1 points less accurate than the full network, with certainty 0.95')
+    full = 100. * (logits[-1].argmax(1) == targets).mean()
+    for policy, loss in zip(policies, (1., 3., 10.)):
+        assert full - simulate(policy, logits, MACS).accuracy(targets) <= loss
+    slow_first = StageCosts((3., 0.2, 0.2), (0., 0., 0.))
+    assert config.policy_for(max_loss=3., profile=slow_first).expected_ms <= slow_first.full
+    with pytest.raises(InputError, match=r'at most 0.01 points cannot be promised .* ask for \d\.\d\d points or more'):
+        config.policy_for(max_loss=0.01)
+    for certainty in (0., 1., 1.5):
+        with pytest.raises(InputError, match='give a probability between 0 and 1'):
+            config.policy_for(max_loss=1., certainty=certainty)
+    with pytest.raises(InputError, match="unknown risk 'regret'"):
+        config.policy_for(max_loss=1., risk='regret')

@@ -7,7 +7,17 @@ import torch
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.files import written_beside
-from timm_multiexit.stopping.policy import MEASURES, NEVER, Decision, ExitPolicy, check_average_budget, confidence
+from timm_multiexit.stopping.policy import (
+    ALWAYS,
+    MEASURES,
+    NEVER,
+    Decision,
+    ExitPolicy,
+    confidence,
+    log_odds,
+    probability,
+    scores,
+)
 from timm_multiexit.stopping.simulate import simulate
 
 MACS = (10_000_000, 25_000_000, 40_000_000)
@@ -67,13 +77,13 @@ def test_unknown_measure_is_refused():
 @pytest.mark.parametrize('measure', MEASURES)
 def test_simulation_is_a_walk_through_the_exits_image_by_image(measure):
     logits = random_logits()
-    policy = ExitPolicy((0.6, 0.5, 0.), (0.8, 1.3, 1.), measure)
+    policy = ExitPolicy((log_odds(0.6), log_odds(0.5), ALWAYS), (0.8, 1.3, 1.), measure)
     result = simulate(policy, list(logits), MACS)
     assert {0, 1, 2} == set(result.exit_index.tolist())
     for n in range(logits.shape[1]):
         for k in range(3):
             c = confidence(logits[k, n:n + 1], measure, policy.temperatures[k])
-            if k == 2 or float(c) >= policy.thresholds[k]:
+            if k == 2 or float(c) >= (0.6, 0.5)[k]:
                 break
         assert result.exit_index[n] == k and result.macs[n] == MACS[k]
         assert result.prediction[n] == logits[k, n].argmax()
@@ -86,11 +96,43 @@ def test_simulation_is_a_walk_through_the_exits_image_by_image(measure):
     assert result.accuracy(targets) == pytest.approx(90.)
 
 
-def test_a_threshold_above_one_is_never_reached_and_zero_always():
-    certain = torch.tensor([[100., 0.], [50., 0.]])
-    assert not ExitPolicy((NEVER, 0.), (1., 1.)).decide(0, certain).leaves.any()
-    assert ExitPolicy((0., 0.), (1., 1.)).decide(0, torch.zeros(3, 2)).leaves.all()
+@pytest.mark.parametrize('measure', MEASURES)
+def test_scores_are_the_log_odds_of_confidences_and_never_saturate(measure):
+    logits = random_logits()[0]
+    odds = confidence(logits, measure).double()
+    torch.testing.assert_close(scores(logits, measure).double(), (odds / (1. - odds)).log(), atol=0.02, rtol=0.)
+    certain = np.array([[m, 0., 1.] for m in (20., 30., 60., 300., 3000.)])
+    rising = scores(certain, measure)
+    assert (np.diff(rising) > 0.).all() or measure == 'entropy' and (np.diff(rising)[:3] > 0.).all()
+    assert np.isfinite(scores(np.array([[1e4, -1e4], [0., 0.]]), measure)).all()
+
+
+def test_the_score_of_the_largest_probability_is_exact_far_beyond_float32():
+    z = np.array([[50., 3., 1., -2.]])
+    assert scores(z)[0] == pytest.approx(50. - math.log(sum(math.exp(v) for v in (3., 1., -2.))), rel=1e-6)
+    assert scores(z, temperature=2.)[0] == pytest.approx(25. - math.log(sum(math.exp(v / 2) for v in (3., 1., -2.))))
+
+
+def test_log_odds_turn_confidences_round():
+    for c in (1e-6, 0.3, 0.5, 0.99):
+        assert float(probability(log_odds(c))) == pytest.approx(c)
+    assert ALWAYS < log_odds(0.) < -1e6 and NEVER > log_odds(1.) > 1e6
+
+
+def test_one_threshold_is_never_reached_and_one_always():
+    certain = torch.tensor([[1e8, 0.], [50., 0.]])
+    assert not ExitPolicy((NEVER, ALWAYS), (1., 1.)).decide(0, certain).leaves.any()
+    assert ExitPolicy((ALWAYS, ALWAYS), (1., 1.)).decide(0, torch.zeros(3, 2)).leaves.all()
     assert ExitPolicy((NEVER, NEVER), (1., 1.)).decide(1, certain).leaves.all()  # the last exit takes all
+
+
+def test_a_confidence_for_all_exits():
+    policy = ExitPolicy.at_confidence(0.9, (1., 2.))
+    assert policy.confidence_at(0) == pytest.approx(0.9) and policy.thresholds[1] == ALWAYS
+    logits = np.log([[0.91, 0.09], [0.89, 0.11]])
+    assert policy.decide(0, logits).leaves.tolist() == [True, False]
+    with pytest.raises(InputError, match='above 0 and up to 1'):
+        ExitPolicy.at_confidence(1.2, (1., 1.))
 
 
 def test_a_policy_for_another_network_is_refused():
@@ -104,15 +146,15 @@ def test_a_policy_for_another_network_is_refused():
 
 
 @pytest.mark.parametrize('values, words', [
-    (dict(thresholds=(), temperatures=()), 'one number of 0 or more per exit'),
+    (dict(thresholds=(), temperatures=()), 'one number per exit'),
     (dict(thresholds=(float('nan'), 0.), temperatures=(1., 1.)), 'thresholds'),
-    (dict(thresholds=(-0.1, 0.), temperatures=(1., 1.)), 'thresholds'),
+    (dict(thresholds=(-2e9, 0.), temperatures=(1., 1.)), 'all images leave'),
     (dict(thresholds=('high', 0.), temperatures=(1., 1.)), 'give numbers'),
     (dict(thresholds=(0.5, 0.), temperatures=(1.,)), '2 numbers above 0'),
     (dict(thresholds=(0.5, 0.), temperatures=(1., 0.)), 'above 0'),
     (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), exit_shares=(1.,)), '1 exit shares for 2'),
     (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), measure='luck'), "'luck'"),
-    (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), budget='much'), 'give numbers'),
+    (dict(thresholds=(0.5, 0.), temperatures=(1., 1.), expected_ms='much'), 'give numbers'),
 ])
 def test_values_that_are_no_policy_are_refused(values, words):
     with pytest.raises(InputError, match=words):
@@ -120,7 +162,7 @@ def test_values_that_are_no_policy_are_refused(values, words):
 
 
 FULL = ExitPolicy(
-    (0.912345678901, NEVER, 0.), (0.8, 1.1, 1.05), 'margin', 25e6, 24.9e6, 93.21, (0.5, 0., 0.5), 'search')
+    (2.912345678901, NEVER, ALWAYS), (0.8, 1.1, 1.05), 'margin', 24.9e6, 2.5, 93.21, (0.5, 0., 0.5), 'at most 0.5')
 
 
 def test_saved_policies_come_back_the_same(tmp_path):
@@ -157,15 +199,6 @@ def test_a_place_that_cannot_be_written_is_an_input_error(tmp_path):
         FULL.save(tmp_path / 'file' / 'policy.json')
 
 
-def test_average_budgets_lie_between_the_cheapest_exit_and_the_full_cost():
-    assert check_average_budget(25e6, MACS) == 25e6
-    assert check_average_budget(9.995e6, MACS) == 10e6  # what rounding in print may have cut off
-    assert check_average_budget(40.03e6, MACS) == 40e6
-    for budget in (9.9e6, 40.1e6, 0., -1., float('nan'), float('inf')):
-        with pytest.raises(InputError, match='from 10.00 M .* to 40.00 M'):
-            check_average_budget(budget, MACS)
-
-
 @pytest.mark.parametrize('measure', MEASURES)
 def test_arrays_and_tensors_are_decided_alike_to_the_last_bit(measure):
     logits = 4. * random_logits()[0]
@@ -187,8 +220,8 @@ def test_confidence_is_that_of_pytorch():
 
 
 @pytest.mark.parametrize('thresholds, used', [
-    ((0.5, 0.4, 0.), (0, 1, 2)), ((NEVER, 0.4, 0.), (1, 2)), ((NEVER, NEVER, 0.), (2,)), ((0.5, 0., 0.), (0, 1)),
-    ((0., 0., 0.), (0,)), ((NEVER, 0., 0.5), (1,))])
+    ((0.5, 0.4, ALWAYS), (0, 1, 2)), ((NEVER, 0.4, ALWAYS), (1, 2)), ((NEVER, NEVER, ALWAYS), (2,)),
+    ((0.5, ALWAYS, ALWAYS), (0, 1)), ((ALWAYS, ALWAYS, ALWAYS), (0,)), ((NEVER, ALWAYS, 0.5), (1,))])
 def test_exits_in_use_are_those_where_images_can_leave(thresholds, used):
     assert ExitPolicy(thresholds, (1.,) * 3).exits_in_use == used
 

@@ -137,7 +137,7 @@ def test_a_kill_before_any_operation_on_files_loses_nothing(trainer, tmp_path, e
         renamed = [done[2] for done in operations.done[:k] if done[0] == 'os.rename']
         finished = [name for name in renamed if name.endswith('/last.pth.tar')]
         assert epochs == len(finished) - 1, operations.done[k]
-        assert not (path / 'final').exists() or len(list((path / 'final').iterdir())) == 4
+        assert not (path / 'final').exists() or (path / 'final' / 'config.json').exists()
         with run_folder.held(path):  # clears what the killed process left half written
             record(trainer, path)
         (path / '.lock').unlink()
@@ -166,7 +166,7 @@ def test_a_run_goes_on_from_an_earlier_checkpoint(trainer, tmp_path):
     assert len((tmp_path / 'summary.csv').read_text().splitlines()) == 3
     record(trainer, tmp_path)
     # What was calibrated for the weights before is kept beside them.
-    assert (tmp_path / 'final.1' / 'multiexit.json').exists() and len(list((tmp_path / 'final').iterdir())) == 4
+    assert (tmp_path / 'final.1' / 'multiexit.json').exists() and not (tmp_path / 'final' / 'multiexit.json').exists()
 
 
 def test_other_settings_are_named_recorded_or_refused(trainer, folder_dataset, tmp_path):

@@ -1,11 +1,19 @@
 """Options that several subcommands share."""
 import argparse
 from pathlib import Path
+from typing import Optional
 
+from ..errors import InputError
+from ..inference.engine import Engine
 from ..models import MultiExitNet
+from ..pretrained.exit_config import exit_config_of, weights_digest
 from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
 from ..pretrained.record import find_weights
+from ..stopping.config import ExitConfig
+from ..stopping.costs import StageCosts, parse_macs, parse_milliseconds
+from ..stopping.guarantee import RISKS
+from ..stopping.policy import ExitPolicy
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -47,3 +55,86 @@ def weights_folder(args: argparse.Namespace) -> str:
 def network_name(name: str, model: MultiExitNet) -> str:
     """Name of a network in reports: without paths of this machine."""
     return model.pretrained_cfg['architecture'] if name.startswith('local-dir:') else name
+
+
+def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None:
+    """Options that ask for a policy, in a group of which one is given, and what belongs to them."""
+    group.add_argument('--average-budget', metavar='MACS', **kwargs,
+                       help='average multiply-adds per image, like 30M')
+    group.add_argument('--average-latency', metavar='MS', **kwargs,
+                       help="average milliseconds per image on this machine, like 2ms, or a share of the full "
+                            "network's, like 50%%")
+    group.add_argument('--max-loss', metavar='POINTS', **kwargs,
+                       help='the fewest multiply-adds that lose at most so many points of accuracy against the full '
+                            'network, guaranteed (needs calibrate --certify)')
+    parser.add_argument('--exit-config', default='', metavar='FILE',
+                        help='what calibrate wrote, to use instead of what is stored with the weights')
+    parser.add_argument('--certainty', type=float, default=0.95, metavar='P',
+                        help='of --max-loss: over the draw of the certification images (default: %(default)s)')
+    parser.add_argument('--risk', choices=RISKS, default='accuracy',
+                        help='of --max-loss: accuracy lost on balance; harm: images that only the full network gets '
+                             'right; consistency: answers that differ (default: %(default)s)')
+
+
+def policy_of_latency(config: ExitConfig, text: str, profile: Optional[StageCosts]) -> ExitPolicy:
+    """The policy for milliseconds, or for a share of the full network's time.
+
+    Raises:
+        InputError: not such a text, or a time that cannot be kept.
+    """
+    if profile is None or not text.strip().endswith('%'):
+        return config.policy_for(average_ms=parse_milliseconds(text), profile=profile)
+    try:
+        share = float(text.strip()[:-1]) / 100.
+    except ValueError:
+        raise InputError(f"'{text}' is not a share of the full network's time: write it like 50%") from None
+    return config.policy_for(average_ms=share * profile.full, profile=profile)
+
+
+def stored_exit_config(args: argparse.Namespace, model: MultiExitNet) -> ExitConfig:
+    """The exit config of --exit-config, or that stored with the weights, checked to be of this network.
+
+    Raises:
+        InputError: there is none, or it is of another network.
+    """
+    if not args.exit_config:
+        return exit_config_of(model, args.model, args.checkpoint)
+    config = ExitConfig.load(args.exit_config)
+    config.check_network(model, weights_digest(model))
+    return config
+
+
+def asks_for_policy(args: argparse.Namespace) -> bool:
+    """Whether one option of `add_budget_options` is given."""
+    return any(x not in (None, []) for x in (args.average_budget, args.average_latency, args.max_loss))
+
+
+def policy_asked_for(args: argparse.Namespace, config: ExitConfig, profile: Optional[StageCosts]) -> ExitPolicy:
+    """The policy that one option of `add_budget_options` asks for; --average-latency needs the profile.
+
+    Raises:
+        InputError: a budget that cannot be kept or a promise that cannot be made.
+    """
+    if args.average_budget is not None:
+        return config.policy_for(parse_macs(args.average_budget))
+    if args.average_latency is not None:
+        return policy_of_latency(config, args.average_latency, profile)
+    return config.policy_for(max_loss=parse_points(args.max_loss), certainty=args.certainty, risk=args.risk)
+
+
+def parse_points(text: str) -> float:
+    """Percentage points, like '0.5'.
+
+    Raises:
+        InputError: not a number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"'{text}' is not a number of points: write it like 0.5, for half a percent") from None
+
+
+def profile_of(model: MultiExitNet, engine: Engine, config: ExitConfig, batch_size: int = 1) -> StageCosts:
+    """Milliseconds on this machine, measured at the first call and kept; see `inference.profile`."""
+    from ..inference.profile import profile
+    return profile(model, engine, config.input_size, batch_size)[0]

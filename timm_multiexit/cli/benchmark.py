@@ -1,22 +1,33 @@
 """`timm-multiexit benchmark MODEL`: time of each exit, and of policies against the full network, on this machine."""
 import argparse
 import json
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.data import resolve_data_config
 
 from ..datasets import load_images, normalize
 from ..errors import InputError
-from ..evaluation.timing import device_name, measure_exits, measure_policies
+from ..evaluation.timing import measure_exits, measure_policies
 from ..files import write_json
-from ..inference.engine import ENGINES, make_engine
+from ..inference.engine import ENGINES, Engine, make_engine
+from ..inference.profile import device_name, measure_profile
 from ..models import exit_costs
-from ..pretrained.exit_config import load_exit_config
 from ..pretrained.record import trained_on
-from ..stopping.costs import ExitCosts, format_macs, parse_macs
+from ..stopping.config import ExitConfig
+from ..stopping.costs import format_macs, parse_macs
 from ..stopping.policy import ExitPolicy, check_exits
-from ._common import add_model_argument, add_model_options, load_network, network_name
+from ._common import (
+    add_budget_options,
+    add_model_argument,
+    add_model_options,
+    asks_for_policy,
+    load_network,
+    network_name,
+    parse_points,
+    policy_of_latency,
+    stored_exit_config,
+)
 
 
 def add_parser(subparsers) -> None:
@@ -30,9 +41,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--data-dir', default='', metavar='DIR', help='folder of the data set, for policies')
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: what the weights were trained on)")
-    parser.add_argument('--average-budget', nargs='+', default=[], metavar='MACS',
-                        help='average multiply-adds per image, one or more: measures the policies stored with the '
-                             'weights, and the fast ones (default: half of the full cost)')
+    add_budget_options(parser, parser, nargs='+', default=[])
     parser.add_argument('--policy', nargs='+', default=[], metavar='FILE', help='policies saved as JSON')
     parser.add_argument('--engine', choices=ENGINES, default='auto',
                         help='onnx: onnxruntime, CPU only; auto: that if it is installed, else torch '
@@ -46,24 +55,33 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def find_policies(args: argparse.Namespace, costs: ExitCosts) -> List[ExitPolicy]:
-    """The policies that the options name.
+def asked_policies(args: argparse.Namespace, config: Optional[ExitConfig], num_exits: int) -> Dict[str, ExitPolicy]:
+    """The policies that the options name by a file, a MACs budget or a loss, by what was asked.
 
     Raises:
-        InputError: none are stored, one is for another network, or a budget cannot be met.
+        InputError: one is for another network, or a budget or loss cannot be met.
     """
-    policies = [ExitPolicy.load(path) for path in args.policy]
-    budgets = [parse_macs(b) for b in args.average_budget]
-    if not policies and not budgets:
-        budgets = [costs.macs[-1] / 2]
-    if budgets:
-        config = load_exit_config(args.model, args.checkpoint)
-        for b in budgets:
-            policies.append(config.policy_for(b))
-            if config.fast_policies:
-                policies.append(config.policy_for(b, fast=True))
-    for policy in policies:
-        check_exits(policy, len(costs.macs))
+    policies = {path: ExitPolicy.load(path) for path in args.policy}
+    for policy in policies.values():
+        check_exits(policy, num_exits)
+    if config is not None:
+        policies.update((format_macs(b), config.policy_for(b)) for b in map(parse_macs, args.average_budget))
+        policies.update((f'{x} points', config.policy_for(max_loss=x, certainty=args.certainty, risk=args.risk))
+                        for x in map(parse_points, args.max_loss))
+    return policies
+
+
+def latency_policies(args: argparse.Namespace, config: ExitConfig, engine: Engine) -> Dict[str, ExitPolicy]:
+    """Those of --average-latency; the profile is measured in this very run, so that times compare.
+
+    A share of the full network's time is solved for both batch sizes, milliseconds for batch 1.
+    """
+    policies = {}
+    for size in (1, args.batch_size):
+        texts = [t for t in args.average_latency if size == 1 or t.endswith('%')]
+        if texts:
+            profile = measure_profile(engine, config.input_size, size)
+            policies.update((f'{t} at batch {size}', policy_of_latency(config, t, profile)) for t in texts)
     return policies
 
 
@@ -79,12 +97,17 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
     if args.threads is not None and args.threads < 1:
         raise InputError(f'--threads {args.threads}: give 1 or more')
-    if not args.data_dir and (args.policy or args.average_budget):
+    if not args.data_dir and (args.policy or asks_for_policy(args)):
         raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
     model = load_network(args)
-    costs = exit_costs(model)
-    policies = find_policies(args, costs) if args.data_dir else []
-    data = test_images(args, model) if policies else None
+    costs, config, policies = exit_costs(model), None, {}
+    if args.data_dir:
+        if not args.policy and not asks_for_policy(args):
+            args.average_budget, args.average_latency = [str(costs.macs[-1] / 2)], ['50%']
+        if asks_for_policy(args):
+            config = stored_exit_config(args, model)
+        policies = asked_policies(args, config, model.num_exits)
+        data = test_images(args, model)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)
     try:
@@ -94,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
             threads=torch.get_num_threads(),
             torch=torch.__version__, batch_size=args.batch_size, rounds=args.rounds,
             exits=measure_exits(engine, costs, args.batch_size, args.rounds))
+        if config is not None:
+            policies.update(latency_policies(args, config, engine))
         if policies:
             results.update(measure_policies(engine, costs, policies, *data, args.batch_size, args.rounds))
     finally:
@@ -108,12 +133,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _cell(value: Dict[str, float], form: str) -> str:
     return f"{value['median']:{form}} ({value['min']:{form}}-{value['max']:{form}})"
-
-
-def _label(row: Dict[str, Any], results: Dict[str, Any]) -> str:
-    if row is results['full']:
-        return 'full'
-    return f"{row['method'] or 'file'} {format_macs(row['budget'])}" if row['budget'] else row['method'] or 'file'
 
 
 def print_results(results: Dict[str, Any]) -> None:
@@ -132,9 +151,13 @@ def print_results(results: Dict[str, Any]) -> None:
     for row in (results['full'], *results['policies']):
         one, large = row['batch_1'], row[f'batch_{size}']
         average = '' if row is results['full'] else format_macs(row['average_macs'])
-        print(f"{_label(row, results):>17} {average:>9} {row['accuracy']:>6.2f} "
+        print(f"{row['name']:>17} {average:>9} {row['accuracy']:>6.2f} "
               f"{_cell(one['ms_per_image'], '.3f'):>22} {_cell(one['share_of_full_time'], '.2f'):>20} "
               f"{_cell(large['images_per_s'], '.0f'):>24} {_cell(large['share_of_full_time'], '.2f'):>20}")
+    slower = [row['name'] for row in results['policies'] if row['batch_1']['share_of_full_time']['median'] > 1.]
+    if slower:
+        print(f"note: at batch 1 the full network is faster than {', '.join(slower)}: on this device the heads and the "
+              'decisions cost more than the stages that are skipped')
     for row in results['policies']:
         shares = ' '.join(f'{100 * s:.0f}%' for s in row['exit_shares'])
-        print(f"share of images per exit, {_label(row, results)}: {shares}")
+        print(f"share of images per exit, {row['name']}: {shares}")

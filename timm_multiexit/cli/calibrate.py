@@ -1,25 +1,42 @@
-"""`timm-multiexit calibrate MODEL --data-dir D`: thresholds for a user's own checkpoint and data, stored beside it."""
+"""`timm-multiexit calibrate MODEL`: temperatures and scores of held-out images, from which policies are solved."""
 import argparse
+from dataclasses import replace
 from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 from ..datasets import class_names
 from ..errors import InputError
-from ..stopping.config import FILE_NAME, ExitConfig
+from ..inference.preprocess import Preprocessing
+from ..inference.runner import image_paths
+from ..models import MultiExitNet
+from ..pretrained.exit_config import exit_config_of, weights_digest
+from ..pretrained.names import class_labels
+from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig
 from ..stopping.costs import format_macs
-from ..stopping.solve import METHODS, solve_exit_config
-from ._common import add_model_argument, add_model_options, weights_folder
+from ..stopping.scores import UNKNOWN, ExitScores
+from ..stopping.solve import budget_grid
+from ._common import add_model_argument, add_model_options, load_network, weights_folder
 from .evaluate import add_data_options, prepare, split_logits
+
+FEW_IMAGES = 50
 
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'calibrate', help='thresholds for a checkpoint, from validation images',
-        description='Fits temperatures, and thresholds for a range of average budgets, on validation images; writes '
-                    f'them to {FILE_NAME} beside the checkpoint, where classify --average-budget finds them.')
+        'calibrate', help='temperatures and scores of held-out images, for a checkpoint',
+        description=f'Fits temperatures on validation images and keeps the scores of all exits; writes {FILE_NAME} and '
+                    f'{SCORES_NAME} beside the weights, from which every command solves the policy asked for. With '
+                    '--certify, images that serve for nothing else are added, on which --max-loss makes its promise.')
     add_model_argument(parser)
     add_model_options(parser)
-    add_data_options(parser)
-    parser.add_argument('--method', choices=METHODS, default='search', help='default: %(default)s')
+    add_data_options(parser, required=False)
+    parser.add_argument('--certify', default='', metavar='DIR',
+                        help='images for a guarantee, in folders named after their classes; without such folders the '
+                             'risk "consistency" alone can be promised. Used for nothing else, ever')
     parser.add_argument('--output', metavar='FILE', default='', help=f'default: {FILE_NAME} beside the weights')
     parser.set_defaults(run=run)
 
@@ -27,24 +44,76 @@ def add_parser(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     if not args.output and not args.checkpoint and not args.model.startswith('local-dir:'):
         raise InputError(f'calibrate writes {FILE_NAME} beside --checkpoint PATH: pass that, or --output FILE')
-    model, dataset = prepare(args)
+    if not args.data_dir and not args.certify:
+        raise InputError('nothing to calibrate on: pass --data-dir with the data set, or --certify with images')
+    if args.data_dir:
+        model, config = fit(args)
+    else:  # what is stored, with other certification images
+        model = load_network(args)
+        config = exit_config_of(model, args.model, args.checkpoint)
+        config = replace(config, scores=config.scores.development)
+    if args.certify:
+        kept = certification_scores(model, config, args.certify, args.batch_size, args.device)
+        config = replace(config, scores=config.scores.joined(kept))
     output = Path(args.output or Path(weights_folder(args)) / FILE_NAME)
+    config.save(output)
+    print_config(config)
+    print(f'written: {output}, {output.with_name(SCORES_NAME)}')
+
+
+def fit(args: argparse.Namespace):
+    """The network, and the exit config of the validation images."""
+    model, dataset = prepare(args)
     validation, costs = split_logits(args, model, dataset, 'validation')
     names = class_names(dataset, args.data_dir)
     if names is not None and len(names) != model.num_classes:
         raise InputError(
             f"data set '{dataset}' has {len(names)} classes, the network {model.num_classes}: pass the --dataset that "
             'it was trained on')
-    config = solve_exit_config(
-        validation.logits, validation.targets, costs, names, method=args.method, measure=args.measure)
-    config.save(output)
-    print_config(config, len(validation.targets))
-    print(f'written: {output}')
+    return model, ExitConfig.fit(
+        validation.logits, validation.targets, costs, names, args.measure, weights=weights_digest(model))
 
 
-def print_config(config: ExitConfig, images: int) -> None:
-    print(f'{len(config.policies)} policies from {images:,} validation images')
-    print(f"{'budget':>9} {'expected':>9} {'top-1':>6}  share leaving at each exit")
-    for p in config.policies[::max(1, len(config.policies) // 10)]:
+def certification_scores(
+        model: MultiExitNet,
+        config: ExitConfig,
+        folder: str,
+        batch_size: int,
+        device: str,
+) -> ExitScores:
+    """Scores of the images of a folder, with the labels that their folders' names tell."""
+    paths = image_paths(folder)
+    preprocess = Preprocessing.of(model)
+    logits = []
+    with torch.inference_mode(), tqdm(total=len(paths), desc='certify', unit='image', disable=None) as progress:
+        for i in range(0, len(paths), batch_size):
+            x = torch.stack([preprocess(p)[0] for p in paths[i:i + batch_size]])
+            logits.append(torch.stack(model.forward_exits(x.to(device))).float().cpu())
+            progress.update(len(x))
+    number = {label: i for i, label in enumerate(class_labels(model, config.class_names))}
+    labels = np.array([number.get(path.parent.name, UNKNOWN) for path in paths])
+    return ExitScores.from_logits(
+        torch.cat(logits, 1).numpy(), labels, config.temperatures, config.measure, np.ones(len(paths), bool))
+
+
+def print_config(config: ExitConfig) -> None:
+    held, kept = config.scores.development, config.scores.certified
+    print(f'scores of {held.num_images:,} validation and {kept.num_images:,} certification images')
+    if held.num_images < FEW_IMAGES:
+        print(f'note: {held.num_images} images are few: budgets and accuracies may be far off on others')
+    print_missing(config, held.labels)
+    unknown = int((kept.labels == UNKNOWN).sum())
+    if unknown:
+        print(f"note: {unknown:,} certification images lie in no folder named after a class: risk 'consistency' only")
+    print(f"policies solved from them, for example:\n{'expected':>9} {'top-1':>6}  share leaving at each exit")
+    for budget in budget_grid(config.exit_macs[0], config.exit_macs[-1], 11):
+        p = config.policy_for(budget)
         shares = ' '.join(f'{100 * s:.0f}%' for s in p.exit_shares)
-        print(f'{format_macs(p.budget):>9} {format_macs(p.expected_macs):>9} {p.expected_accuracy:>6.2f}  {shares}')
+        print(f'{format_macs(p.expected_macs):>9} {p.expected_accuracy:>6.2f}  {shares}')
+
+
+def print_missing(config: ExitConfig, labels: Sequence[int]) -> None:
+    names = config.class_names or ()
+    missing = [name for i, name in enumerate(names) if i not in set(labels)]
+    if missing:
+        print(f"note: no validation image of {', '.join(missing[:5])}{' and others' * (len(missing) > 5)}")

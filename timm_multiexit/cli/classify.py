@@ -5,20 +5,30 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterator, List, Sequence, Tuple
+from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
 from ..errors import InputError
 from ..inference.anytime import AnytimeRunner
+from ..inference.batch_loop import segments_of
+from ..inference.engine import ENGINES, Engine, make_engine
 from ..inference.preprocess import Preprocessing
 from ..inference.runner import image_paths
 from ..models import MultiExitNet, exit_costs
-from ..pretrained.exit_config import load_exit_config
 from ..pretrained.names import class_labels
-from ..stopping.costs import ExitCosts, format_macs, parse_macs, parse_milliseconds
+from ..stopping.config import ExitConfig
+from ..stopping.costs import ExitCosts, StageCosts, format_macs, parse_macs, parse_milliseconds
 from ..stopping.policy import ExitPolicy
-from ._common import add_model_options, load_network
+from ._common import (
+    add_budget_options,
+    add_model_options,
+    asks_for_policy,
+    load_network,
+    policy_asked_for,
+    profile_of,
+    stored_exit_config,
+)
 
 # An exit that ran, its logits (1, num_classes), and why it is the last to run, or ''.
 Step = Tuple[int, torch.Tensor, str]
@@ -41,11 +51,11 @@ def add_parser(subparsers) -> None:
                            'answers, and only its head runs')
     stop.add_argument('--confidence', type=float, metavar='C',
                       help='the first exit whose largest probability reaches this answers')
-    stop.add_argument('--average-budget', metavar='MACS',
-                      help='average multiply-adds per image: stops by the thresholds stored with the weights')
-    parser.add_argument('--fast', action='store_true',
-                        help='with --average-budget: thresholds that use fewer exits, which takes less time at equal '
-                             'cost and is slightly less accurate')
+    add_budget_options(stop, parser)
+    parser.add_argument('--uncalibrated', action='store_true',
+                        help='raw probabilities, without the stored temperatures')
+    parser.add_argument('--engine', choices=ENGINES, default='auto',
+                        help='for --average-latency and --deadline: onnx if it is installed, else torch')
     parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
     parser.set_defaults(run=run)
 
@@ -58,18 +68,24 @@ class ExitRow:
     top: List[Tuple[str, float]]
 
 
-def _row(k: int, logits: torch.Tensor, costs: ExitCosts, labels: Sequence[str]) -> ExitRow:
-    top = logits.float().softmax(1)[0].topk(min(3, logits.shape[1]))
+def _row(k: int, probabilities: torch.Tensor, costs: ExitCosts, labels: Sequence[str]) -> ExitRow:
+    top = probabilities[0].topk(min(3, len(labels)))
     return ExitRow(k + 1, costs.macs[k], [(labels[i], p) for p, i in zip(*(t.tolist() for t in top))])
 
 
-def stopping(args: argparse.Namespace, num_exits: int, costs: ExitCosts) -> Tuple[ExitPolicy, Callable]:
+def stopping(
+        args: argparse.Namespace,
+        costs: ExitCosts,
+        config: Optional[ExitConfig],
+        temperatures: Sequence[float],
+        profile: Optional[StageCosts] = None,
+) -> Tuple[ExitPolicy, Callable]:
     """The policy that the options ask for, and a function (exit index, confidence) -> why it stopped there.
 
     Raises:
         InputError: a budget or confidence that cannot be met.
     """
-    last = num_exits - 1
+    last = len(temperatures) - 1
     if args.budget is not None:
         budget = parse_macs(args.budget)
 
@@ -77,29 +93,41 @@ def stopping(args: argparse.Namespace, num_exits: int, costs: ExitCosts) -> Tupl
             if k == last:
                 return f'last exit, within the budget of {format_macs(budget)}'
             return f'the next exit needs {format_macs(costs.macs[k + 1])}, the budget is {format_macs(budget)}'
-        return ExitPolicy.at_exit(costs.deepest_within(budget), num_exits), reason
+        return ExitPolicy.at_exit(costs.deepest_within(budget), last + 1), reason
     if args.confidence is not None:
-        policy = ExitPolicy.at_confidence(args.confidence, (1.,) * num_exits)
-    elif args.average_budget is not None:
-        policy = load_exit_config(args.model, args.checkpoint).policy_for(parse_macs(args.average_budget), args.fast)
+        policy = ExitPolicy.at_confidence(args.confidence, temperatures)
+    elif config is not None and asks_for_policy(args):
+        policy = policy_asked_for(args, config, profile)
     else:
-        return ExitPolicy.at_exit(last, num_exits), lambda k, confidence: 'all exits ran'
+        return ExitPolicy.at_exit(last, last + 1), lambda k, confidence: 'all exits ran'
 
     def reached(k: int, confidence: float) -> str:
         if k == last:
             return 'last exit'
-        return f'confidence {confidence:.3f} reaches the threshold {policy.thresholds[k]:.3f}'
+        return f'confidence {confidence:.3f} reaches the threshold {policy.confidence_at(k):.3f}'
     return policy, reached
 
 
-def exits_under_policy(model: MultiExitNet, x: torch.Tensor, policy: ExitPolicy, reason: Callable) -> Iterator[Step]:
-    """Runs one image (1, C, H, W) exit by exit until the policy stops it; every head on the way runs, to be shown."""
-    for k, logits in enumerate(model.iter_exits(x)):
+def exits_under_policy(
+        exits: Iterable[Tuple[int, torch.Tensor]],
+        policy: ExitPolicy,
+        reason: Callable,
+) -> Iterator[Step]:
+    """Exits and their logits (1, num_classes), as they are computed, until the policy stops."""
+    for k, logits in exits:
         decision = policy.decide(k, logits)
         stops = bool(decision.leaves[0])
         yield k, logits, reason(k, float(decision.confidence[0])) if stops else ''
         if stops:
             return
+
+
+def exits_in_use(engine: Engine, x: torch.Tensor, policy: ExitPolicy) -> Iterator[Tuple[int, torch.Tensor]]:
+    """Runs one image (1, C, H, W) from one exit in use to the next; no other head runs."""
+    state = engine.start(x)
+    for first, k in segments_of(policy):
+        state, logits = engine.run(first, k, state)
+        yield k, torch.from_numpy(logits)
 
 
 def exit_before_deadline(runner: AnytimeRunner, x: torch.Tensor, milliseconds: float) -> Step:
@@ -115,19 +143,39 @@ def steps_under_options(
         args: argparse.Namespace,
         model: MultiExitNet,
         costs: ExitCosts,
+        config: Optional[ExitConfig],
+        temperatures: Sequence[float],
 ) -> Callable[[torch.Tensor], List[Step]]:
     """A function that runs one image (1, C, H, W) as the options say.
 
     Raises:
         InputError: a budget, deadline or confidence that cannot be met.
     """
-    if args.fast and args.average_budget is None:
-        raise InputError('--fast chooses among stored thresholds: pass --average-budget with it')
     if args.deadline is not None:
-        deadline, runner = parse_milliseconds(args.deadline), AnytimeRunner(model, 'auto', costs)
+        deadline, runner = parse_milliseconds(args.deadline), AnytimeRunner(model, args.engine, costs, temperatures)
         return lambda x: [exit_before_deadline(runner, x, deadline)]
-    policy, reason = stopping(args, model.num_exits, costs)
-    return lambda x: list(exits_under_policy(model, x, policy, reason))
+    if args.average_latency is not None and config is not None:
+        engine = make_engine(model, args.engine)
+        policy, reason = stopping(args, costs, config, temperatures, profile_of(model, engine, config))
+        engine.build(segments_of(policy))
+        return lambda x: list(exits_under_policy(exits_in_use(engine, x, policy), policy, reason))
+    policy, reason = stopping(args, costs, config, temperatures)
+    # Every head on the way runs, to be shown.
+    return lambda x: list(exits_under_policy(enumerate(model.iter_exits(x)), policy, reason))
+
+
+def stored_config(args: argparse.Namespace, model: MultiExitNet) -> Optional[ExitConfig]:
+    """What is stored with the weights; None if nothing is and no option needs it.
+
+    Raises:
+        InputError: an option needs it, or it is of other weights.
+    """
+    try:
+        return stored_exit_config(args, model)
+    except InputError:
+        if asks_for_policy(args) or args.exit_config:
+            raise
+        return None
 
 
 def image_files(given: Sequence[str]) -> List[str]:
@@ -151,7 +199,9 @@ def run(args: argparse.Namespace) -> int:
         args.model = args.model or 'msfuse_cifar'
     model = load_network(args)
     costs = exit_costs(model)
-    steps_of = steps_under_options(args, model, costs)
+    stored = stored_config(args, model)
+    temperatures = stored.temperatures if stored and not args.uncalibrated else (1.,) * model.num_exits
+    steps_of = steps_under_options(args, model, costs, stored, temperatures)
     preprocess = Preprocessing.of(model)
     labels = class_labels(model)
     results, failed = [], False
@@ -165,7 +215,8 @@ def run(args: argparse.Namespace) -> int:
             continue
         with torch.inference_mode():
             steps = steps_of(x[None].to(args.device))
-        rows, why = [_row(k, logits, costs, labels) for k, logits, _ in steps], steps[-1][2]
+        rows = [_row(k, (logits.float() / temperatures[k]).softmax(1), costs, labels) for k, logits, _ in steps]
+        why = steps[-1][2]
         share = rows[-1].macs / costs.macs[-1]
         results.append(dict(
             image=path, label=rows[-1].top[0][0], probability=rows[-1].top[0][1], exit=rows[-1].exit, reason=why,

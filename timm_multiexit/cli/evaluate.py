@@ -18,7 +18,7 @@ from ..pretrained.exit_config import load_recipe
 from ..pretrained.record import trained_on
 from ..stopping.costs import ExitCosts, format_macs
 from ..stopping.guarantee import RISKS
-from ..stopping.policy import MEASURES, ExitPolicy
+from ..stopping.policy import MEASURES
 from ._common import add_model_argument, add_model_options, load_network, network_name, weights_folder
 
 
@@ -39,9 +39,9 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Options that name the images and the confidence measure."""
-    parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the data set')
+    parser.add_argument('--data-dir', required=required, default='', metavar='DIR', help='folder of the data set')
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: that of the weights)")
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download it')
@@ -94,17 +94,14 @@ def run(args: argparse.Namespace) -> None:
     model, dataset = prepare(args)
     validation, costs = split_logits(args, model, dataset, 'validation')
     test, _ = split_logits(args, model, dataset, 'test')
-    results = replace(
-        evaluate(validation, test, costs, measure=args.measure), model=network_name(args.model, model), dataset=dataset,
-        checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
+    results, config = evaluate(validation, test, costs, measure=args.measure)
+    results = replace(results, model=network_name(args.model, model), dataset=dataset,
+                      checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
     paths = write_report(results, Path(
         args.output or weights_folder(args) or Path('evaluation') / args.model.replace('/', '_')))
     print_results(results)
     if args.guarantee:
-        temperatures = tuple(e.temperature for e in results.exits)
-        candidates = [ExitPolicy(row.thresholds, temperatures, args.measure, row.budget)
-                      for row in results.budgeted['geometric']]
-        print_guarantees(check_guarantees(candidates, test, costs, args.guarantee), args.guarantee, costs)
+        print_guarantees(check_guarantees(config.path(), test, costs, args.guarantee), args.guarantee, costs)
     print('written: ' + ', '.join(map(str, paths)))
 
 
@@ -117,18 +114,11 @@ def print_results(results: Results) -> None:
               f'{e.calibration_error_with_temperature:>16.2f}%')
     best = results.oracle[-1]
     print(f'oracle that stops at the first correct exit: {best.accuracy:.2f} % at {format_macs(best.average_macs)}')
-    titles = ''.join(f"{method:>9} {'top-1':>6} | " for method in results.budgeted)
-    print(f"\n{'budget':>9} | {titles}share leaving at each exit (search)")
-    curves = {method: {row.budget: row for row in rows} for method, rows in results.budgeted.items()}
-    budgets = list(curves['geometric'])
-    for budget in budgets[::max(1, len(budgets) // 10)]:
-        cells = [f'{format_macs(c[budget].average_macs):>9} {c[budget].accuracy:>6.2f}' for c in curves.values()]
-        shares = ' '.join(f'{100 * s:.0f}%' for s in curves['search'][budget].exit_shares)
-        print(' | '.join([f'{format_macs(budget):>9}', *cells, shares]))
-    c = results.comparison
-    print(f'search against the geometric rule at equal cost: {c.mean_gain:+.3f} points on average, '
-          f'{c.smallest_gain:+.3f} at worst; fast against search: {c.mean_gain_fast:+.3f} and '
-          f'{c.smallest_gain_fast:+.3f}; largest budget error {c.largest_budget_error:.2f} %')
+    print(f"\n{'budget':>9} | {'spent':>9} {'top-1':>6} | share leaving at each exit")
+    for row in results.budgeted[::max(1, len(results.budgeted) // 10)]:
+        shares = ' '.join(f'{100 * s:.0f}%' for s in row.exit_shares)
+        print(f'{format_macs(row.budget):>9} | {format_macs(row.average_macs):>9} {row.accuracy:>6.2f} | {shares}')
+    print(f'largest budget error {max(abs(row.over_budget) for row in results.budgeted):.2f} %')
 
 
 def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts) -> None:

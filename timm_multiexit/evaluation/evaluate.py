@@ -3,7 +3,6 @@
 Nothing is chosen on the test images: temperatures and thresholds come from the validation logits alone.
 """
 import csv
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -16,13 +15,13 @@ from ..datasets import normalize
 from ..errors import InputError
 from ..files import written_beside
 from ..models import MultiExitNet
+from ..stopping.config import ExitConfig
 from ..stopping.costs import ExitCosts
 from ..stopping.policy import ExitPolicy
-from ..stopping.scores import check_labelled_logits, interpolate
+from ..stopping.scores import check_labelled_logits
 from ..stopping.simulate import simulate
-from ..stopping.solve import solve_policies
-from ..stopping.temperature import fit_temperature
-from .results import RESULTS_NAME, BudgetResult, Comparison, ExitResult, OracleResult, Results, curve
+from ..stopping.solve import budget_grid
+from .results import RESULTS_NAME, BudgetResult, ExitResult, OracleResult, Results
 
 CALIBRATION_BINS = 15
 
@@ -107,61 +106,47 @@ def evaluate(
         costs: ExitCosts,
         budgets: Optional[Sequence[float]] = None,
         measure: str = 'max_softmax',
-) -> Results:
+) -> Tuple[Results, ExitConfig]:
     """Everything that a report holds.
 
     Args:
         validation: Temperatures and thresholds are set on these.
         test: Everything is measured on these; the average cost is that of the exits really taken.
         costs: Of the exits.
-        budgets: Average MACs per image; None for `solve.budget_grid`, with the rows that `solve_policies` adds to it.
-        measure: Confidence measure, see `policy.confidence`.
+        budgets: Average MACs per image, rising; None for `solve.budget_grid`.
+        measure: Confidence measure, see `policy.scores`.
 
     Returns:
-        Without the names of model, data set and checkpoint, which the caller knows.
+        The results, without the names of model, data set and checkpoint, which the caller knows, and the exit config of
+        the validation images, which solved the policies.
 
     Raises:
         InputError: logits, labels or budgets that cannot be used, or an unknown confidence measure.
     """
-    temperatures = [round(fit_temperature(x, validation.targets), 4) for x in validation.logits]
+    config = ExitConfig.fit(validation.logits, validation.targets, costs, measure=measure)
     exits = []
     for k, (accuracy, held_out) in enumerate(zip(test.accuracies(), validation.accuracies())):
-        errors = [calibration_error(test.logits[k], test.targets, t) for t in (1., temperatures[k])]
+        errors = [calibration_error(test.logits[k], test.targets, t) for t in (1., config.temperatures[k])]
         exits.append(ExitResult(
-            k + 1, costs.macs[k], costs.params[k], round(accuracy, 3), round(held_out, 3), temperatures[k],
+            k + 1, costs.macs[k], costs.params[k], round(accuracy, 3), round(held_out, 3), config.temperatures[k],
             *(round(e, 3) for e in errors)))
-    families = solve_policies(
-        validation.logits, validation.targets, costs.macs, budgets=budgets, measure=measure, temperatures=temperatures)
-    budgeted = {
-        method: tuple(_measure(policy, test, costs) for policy in policies) for method, policies in families.items()}
+    if budgets is None:
+        budgets = budget_grid(costs.macs[0], costs.macs[-1])
+    budgeted = tuple(_measure(b, config.policy_for(b), test, costs) for b in budgets)
     return Results(
         validation_images=len(validation.targets), test_images=len(test.targets), measure=measure,
-        input_size=tuple(costs.input_size), exits=tuple(exits), budgeted=budgeted, oracle=oracle(test, costs.macs),
-        comparison=compare(budgeted))
+        input_size=tuple(costs.input_size), exits=tuple(exits), budgeted=budgeted,
+        oracle=oracle(test, costs.macs)), config
 
 
-def _measure(policy: ExitPolicy, test: LabelledLogits, costs: ExitCosts) -> BudgetResult:
+def _measure(budget: float, policy: ExitPolicy, test: LabelledLogits, costs: ExitCosts) -> BudgetResult:
     result = simulate(policy, test.logits, costs.macs)
     return BudgetResult(
-        budget=policy.budget, average_macs=round(result.average_macs), accuracy=round(result.accuracy(test.targets), 3),
-        over_budget=round(100. * (result.average_macs / policy.budget - 1.), 3),
+        budget=round(budget), average_macs=round(result.average_macs), accuracy=round(result.accuracy(test.targets), 3),
+        over_budget=round(100. * (result.average_macs / budget - 1.), 3),
         validation_macs=policy.expected_macs, validation_accuracy=policy.expected_accuracy,
-        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)), thresholds=policy.thresholds)
-
-
-def compare(budgeted: Dict[str, Sequence[BudgetResult]]) -> Comparison:
-    """Compares the methods at the same average cost on the test images."""
-    curves = {method: curve(rows) for method, rows in budgeted.items()}
-
-    def gains(method: str, reference: str) -> List[float]:
-        macs, accuracy = curves[method]
-        return (accuracy - interpolate(*curves[reference], macs)).tolist()
-
-    search, fast = gains('search', 'geometric'), gains('fast', 'search')
-    return Comparison(
-        round(statistics.fmean(search), 4), round(min(search), 4), tuple(round(g, 4) for g in search),
-        round(statistics.fmean(fast), 4), round(min(fast), 4),
-        max(abs(r.over_budget) for rows in budgeted.values() for r in rows))
+        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)),
+        thresholds=tuple(round(t, 6) for t in policy.thresholds))
 
 
 def write_report(results: Results, folder: Path) -> List[Path]:
@@ -177,13 +162,12 @@ def write_report(results: Results, folder: Path) -> List[Path]:
     results.save(folder / RESULTS_NAME)
     _write_csv(folder / 'exits.csv', [asdict(e) for e in results.exits])
     rows = []
-    for method, points in results.budgeted.items():
-        for point in points:
-            row = dict(method=method, **asdict(point))
-            for name in ('exit_shares', 'thresholds'):
-                for k, value in enumerate(row.pop(name), 1):
-                    row[f'{name[:-1]}_{k}'] = value
-            rows.append(row)
+    for point in results.budgeted:
+        row = asdict(point)
+        for name in ('exit_shares', 'thresholds'):
+            for k, value in enumerate(row.pop(name), 1):
+                row[f'{name[:-1]}_{k}'] = value
+        rows.append(row)
     _write_csv(folder / 'budgeted.csv', rows)
     for name, draw in (('anytime.png', anytime_figure), ('budgeted.png', budgeted_figure)):
         with written_beside(folder / name) as partial:

@@ -4,10 +4,9 @@ from typing import Sequence, Tuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..stopping.scores import interpolate
 from .results import Results, curve
 
-BLUE, ORANGE, GREEN, GREY = '#0b5394', '#d9730d', '#3d8b40', '#7a7a7a'
+BLUE, GREY = '#0b5394', '#7a7a7a'
 
 
 def _style(ax: Axes) -> None:
@@ -36,31 +35,19 @@ def anytime_figure(results: Results) -> Figure:
 
 
 def budgeted_figure(results: Results) -> Figure:
-    """Test accuracy against average multiply-adds, and below it the gain of the others over the geometric rule."""
-    figure = Figure(figsize=(6.4, 5.6), layout='constrained')
-    ax, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    for axis in (ax, below):
-        _style(axis)
-    curves = {}
-    for method, rows in results.budgeted.items():
-        macs, accuracy = curve(rows)
-        curves[method] = macs / 1e6, accuracy
+    """Test accuracy against average multiply-adds."""
+    figure = Figure(figsize=(6.4, 4.6), layout='constrained')
+    ax = figure.add_subplot()
+    _style(ax)
+    macs, accuracy = curve(results.budgeted)
     ideal = [o.average_macs / 1e6 for o in results.oracle], [o.accuracy for o in results.oracle]
     ax.plot(*ideal, ':', color=GREY, label='oracle: stops at the first correct exit')
-    ax.plot(*curves['search'], '-', color=BLUE, linewidth=2, label='thresholds by search')
-    ax.plot(*curves['geometric'], '--', color=ORANGE, linewidth=1.6, label='thresholds by the geometric rule')
-    ax.plot(*curves['fast'], '-', color=GREEN, linewidth=1., label='fast: few exits in use')
+    ax.plot(macs / 1e6, accuracy, '-', color=BLUE, linewidth=2, label='early exits by confidence')
     ax.plot(*_exits(results), 'o', color='black', markersize=4, label='all images at one exit')
     ax.set_ylabel('top-1 accuracy (%)')
+    ax.set_xlabel('average multiply-adds for one image (M)')
     ax.legend(frameon=False, fontsize=8, loc='lower right')
     _title(figure, 'Average budgets', results)
-
-    below.axhline(0., color=ORANGE, linestyle='--', linewidth=1.6)
-    for method, color, width in (('fast', GREEN, 1.), ('search', BLUE, 2.)):
-        macs, accuracy = curves[method]
-        below.plot(macs, accuracy - interpolate(*curves['geometric'], macs), '-', color=color, linewidth=width)
-    below.set_ylabel('minus rule\n(points)')
-    below.set_xlabel('average multiply-adds for one image (M)')
     return figure
 
 

@@ -40,7 +40,7 @@ def check_guarantees(
     """Checks promises on random splits of the test images.
 
     Args:
-        candidates: Policies solved on other images.
+        candidates: Policies solved on other images, from the most to the least expensive.
         test: Labelled test logits.
         costs: Of the exits.
         risk: See `guarantee.risk_losses`.
@@ -57,7 +57,6 @@ def check_guarantees(
     count = len(labels)
     if not 0 < images < count:
         raise InputError(f'{images} of {count} test images for certification: leave some to check on')
-    candidates = sorted(candidates, key=lambda policy: -policy.budget)
     results = [simulate(policy, logits, costs.macs) for policy in candidates]
     losses = risk_losses(risk, np.stack([r.prediction for r in results]), logits[-1].argmax(1), labels)
     macs = np.array([*(r.average_macs for r in results), costs.macs[-1]])  # the last is that of None below

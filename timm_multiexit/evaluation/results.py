@@ -5,7 +5,7 @@ Accuracies, calibration errors and gains are in percent or points, costs in MACs
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -52,18 +52,6 @@ class OracleResult:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Test accuracy at equal average cost, in points."""
-
-    mean_gain: float  # of the search over the geometric rule
-    smallest_gain: float  # its least value over the budgets
-    gains: Tuple[float, ...]  # at each budget
-    mean_gain_fast: float  # of 'fast' over the search, below 0 where it loses
-    smallest_gain_fast: float  # its least value over the budgets
-    largest_budget_error: float  # of all methods and budgets on the test images, in percent of the budget
-
-
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """All that an evaluation measures; the order of the attributes is that of results.json."""
@@ -74,12 +62,11 @@ class Results:
     timm_multiexit: str = ''  # version of the package
     validation_images: int  # on which temperatures and thresholds were set
     test_images: int  # on which everything was measured
-    measure: str  # confidence measure, see `policy.confidence`
+    measure: str  # confidence measure, see `policy.scores`
     input_size: Tuple[int, int, int]  # (C, H, W) of an image
     exits: Tuple[ExitResult, ...]  # shallow to deep
-    budgeted: Dict[str, Tuple[BudgetResult, ...]]  # by method, its budgets in the order solved
+    budgeted: Tuple[BudgetResult, ...]  # average budgets, rising
     oracle: Tuple[OracleResult, ...]  # for 1, 2, ... exits
-    comparison: Comparison  # of the methods
 
     def save(self, path: Union[str, Path]) -> None:
         """Writes results.json.
@@ -102,20 +89,15 @@ class Results:
                 **values,
                 'input_size': tuple(values['input_size']),
                 'exits': _records(ExitResult, values['exits']),
-                'budgeted': {method: _records(BudgetResult, rows) for method, rows in values['budgeted'].items()},
-                'oracle': _records(OracleResult, values['oracle']),
-                'comparison': _record(Comparison, values['comparison'])})
+                'budgeted': _records(BudgetResult, values['budgeted']),
+                'oracle': _records(OracleResult, values['oracle'])})
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"'{path}' does not hold the results of timm-multiexit evaluate ({error}): evaluate again") from error
 
 
-def _record(kind: type, values: Dict[str, Any]) -> Any:
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
 def _records(kind: type, rows: Any) -> tuple:
-    return tuple(_record(kind, row) for row in rows)
+    return tuple(kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}) for row in rows)
 
 
 def curve(rows: Sequence[BudgetResult]) -> np.ndarray:

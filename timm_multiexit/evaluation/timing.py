@@ -1,12 +1,10 @@
 """Time on this machine, of each exit and of policies against the full network."""
-import platform
 import statistics
-import time
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
-from tqdm import tqdm
 
+from ..inference.profile import take_turns
 from ..inference.runner import EarlyExitRunner
 from ..stopping.costs import ExitCosts
 from ..stopping.policy import ExitPolicy
@@ -17,31 +15,6 @@ def spread(values: Sequence[float], digits: int = 4) -> Dict[str, float]:
     return dict(
         median=round(statistics.median(values), digits), min=round(min(values), digits),
         max=round(max(values), digits))
-
-
-def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.device, label: str) -> Dict[Any, list]:
-    """Seconds of each task in each round. All tasks run once per round, starting with another one each time.
-
-    Args:
-        tasks: Each runs once unmeasured first.
-        rounds: How many.
-        device: Synchronised if it is a GPU.
-        label: Of the progress bar.
-    """
-    names = list(tasks)
-    times = {name: [] for name in names}
-    with tqdm(total=(rounds + 1) * len(names), desc=label, leave=False, disable=None) as progress:
-        for number in range(-1, rounds):
-            shift = max(number, 0) % len(names)
-            for name in names[shift:] + names[:shift]:
-                start = time.perf_counter()
-                tasks[name]()
-                if device.type == 'cuda':
-                    torch.cuda.synchronize(device)
-                if number >= 0:
-                    times[name].append(time.perf_counter() - start)
-                progress.update()
-    return times
 
 
 def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes: int = 20) -> List[Dict[str, Any]]:
@@ -75,7 +48,7 @@ def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes
 def measure_policies(
         engine,
         costs: ExitCosts,
-        policies: Sequence[ExitPolicy],
+        policies: Dict[str, ExitPolicy],
         images: torch.Tensor,
         targets: torch.Tensor,
         batch_size: int,
@@ -86,7 +59,7 @@ def measure_policies(
     Args:
         engine: See `engine.make_engine`; shared by all.
         costs: Of the exits.
-        policies: The policies.
+        policies: By name.
         images: Normalised, (N, C, H, W).
         targets: int64 (N,).
         batch_size: The large batch.
@@ -96,8 +69,8 @@ def measure_policies(
         Times of the full network and of each policy, and their ratios, round by round.
     """
     last = engine.num_exits - 1
-    full = ExitPolicy.at_exit(last, engine.num_exits, policies[0].temperatures)
-    runners = [EarlyExitRunner(engine, p, costs=costs) for p in (full, *policies)]
+    every = {'full': ExitPolicy.at_exit(last, engine.num_exits), **policies}
+    runners = [EarlyExitRunner(engine, p, costs=costs) for p in every.values()]
     images = images.to(engine.device)
     singles = images.split(1)
     times = {
@@ -107,29 +80,18 @@ def measure_policies(
                                engine.device, f'policies, batch {batch_size}'),
     }
     rows = []
-    for i, runner in enumerate(runners):
+    for i, (name, runner) in enumerate(zip(every, runners)):
         result = runner.run(images, batch_size)
         row = dict(
-            budget=runner.policy.budget if i else None, method=runner.policy.method if i else '',
-            average_macs=round(result.average_macs),
+            name=name, average_macs=round(result.average_macs),
             accuracy=round(result.accuracy(targets), 2),
             exit_shares=[round(s, 4) for s in result.exit_shares(engine.num_exits)],
             heads=[k + 1 for _, k in runner.segments])
-        for size, name in ((1, 'batch_1'), (batch_size, f'batch_{batch_size}')):
+        for size, key in ((1, 'batch_1'), (batch_size, f'batch_{batch_size}')):
             own, whole = times[size][i], times[size][0]
-            row[name] = dict(
+            row[key] = dict(
                 ms_per_image=spread([1e3 * t / len(images) for t in own]),
                 images_per_s=spread([len(images) / t for t in own], 1),
                 share_of_full_time=spread([a / b for a, b in zip(own, whole)], 3))
         rows.append(row)
     return dict(images=len(images), full=rows[0], policies=rows[1:])
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):  # not Linux, or a processor without a name
-        return platform.processor() or platform.machine()

@@ -1,4 +1,5 @@
 """The exit config and the recipe stored with weights, by name."""
+import hashlib
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
@@ -6,8 +7,9 @@ import timm
 
 from ..errors import InputError, MissingFileError
 from ..files import read_yaml
+from ..models import MultiExitNet
 from ..models._pretrained import WEIGHTS_DIR
-from ..stopping.config import FILE_NAME, RECIPE_NAME, ExitConfig
+from ..stopping.config import FILE_NAME, RECIPE_NAME, SCORES_NAME, ExitConfig
 from ..stopping.policy import CALIBRATE_HINT
 from .hub_files import hub_file
 from .names import check_name
@@ -27,16 +29,42 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
         check_name(name)
     try:
         path = _beside_weights(name, checkpoint, FILE_NAME)
+        _beside_weights(name, checkpoint, SCORES_NAME)  # fetched, to lie beside it
     except MissingFileError:
-        raise InputError(f"'{name}' holds no {FILE_NAME}: {CALIBRATE_HINT}") from None
+        raise InputError(f"'{name}' holds no {FILE_NAME} and {SCORES_NAME}: {CALIBRATE_HINT}") from None
     if not path.is_file() and (checkpoint or ':' in name):
         raise InputError(f"there is no {FILE_NAME} beside '{checkpoint or name}': {CALIBRATE_HINT}")
     if not path.is_file():
         others = ', '.join(list_stored())
         raise InputError(
-            f"no policies are stored for '{path.parent.name}': {CALIBRATE_HINT}"
+            f"no exit config is stored for '{path.parent.name}': {CALIBRATE_HINT}"
             + (f', or choose one of {others}' if others else ''))
     return ExitConfig.load(path)
+
+
+def exit_config_of(model: MultiExitNet, name: str, checkpoint: Union[str, Path] = '') -> ExitConfig:
+    """`load_exit_config`, checked to be of this very network.
+
+    Raises:
+        InputError: as there, or it is of another network or other weights.
+    """
+    config = load_exit_config(name, checkpoint)
+    config.check_network(model, weights_digest(model))
+    return config
+
+
+def weights_digest(model: MultiExitNet) -> str:
+    """SHA-256, in hex, over the sorted names, shapes and values of a network's tensors, whatever file they come from.
+
+    Floating-point values count as float32, so that weights stored in half precision give the same digest anywhere.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f'{name} {tuple(value.shape)} {value.dtype}'.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:

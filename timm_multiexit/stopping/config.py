@@ -1,36 +1,44 @@
-"""The exit config, stored with weights: costs, temperatures and policies for a range of average budgets.
+"""The exit config, stored with weights: costs, temperatures, and the scores from which any policy is solved.
 
-With it a user needs a budget and no data. The file is `weights/ARCH.TAG/multiexit.json` in the package and
-`multiexit.json` beside a user's checkpoint and on the Hub. This module alone knows its schema, which
-.github/FORMAT.md documents.
+With it a user needs a budget and no data. Two files beside the weights: `multiexit.json` and `scores.safetensors`. This
+module alone knows the schema of the first, `scores` that of the second; .github/FORMAT.md documents both.
 """
 import dataclasses
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .costs import format_macs
-from .policy import CALIBRATE_HINT, NEVER, ExitPolicy, check_average_budget, check_exits
+from .costs import ExitCosts, StageCosts
+from .guarantee import certified, risk_losses, tightest
+from .policy import CALIBRATE_HINT, MEASURES, ExitPolicy
+from .scores import FILE_NAME as SCORES_NAME
+from .scores import UNKNOWN, ExitScores, check_labelled_logits
+from .solve import Solver
+from .temperature import fit_temperature
 
-VERSION = 1
+VERSION = 2
 FILE_NAME = 'multiexit.json'
 RECIPE_NAME = 'recipe.yaml'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExitConfig:
-    """Exit costs and policies of one set of weights.
+    """What the exits of one set of weights cost, and when to stop.
 
     Attributes:
         exit_macs: Cumulative MACs of each exit for one image.
         exit_params: Cumulative parameters of each exit.
         input_size: (C, H, W) of the image for which the costs hold.
-        temperatures: One per exit, fitted on validation logits.
-        policies: Of one method, by rising budget from the cheapest exit to the full cost.
+        temperatures: One per exit, fitted on the development images.
+        measure: Confidence measure of the scores, see `policy.scores`.
         class_names: In the order of the logits, or None.
-        fast_policies: Of the method 'fast': slightly less accurate and faster at equal cost. May be empty.
+        weights: Digest of the weights, or '' if it is not known.
+        scores: Of the held-out images, or None if they are not stored.
         version: Of the schema.
 
     Raises:
@@ -41,44 +49,100 @@ class ExitConfig:
     exit_params: Tuple[int, ...]
     input_size: Tuple[int, int, int]
     temperatures: Tuple[float, ...]
-    policies: Tuple[ExitPolicy, ...]
+    measure: str = 'max_softmax'
     class_names: Optional[Tuple[str, ...]] = None
-    fast_policies: Tuple[ExitPolicy, ...] = ()
+    weights: str = ''
+    scores: Optional[ExitScores] = None
     version: int = VERSION
+    _solved: Dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        for name in ('exit_macs', 'exit_params', 'input_size', 'temperatures', 'policies', 'class_names',
-                     'fast_policies'):
+        for name in ('exit_macs', 'exit_params', 'input_size', 'temperatures', 'class_names'):
             value = getattr(self, name)
-            if value is not None:  # lists too: JSON has no tuples
+            if value is not None or name != 'class_names':  # lists too: JSON has no tuples
                 if not isinstance(value, Sequence) or isinstance(value, str):
                     raise InputError(f'exit config with {name} {value!r}: give a list')
+                if name != 'class_names' and not all(
+                        isinstance(v, (int, float)) and math.isfinite(v) and v > 0 for v in value):
+                    raise InputError(f'exit config with {name} {value!r}: give numbers above 0')
                 object.__setattr__(self, name, tuple(value))
-        _check_version(self.version)
+        if self.version != VERSION:
+            raise InputError(f'exit config of version {self.version!r}, this package reads version {VERSION}: '
+                             f'{CALIBRATE_HINT}')
         count = len(self.exit_macs)
         if count == 0 or len(self.exit_params) != count or len(self.temperatures) != count:
             raise InputError(
                 f'exit config with {count} costs, {len(self.exit_params)} parameter counts and '
                 f'{len(self.temperatures)} temperatures: give one per exit')
-        if not all(a < b for a, b in zip(self.exit_macs, self.exit_macs[1:])) or not self.exit_macs[0] > 0:
+        if not all(a < b for a, b in zip(self.exit_macs, self.exit_macs[1:])):
             raise InputError(f'exit config with costs {self.exit_macs}: they must rise from exit to exit')
-        for family in (self.policies, self.fast_policies):
-            budgets = []
-            for policy in family:
-                check_exits(policy, count)
-                budgets.append(policy.budget)
-            if None in budgets or any(a >= b for a, b in zip(budgets, budgets[1:])):
-                raise InputError('exit config with policies out of order: give each its budget, by rising budget')
+        if self.measure not in MEASURES:
+            raise InputError(f"exit config of measure '{self.measure}': choose one of {', '.join(MEASURES)}")
+        if self.scores is not None and len(self.scores.scores) != count:
+            raise InputError(f'scores of {len(self.scores.scores)} exits beside costs of {count}: {CALIBRATE_HINT}')
+
+    @classmethod
+    def fit(
+            cls,
+            logits: Sequence[np.ndarray],
+            targets: np.ndarray,
+            costs: ExitCosts,
+            class_names: Optional[Sequence[str]] = None,
+            measure: str = 'max_softmax',
+            certification: Optional[np.ndarray] = None,
+            weights: str = '',
+    ) -> 'ExitConfig':
+        """The config of held-out images.
+
+        Args:
+            logits: One (N, num_classes) per exit, of images under the test transform on which the network was not
+                trained; arrays or tensors.
+            targets: Their labels, int64 (N,); -1 where unknown.
+            costs: Of the exits.
+            class_names: In the order of the logits.
+            measure: See `policy.scores`.
+            certification: Which images are kept for guarantees, bool (N,); None for none of them. Temperatures are
+                fitted on the others that have labels; without any such, they are 1.
+            weights: Digest of the network's weights.
+
+        Raises:
+            InputError: logits or labels that cannot be used, or no images besides those for certification.
+        """
+        stacked, targets = check_labelled_logits(logits, targets, unknown=True)
+        if len(costs.macs) != len(stacked):
+            raise InputError(f'{len(costs.macs)} costs for the logits of {len(stacked)} exits: give one cost per exit')
+        held = np.zeros(len(targets), bool) if certification is None else np.asarray(certification, bool)
+        if held.all():
+            raise InputError('all images are kept for certification: leave some to set thresholds on')
+        use = ~held & (targets != UNKNOWN)
+        temperatures = tuple(
+            round(fit_temperature(x[use], targets[use]), 4) if use.any() else 1. for x in stacked)
+        return cls(
+            costs.macs, costs.params, costs.input_size, temperatures, measure,
+            None if class_names is None else tuple(class_names), weights,
+            ExitScores.from_logits(stacked, targets, temperatures, measure, held))
+
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, ExitConfig) or self.to_dict() != other.to_dict():
+            return False
+        if self.scores is None or other.scores is None:
+            return self.scores is other.scores
+        return all(np.array_equal(getattr(self.scores, f.name), getattr(other.scores, f.name))
+                   for f in dataclasses.fields(ExitScores))
 
     @property
     def num_exits(self) -> int:
         return len(self.exit_macs)
 
-    def check_network(self, model) -> None:
-        """Checks that this config is of a network with these exits and classes.
+    def check_network(self, model, weights: str = '') -> None:
+        """Checks that this config is of a network with these exits, classes and weights.
+
+        Args:
+            model: The network.
+            weights: Digest of its weights; '' not to check it.
 
         Raises:
-            InputError: another number of exits or of classes.
+            InputError: another number of exits or of classes, or other weights.
         """
         if model.num_exits != self.num_exits:
             raise InputError(
@@ -88,61 +152,106 @@ class ExitConfig:
             raise InputError(
                 f'an exit config for {len(self.class_names)} classes does not fit a network with {model.num_classes}: '
                 f'{CALIBRATE_HINT}')
+        if weights and self.weights and weights != self.weights:
+            raise InputError(f'the exit config is of other weights than these: {CALIBRATE_HINT}')
 
-    def policy_for(self, average_budget: float, fast: bool = False) -> ExitPolicy:
-        """The policy for an average budget; between two stored budgets, thresholds are interpolated.
+    def policy_for(
+            self,
+            average_budget: Optional[float] = None,
+            *,
+            average_ms: Optional[float] = None,
+            max_loss: Optional[float] = None,
+            certainty: float = 0.95,
+            risk: str = 'accuracy',
+            profile: Optional[StageCosts] = None,
+    ) -> ExitPolicy:
+        """The policy that is worth most at an average cost, or the least expensive with a bounded loss.
 
-        Neighbours differ little, so their cost and accuracy on the validation images are interpolated too.
+        It is solved on the development images (0.1 s for 7 exits) and kept. Give one of the first three.
 
         Args:
-            average_budget: Average MACs per image.
-            fast: Choose the policy that uses few exits, which is faster at equal cost and slightly less accurate.
+            average_budget: Average MACs per image. Where the images cannot be split to meet it, the next cheaper
+                policy.
+            average_ms: Average milliseconds per image, with the `profile` of this machine.
+            max_loss: Loss of accuracy against the full network, in points (0.5 is half a percent), on new images of the
+                same distribution (exchangeable with the certification images), with probability `certainty` over the
+                draw of those. See `guarantee`.
+            certainty: Of `max_loss`.
+            risk: What `max_loss` bounds: 'accuracy', 'harm' or 'consistency', see `guarantee.risk_losses`.
+            profile: Milliseconds of stages and heads, see `inference.profile`; with `max_loss`, the least time is
+                sought in place of the fewest MACs.
 
         Raises:
-            InputError: no policies are stored, the budget is below the cheapest exit or above the full cost, or the
-                stored policies do not cover it.
+            InputError: no scores are stored, the budget is below the cheapest exit or above the full cost, or the
+                promise cannot be made.
         """
-        policies = self.fast_policies if fast else self.policies
-        if not policies:
-            raise InputError(f"no {'fast ' * fast}policies are stored with these weights: {CALIBRATE_HINT}")
-        budget = check_average_budget(average_budget, self.exit_macs)
-        budgets = [p.budget for p in policies if p.budget is not None]  # all have one
-        upper = next((i for i, b in enumerate(budgets) if b >= budget), None)
-        if upper is None or budget < budgets[0]:
+        if sum(x is not None for x in (average_budget, average_ms, max_loss)) != 1:
+            raise InputError('give one of average_budget, average_ms and max_loss')
+        if average_ms is not None and profile is None:
+            raise InputError('milliseconds depend on the machine: pass its profile with average_ms')
+        costs = StageCosts.of_macs(self.exit_macs) if profile is None or average_budget is not None else profile
+        if len(costs.stages) != self.num_exits:
+            raise InputError(f'a profile of {len(costs.stages)} exits does not fit a network with {self.num_exits}')
+        key = (average_budget, average_ms, max_loss, certainty, risk, costs)
+        if key not in self._solved:
+            if max_loss is not None:
+                self._solved[key] = self._promised(costs, max_loss, certainty, risk)
+            else:
+                solver = self._solver(costs)
+                self._solved[key] = solver.policy(solver.best(average_budget or average_ms or 0.))
+        return self._solved[key]
+
+    def path(self, profile: Optional[StageCosts] = None) -> List[ExitPolicy]:
+        """Policies from the most to the least expensive, in MACs or in the profile's time, without the full network."""
+        costs = profile or StageCosts.of_macs(self.exit_macs)
+        key = ('path', costs)
+        if key not in self._solved:
+            self._solved[key] = self._solver(costs).path()
+        return self._solved[key]
+
+    def _solver(self, costs: StageCosts) -> Solver:
+        if self.scores is None:
+            raise InputError(f'no scores are stored with these weights: {CALIBRATE_HINT}')
+        if ('solver', costs) not in self._solved:
+            self._solved['solver', costs] = Solver(
+                self.scores.development, costs, self.exit_macs, self.temperatures, self.measure)
+        return self._solved['solver', costs]
+
+    def _promised(self, costs: StageCosts, max_loss: float, certainty: float, risk: str) -> ExitPolicy:
+        candidates = self.path(None if costs.unit == 'MACs' else costs)
+        assert self.scores is not None  # or there would be no path
+        kept = self.scores.certified
+        kept = kept.subset(np.random.default_rng(0).permutation(kept.num_images))  # the bound needs a random order
+        if kept.num_images == 0:
+            raise InputError('these weights carry no certification images, so nothing can be promised: make some from '
+                             'images of your own with timm-multiexit calibrate --certify DIR')
+        labelled = kept.labels != UNKNOWN
+        if risk != 'consistency' and not labelled.all():
+            raise InputError(f'{int((~labelled).sum())} of {kept.num_images} certification images have no label: '
+                             "choose the risk 'consistency'")
+        rows = np.arange(kept.num_images)
+        answers = np.stack([kept.predictions[kept.exits(p.thresholds), rows] for p in candidates])
+        losses = risk_losses(risk, answers, kept.predictions[-1], kept.labels)
+        chosen = certified(losses, max_loss, certainty, risk)
+        if chosen is None:
             raise InputError(
-                f'policies are stored for average budgets from {format_macs(budgets[0])} to '
-                f'{format_macs(budgets[-1])}, not for {format_macs(budget)}: choose one between, or {CALIBRATE_HINT}')
-        if budget == budgets[upper]:
-            return policies[upper]
-        weight = (budget - budgets[upper - 1]) / (budgets[upper] - budgets[upper - 1])
-        return _interpolate(policies[upper - 1], policies[upper], weight, budget)
+                f'a loss of at most {max_loss:g} points cannot be promised from {kept.num_images} certification images '
+                f'with certainty {certainty:g}: ask for {tightest(losses[0], certainty, risk):.2f} points or more, or '
+                'for less certainty')
+        what = {'accuracy': 'points less accurate than', 'harm': '% wrong where it is right, against',
+                'consistency': '% answered otherwise than by'}[risk]
+        return dataclasses.replace(
+            candidates[chosen], promise=f'at most {max_loss:g} {what} the full network, with certainty {certainty:g}, '
+            f'for images like the {kept.num_images:,} certification images')
 
     def to_dict(self) -> Dict[str, Any]:
-        """Plain values for JSON; what all policies share (temperatures, measure, method) is written once."""
-        policies, fast = ([p.to_dict() for p in family] for family in (self.policies, self.fast_policies))
-        shared = {}
-        for name, family in (('measure', policies + fast), ('method', policies), ('method', fast)):
-            values = {p.pop(name, '') for p in family}
-            if len(values) > 1:
-                raise InputError(
-                    f'exit config with policies of more than one {name}, {sorted(values)}: store those of one')
-            shared.setdefault(name, next(iter(values), ''))
-        for p in policies + fast:
-            if tuple(p.pop('temperatures')) != tuple(self.temperatures):
-                raise InputError('exit config with policies of other temperatures: store those of one calibration')
-        return dict(
-            version=self.version,
-            exit_macs=list(self.exit_macs),
-            exit_params=list(self.exit_params),
-            input_size=list(self.input_size),
-            temperatures=list(self.temperatures),
-            class_names=None if self.class_names is None else list(self.class_names),
-            **shared,
-            policies=policies,
-            fast_policies=fast)
+        """Plain values for JSON, without the scores."""
+        return {f.name: list(v) if isinstance(v, tuple) else v
+                for f in dataclasses.fields(self) if f.name not in ('scores', '_solved')
+                for v in (getattr(self, f.name),)}
 
     @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> 'ExitConfig':
+    def from_dict(cls, values: Dict[str, Any], scores: Optional[ExitScores] = None) -> 'ExitConfig':
         """The config of `to_dict`.
 
         Raises:
@@ -150,25 +259,20 @@ class ExitConfig:
         """
         if not isinstance(values, dict):
             raise InputError(f'not an exit config but {type(values).__name__}: {CALIBRATE_HINT}')
-        values = dict(values)
-        _check_version(values.get('version'))
-        shared = {k: v for k, v in ((k, values.pop(k, '')) for k in ('measure', 'method')) if v}
-        known = {f.name for f in dataclasses.fields(cls)}
-        missing = known - {'class_names', 'fast_policies'} - values.keys()
-        if missing or values.keys() - known:
+        if values.get('version') != VERSION:
+            raise InputError(f"exit config of version {values.get('version')!r}, this package reads version {VERSION}: "
+                             f'{CALIBRATE_HINT}')
+        known = {f.name for f in dataclasses.fields(cls)} - {'scores', '_solved'}
+        if values.keys() != known:
             raise InputError(
-                f"exit config without {', '.join(sorted(missing)) or 'gaps'} and with unknown "
-                f"{', '.join(sorted(values.keys() - known)) or 'nothing'}: {CALIBRATE_HINT}")
-        shared['temperatures'] = values['temperatures']
-        for name, method in (('policies', {}), ('fast_policies', {'method': 'fast'})):
-            policies = values.pop(name, [])
-            if not isinstance(policies, (list, tuple)) or not all(isinstance(p, dict) for p in policies):
-                raise InputError(f'exit config whose {name} are not a list of policies: {CALIBRATE_HINT}')
-            values[name] = tuple(ExitPolicy.from_dict({**shared, **method, **p}) for p in policies)
-        return cls(**values)
+                f"exit config without {', '.join(sorted(known - values.keys())) or 'gaps'} and with unknown "
+                f"{', '.join(sorted(map(str, values.keys() - known))) or 'nothing'}: {CALIBRATE_HINT}")
+        return cls(**values, scores=scores)
 
     def save(self, path: Union[str, Path]) -> None:
-        """Writes JSON."""
+        """Writes JSON, and the scores beside it."""
+        if self.scores is not None:
+            self.scores.save(Path(path).with_name(SCORES_NAME), self.weights)
         write_json(path, self.to_dict())
 
     @classmethod
@@ -176,33 +280,13 @@ class ExitConfig:
         """Reads what `save` wrote.
 
         Raises:
-            InputError: no such file, or no exit config in it.
+            InputError: no such file, no exit config in it, or scores beside it that are damaged or of other weights.
         """
-        return cls.from_dict(read_json(path, 'exit config'))
-
-
-def _check_version(version: Any) -> None:
-    if version != VERSION:
-        raise InputError(
-            f'exit config of version {version}, this package reads version {VERSION}: update timm-multiexit')
-
-
-def _interpolate(low: ExitPolicy, high: ExitPolicy, weight: float, budget: float) -> ExitPolicy:
-    def between(a, b):
-        return None if a is None or b is None else a + weight * (b - a)
-
-    def row(a, b):
-        return None if a is None or b is None else tuple(between(x, y) for x, y in zip(a, b))
-
-    def threshold(a, b):
-        if min(a, b) > 1.:
-            return NEVER
-        return between(min(a, 1.), min(b, 1.))  # up to 1, the largest confidence
-
-    return dataclasses.replace(
-        high,
-        thresholds=tuple(threshold(a, b) for a, b in zip(low.thresholds, high.thresholds)),
-        budget=budget,
-        expected_macs=between(low.expected_macs, high.expected_macs),
-        expected_accuracy=between(low.expected_accuracy, high.expected_accuracy),
-        exit_shares=row(low.exit_shares, high.exit_shares))
+        place = Path(path).with_name(SCORES_NAME)
+        if not place.is_file():
+            return cls.from_dict(read_json(path, 'exit config'))
+        scores, weights = ExitScores.load(place)
+        config = cls.from_dict(read_json(path, 'exit config'), scores)
+        if weights != config.weights:
+            raise InputError(f"the scores '{place}' are of other weights than '{path}': {CALIBRATE_HINT}")
+        return config

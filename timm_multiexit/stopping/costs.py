@@ -1,7 +1,9 @@
 """Costs of exits as numbers, and multiply-adds and milliseconds as people write them."""
 import re
 from dataclasses import dataclass
-from typing import Dict, Tuple, Union
+from typing import Dict, Sequence, Tuple, Union
+
+import numpy as np
 
 from ..errors import InputError
 
@@ -33,6 +35,56 @@ class ExitCosts:
                 f'a budget of {format_macs(budget)} MACs is below the first exit, which needs '
                 f'{format_macs(self.macs[0])}: give at least that')
         return max(k for k, macs in enumerate(self.macs) if macs <= budget)
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What an image costs, stage by stage: all stages up to its exit, and the heads that were evaluated on the way.
+
+    Attributes:
+        stages: Of each stage.
+        heads: Of each head.
+        unit: 'MACs' or 'ms'.
+
+    Raises:
+        InputError: not one cost of 0 or more for each stage and head, the first together above 0.
+    """
+
+    stages: Tuple[float, ...]
+    heads: Tuple[float, ...]
+    unit: str = 'ms'
+
+    def __post_init__(self):
+        stages, heads = np.asarray(self.stages, float), np.asarray(self.heads, float)
+        if not (stages.ndim == 1 and len(stages) and stages.shape == heads.shape
+                and np.isfinite([stages, heads]).all() and min(stages.min(), heads.min()) >= 0.
+                and stages[0] + heads[0] > 0. and self.unit in ('MACs', 'ms')):
+            raise InputError(f'costs {self.stages} of stages and {self.heads} of heads in {self.unit}: give a number '
+                             'of 0 or more for each stage and each head, in MACs or ms')
+
+    @classmethod
+    def of_macs(cls, exit_macs: Sequence[int]) -> 'StageCosts':
+        """MACs, of which heads count as part of their stage, whether they are evaluated or not."""
+        return cls(tuple(map(float, np.diff((0, *exit_macs)))), (0.,) * len(exit_macs), 'MACs')
+
+    def of_exits(self, exits: Sequence[int]) -> np.ndarray:
+        """Cost of an image that leaves at each of these exits, rising, if only their heads are evaluated; float64."""
+        index = list(exits)
+        return np.cumsum(self.stages)[index] + np.cumsum(np.asarray(self.heads)[index])
+
+    @property
+    def cheapest(self) -> float:
+        """Cost of an image if all leave at the exit that is reached first; a head may be dearer than the next stage."""
+        return min(float(self.of_exits((k,))[0]) for k in range(len(self.stages)))
+
+    @property
+    def full(self) -> float:
+        """Cost of an image if none leaves early."""
+        return float(self.of_exits((len(self.stages) - 1,))[0])
+
+    def format(self, cost: float) -> str:
+        """As people write it: '33.58 M MACs' or '2.100 ms'."""
+        return f'{format_macs(cost)} MACs' if self.unit == 'MACs' else f'{cost:.3f} ms'
 
 
 def parse_macs(text: Union[str, float]) -> float:

@@ -113,8 +113,21 @@ def certified(losses: np.ndarray, max_loss: float, certainty: float = 0.95, risk
         raise InputError(f'a loss of at most {max_loss} points: give a number above 0 and below 100')
     if not 0. < certainty < 1.:
         raise InputError(f'a certainty of {certainty}: give a probability between 0 and 1, such as 0.95')
-    test = betting_passes if risk == 'accuracy' else binomial_passes
-    passes = test(losses, max_loss / 100., 1. - certainty)
+    passes = _passes(losses, max_loss, certainty, risk)
     failed = np.flatnonzero(~passes)
     last = (failed[0] if len(failed) else len(passes)) - 1  # the last that passed, not the first that failed
     return int(last) if last >= 0 else None
+
+
+def tightest(losses: np.ndarray, certainty: float, risk: str) -> float:
+    """The smallest `max_loss` that `certified` grants the losses (n,) of a candidate, in points, up to a hundredth."""
+    low, high = 0, 10_000  # hundredths
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _passes(losses[None], middle / 100., certainty, risk)[0] else (middle, high)
+    return high / 100.
+
+
+def _passes(losses: np.ndarray, max_loss: float, certainty: float, risk: str) -> np.ndarray:
+    test = betting_passes if risk == 'accuracy' else binomial_passes
+    return test(losses, max_loss / 100., 1. - certainty)

@@ -1,7 +1,7 @@
 """When to stop: the contract of a stopping rule, confidence, and thresholds per exit, the rule of this package.
 
 Whoever runs a network under a rule, or only replays logits, calls `decide` after each exit: runner, simulation, command
-line and app. Nothing else compares a confidence with a threshold.
+line and app. Nothing else compares a score with a threshold.
 """
 import dataclasses
 import math
@@ -13,14 +13,14 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .costs import format_macs
 
 MEASURES = ('max_softmax', 'entropy', 'margin')
 
 CALIBRATE_HINT = 'create one with timm-multiexit calibrate'
 
-# A threshold that no confidence reaches: no image leaves at that exit. JSON has no infinity.
-NEVER = 2.
+# A threshold that no score reaches, so that no image leaves, and one that every score does. JSON has no infinity.
+NEVER = 1e9
+ALWAYS = -1e9
 
 
 class Decision(NamedTuple):
@@ -72,13 +72,15 @@ def as_array(values: Any) -> np.ndarray:
     return (values.float() if values.is_floating_point() else values).numpy()
 
 
-def confidence(logits: Any, measure: str = 'max_softmax', temperature: float = 1.) -> Any:
-    """Confidence of each image, from 0 to 1; higher is more confident.
+def scores(logits: Any, measure: str = 'max_softmax', temperature: float = 1.) -> Any:
+    """Score of each image: the log-odds of its confidence, which thresholds are compared with.
+
+    Confidences of a network that is often correct crowd at 1, where float32 cannot tell them apart; log-odds can.
 
     Args:
         logits: (B, num_classes), a NumPy array or a tensor of any float type.
-        measure: 'max_softmax' (the largest probability, MSDNet paper section 4), 'entropy' (1 - entropy / log C), or
-            'margin' (largest minus second largest probability).
+        measure: Confidence is 'max_softmax' (the largest probability, MSDNet paper section 4), 'entropy' (1 - entropy /
+            log C), or 'margin' (largest minus second largest probability).
         temperature: Divides the logits.
 
     Returns:
@@ -86,41 +88,68 @@ def confidence(logits: Any, measure: str = 'max_softmax', temperature: float = 1
 
     Raises:
         InputError: unknown measure, an empty batch, a single class, or NaN logits.
-
-    >>> confidence(np.log([[0.7, 0.2, 0.1]]), 'margin').round(3).tolist()
-    [0.5]
     """
-    if not isinstance(logits, np.ndarray):  # a tensor: NumPy computes, so that both kinds decide alike to the last bit
-        value = confidence(as_array(logits), measure, temperature)
-        return logits.detach().float().new_tensor(value)
+    if not isinstance(logits, np.ndarray):
+        return _like(logits, scores(as_array(logits), measure, temperature))
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise InputError(f'confidence needs logits (images, classes) of two or more classes, got {tuple(logits.shape)}')
     if len(logits) == 0:
         raise InputError('confidence of an empty batch: give at least one image')
-    x = logits.astype(np.float32) / np.float32(temperature)
-    with np.errstate(invalid='ignore'):  # NaN is reported below
-        p = np.exp(x - x.max(1, keepdims=True))
-        p /= p.sum(1, keepdims=True)
-    if measure == 'max_softmax':
-        value = p.max(1)
-    elif measure == 'entropy':
-        terms = np.where(p > 0., p * np.log(np.where(p > 0., p, 1.)), p)  # 0 log 0 is 0
-        value = np.maximum(1. + terms.sum(1) / np.float32(math.log(p.shape[1])), 0.)  # rounding
-    elif measure == 'margin':
-        second, first = np.partition(p, -2, 1)[:, -2:].T
-        value = first - second
-    else:
+    if measure not in MEASURES:
         raise InputError(f"unknown confidence measure '{measure}': choose one of {', '.join(MEASURES)}")
+    x = logits.astype(np.float32) / np.float32(temperature)
+    rows = np.arange(len(x))
+    top = x.argmax(1)
+    first = x[rows, top]
+    with np.errstate(invalid='ignore', divide='ignore'):  # NaN is reported below; equal logits give a margin of 0
+        x -= first[:, None]
+        x[rows, top] = -np.inf
+        second = x.max(1)  # the others are summed relative to it, so that nothing underflows
+        value = -second - np.log(np.exp(x - second[:, None]).sum(1))
+        if measure == 'margin':
+            value = np.log1p(-np.exp(second)) - np.logaddexp(-value, second)
+        elif measure == 'entropy':
+            others = np.exp(x.astype(np.float64))
+            total = others.sum(1)
+            x[rows, top] = 0.
+            entropy = np.log1p(total) - (others * x).sum(1) / (1. + total)
+            doubt = (entropy / math.log(x.shape[1])).clip(max=1.)
+            value = np.log1p(-doubt) - np.log(doubt)
     if np.isnan(value).any():
         raise InputError(
             f'{int(np.isnan(value).sum())} of {len(logits)} images have NaN or infinite logits: check the images and '
             'the weights')
-    return value
+    return value.clip(ALWAYS / 2, NEVER / 2).astype(np.float32)
 
 
-def leaves(confidences: Any, threshold: Any) -> Any:
-    """The stopping rule of thresholds: whether an image of this confidence leaves. Arrays broadcast."""
-    return confidences >= threshold
+def _like(logits: Any, value: np.ndarray) -> Any:
+    """A tensor where the logits are: NumPy computes, so that arrays and tensors are decided alike to the last bit."""
+    return logits.detach().float().new_tensor(value)
+
+
+def probability(score: Any) -> Any:
+    """The confidence, from 0 to 1, of scores, an array or a number."""
+    return np.tanh(score / 2) / 2 + 0.5
+
+
+def log_odds(confidence: float) -> float:
+    """The score of a confidence from 0 to 1; `probability` turned round."""
+    return math.log(confidence / (1. - confidence)) if 0. < confidence < 1. else (NEVER if confidence else ALWAYS) / 2
+
+
+def confidence(logits: Any, measure: str = 'max_softmax', temperature: float = 1.) -> Any:
+    """Confidence of each image, from 0 to 1; arguments, result and errors as `scores`.
+
+    >>> confidence(np.log([[0.7, 0.2, 0.1]]), 'margin').round(3).tolist()
+    [0.5]
+    """
+    value = probability(scores(as_array(logits), measure, temperature))
+    return value if isinstance(logits, np.ndarray) else _like(logits, value)
+
+
+def leaves(score: Any, threshold: Any) -> Any:
+    """The stopping rule of thresholds: whether an image of this score leaves. Arrays broadcast."""
+    return score >= threshold
 
 
 def check_exits(rule: StoppingRule, num_exits: int) -> None:
@@ -135,42 +164,20 @@ def check_exits(rule: StoppingRule, num_exits: int) -> None:
             f'weights, or {CALIBRATE_HINT}')
 
 
-def check_average_budget(budget: float, exit_macs: Sequence[float]) -> float:
-    """A budget that policies can keep: from the cheapest exit to the full cost.
-
-    Costs are printed in rounded form, so that a budget up to 0.1 % outside stands for the end itself.
-
-    Args:
-        budget: Average MACs per image.
-        exit_macs: Cumulative MACs of each exit.
-
-    Returns:
-        The budget, moved to the nearest end if it lies that little outside.
-
-    Raises:
-        InputError: it is below the cheapest exit, above the full cost, or no number.
-    """
-    low, high = min(exit_macs), max(exit_macs)
-    if not low * 0.999 <= budget <= high * 1.001:
-        raise InputError(
-            f'an average budget of {format_macs(budget)} MACs cannot be kept: choose one from {format_macs(low)} (all '
-            f'images leave at the first exit) to {format_macs(high)} (none leaves early)')
-    return float(min(max(budget, low), high))
-
-
 @dataclass(frozen=True)
 class ExitPolicy:
-    """Thresholds per exit, and what they gave on the validation images.
+    """Thresholds per exit, and what they gave on the images that they were solved on.
 
     Attributes:
-        thresholds: One per exit; an image leaves at the first exit whose confidence reaches it. The last is 0.
+        thresholds: One per exit, compared with `scores` (log-odds of the confidence): an image leaves at the first exit
+            whose score reaches it. NEVER where no image leaves, ALWAYS where all that are left do, as at the last.
         temperatures: One per exit; divides that exit's logits before the confidence is measured.
-        measure: Confidence measure, see `confidence`.
-        budget: Requested average MACs per image.
-        expected_macs: Average MACs per image on the validation images.
-        expected_accuracy: Top-1 accuracy on the validation images, in percent.
-        exit_shares: Share of the validation images that leave at each exit.
-        method: How the thresholds were found.
+        measure: Confidence measure, see `scores`.
+        expected_macs: Average MACs per image.
+        expected_ms: Average milliseconds per image, where a profile was given.
+        expected_accuracy: Top-1 accuracy in percent, where labels are known.
+        exit_shares: Share of the images that leave at each exit.
+        promise: What is guaranteed about it, in words; empty if nothing is.
 
     Raises:
         InputError: values that cannot be a policy.
@@ -179,11 +186,11 @@ class ExitPolicy:
     thresholds: Tuple[float, ...]
     temperatures: Tuple[float, ...]
     measure: str = 'max_softmax'
-    budget: Optional[float] = None
     expected_macs: Optional[float] = None
+    expected_ms: Optional[float] = None
     expected_accuracy: Optional[float] = None
     exit_shares: Optional[Tuple[float, ...]] = None
-    method: str = ''
+    promise: str = ''
 
     def __post_init__(self):
         try:
@@ -192,16 +199,17 @@ class ExitPolicy:
                 if name == 'exit_shares' and values is None:
                     continue
                 object.__setattr__(self, name, tuple(map(float, values)))  # lists too: JSON has no tuples
-            for name in ('budget', 'expected_macs', 'expected_accuracy'):
+            for name in ('expected_macs', 'expected_ms', 'expected_accuracy'):
                 value = getattr(self, name)
                 if value is not None:
                     object.__setattr__(self, name, float(value))
         except (TypeError, ValueError):
             raise InputError(f'policy with {name} {getattr(self, name)!r}: give numbers') from None
         count = len(self.thresholds)
-        if count == 0 or not all(math.isfinite(t) and t >= 0. for t in self.thresholds):
+        if count == 0 or not all(ALWAYS <= t <= NEVER for t in self.thresholds):
             raise InputError(
-                f'thresholds {self.thresholds}: give one number of 0 or more per exit, above 1 where no image leaves')
+                f'thresholds {self.thresholds}: give one number per exit, the log-odds of a confidence, from '
+                f'{ALWAYS:g} (all images leave) to {NEVER:g} (none leaves)')
         if len(self.temperatures) != count or not all(math.isfinite(t) and t > 0. for t in self.temperatures):
             raise InputError(f'temperatures {self.temperatures}: give {count} numbers above 0, one per exit')
         if self.exit_shares is not None and len(self.exit_shares) != count:
@@ -217,22 +225,22 @@ class ExitPolicy:
     def at_exit(cls, exit_index: int, num_exits: int, temperatures: Optional[Sequence[float]] = None) -> 'ExitPolicy':
         """Every image leaves at one exit, and no other head runs: anytime prediction.
 
-        >>> ExitPolicy.at_exit(1, 3).thresholds
-        (2.0, 0.0, 0.0)
+        >>> ExitPolicy.at_exit(1, 3).exits_in_use
+        (1,)
         """
-        thresholds = (NEVER,) * exit_index + (0.,) * (num_exits - exit_index)
+        thresholds = (NEVER,) * exit_index + (ALWAYS,) * (num_exits - exit_index)
         return cls(thresholds, tuple(temperatures or (1.,) * num_exits))
 
     @classmethod
-    def at_confidence(cls, threshold: float, temperatures: Sequence[float]) -> 'ExitPolicy':
-        """The first exit whose largest probability reaches `threshold` answers, else the last exit.
+    def at_confidence(cls, confidence: float, temperatures: Sequence[float]) -> 'ExitPolicy':
+        """The first exit whose largest probability reaches `confidence` answers, else the last exit.
 
         Raises:
-            InputError: `threshold` is not a probability above 0.
+            InputError: `confidence` is not a probability above 0.
         """
-        if not 0. < threshold <= 1.:
-            raise InputError(f'a confidence of {threshold} is out of range: give a probability above 0 and up to 1')
-        return cls((threshold,) * (len(temperatures) - 1) + (0.,), tuple(temperatures))
+        if not 0. < confidence <= 1.:
+            raise InputError(f'a confidence of {confidence} is out of range: give a probability above 0 and up to 1')
+        return cls((log_odds(confidence),) * (len(temperatures) - 1) + (ALWAYS,), tuple(temperatures))
 
     @property
     def exits_in_use(self) -> Tuple[int, ...]:
@@ -240,18 +248,20 @@ class ExitPolicy:
         last = self.num_exits - 1
         used = [k for k, t in enumerate(self.thresholds) if t < NEVER or k == last]
         # After an exit where all images leave, nothing runs.
-        first_for_all = next((i for i, k in enumerate(used) if self.thresholds[k] == 0.), len(used) - 1)
+        first_for_all = next((i for i, k in enumerate(used) if self.thresholds[k] == ALWAYS), len(used) - 1)
         return tuple(used[:first_for_all + 1])
 
-    def confidence(self, exit_index: int, logits: Any) -> Any:
-        """Confidence of each image at an exit, from its logits (B, num_classes); float32 (B,)."""
-        return confidence(logits, self.measure, self.temperatures[exit_index])
+    def confidence_at(self, exit_index: int) -> float:
+        """The confidence from which on images leave at an exit, from 0 (all do) to 1."""
+        return float(probability(self.thresholds[exit_index]))
 
     def decide(self, exit_index: int, logits: Any, memory: Optional[Any] = None) -> Decision:
         """See `StoppingRule`; thresholds need no memory."""
-        value = self.confidence(exit_index, logits)
-        last = exit_index == self.num_exits - 1
-        return Decision(value, leaves(value, 0. if last else self.thresholds[exit_index]))
+        score = scores(as_array(logits), self.measure, self.temperatures[exit_index])
+        stops = leaves(score, ALWAYS if exit_index == self.num_exits - 1 else self.thresholds[exit_index])
+        if isinstance(logits, np.ndarray):
+            return Decision(probability(score), stops)
+        return Decision(_like(logits, probability(score)), _like(logits, stops).bool())
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON; what is not known is left out."""

@@ -1,130 +1,141 @@
-"""From validation logits to policies: temperatures, a grid of budgets, and thresholds by one of three methods."""
+"""Policies solved on demand: which exits to evaluate, and their thresholds, for an average cost per image.
+
+An image should stop where going on is no longer worth its cost. How likely it is that a later exit mends an answer is
+about the doubt left in it, 1 - confidence, times the share of this exit's errors that later exits correct. Stopping all
+images at the same expected gain makes the thresholds of all exits one number, shifted at each exit by the logarithm of
+that share; the number is set so that the images cost what was asked.
+
+Evaluating a head costs time, though next to no MACs. So exits are dropped one by one, the least useful first, as long
+as the answers are worth more without, or as much.
+"""
 import dataclasses
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import InputError
-from .config import ExitConfig
-from .costs import ExitCosts
-from .fewest_exits import LITTLE, NOTHING, fewest_exits
-from .geometric import solve_geometric
-from .policy import MEASURES, ExitPolicy, check_average_budget
-from .scores import Scores, check_labelled_logits
-from .search import mixture_values, solve_search
-from .simulate import simulate
-from .temperature import fit_temperature
+from .costs import StageCosts
+from .policy import ALWAYS, NEVER, ExitPolicy
+from .scores import UNKNOWN, ExitScores
 
-METHODS = ('search', 'fast', 'geometric')
 GRID_BUDGETS = 41
+# How much less the answers may be worth with fewer exits in use (0.02 points of accuracy).
+TOLERANCE = 2e-4
+_LEAST_MENDED = 1e-6
 
 
-def budget_grid(exit_macs: Sequence[float], count: int = GRID_BUDGETS) -> Tuple[float, ...]:
-    """Average budgets from the cheapest exit to the full cost, densest near both ends.
-
-    Thresholds change fastest near the ends, where the first images go on or the last ones leave.
-
-    Args:
-        exit_macs: Cumulative MACs of each exit.
-        count: How many, 2 or more.
-    """
-    low, high = exit_macs[0], exit_macs[-1]
+def budget_grid(low: float, high: float, count: int = GRID_BUDGETS) -> Tuple[float, ...]:
+    """Average costs between the cheapest answer and the full network, densest near both ends, which are included."""
     inner = [low + (high - low) * (1. - math.cos(math.pi * i / (count - 1))) / 2 for i in range(1, count - 1)]
-    return (float(low), *(float(round(b)) for b in inner), float(high))
+    return (float(low), *inner, float(high))
 
 
-def solve_policies(
-        logits: Sequence[np.ndarray],
-        targets: np.ndarray,
-        exit_macs: Sequence[int],
-        methods: Sequence[str] = METHODS,
-        budgets: Optional[Sequence[float]] = None,
-        measure: str = 'max_softmax',
-        temperatures: Optional[Sequence[float]] = None,
-        seed: int = 0,
-) -> Dict[str, List[ExitPolicy]]:
-    """Policies for a family of average budgets, by one or more methods.
+class Solver:
+    """Solves policies on the scores of development images.
 
     Args:
-        logits: Validation logits, one (N, num_classes) per exit, of images under the test transform on which the
-            network was not trained; arrays or tensors.
-        targets: Their labels, int64 (N,).
-        exit_macs: Cumulative MACs of each exit.
-        methods: 'search' (best accuracy, then fewest exits; see `search` and `fewest_exits`), 'fast' (as few exits as
-            cost no more than 0.3 points, which takes less time at equal cost; see `fewest_exits`) or 'geometric'
-            (MSDNet's rule, see `geometric`).
-        budgets: Average MACs per image; None for `budget_grid`, and one MAC below each of its budgets where 'search'
-            or 'fast' begins to use other exits, so that thresholds can be interpolated between any two neighbours.
-        measure: Confidence measure, see `policy.confidence`.
-        temperatures: One per exit; None to fit them.
-        seed: Of the folds and reweightings of 'search' and 'fast'.
-
-    Returns:
-        By method, one policy per budget, in the given order (rising if none are given), each with what it gives on
-        these images.
-
-    Raises:
-        InputError: logits, labels or budgets that cannot be used, unknown method or measure.
+        scores: Of the images.
+        costs: Of stages and heads, in any unit.
+        exit_macs: Cumulative MACs of each exit, for the reports.
+        temperatures: Of the exits.
+        measure: Of the scores.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise InputError(f"unknown method '{method}': choose one of {', '.join(METHODS)}")
-    if measure not in MEASURES:
-        raise InputError(f"unknown confidence measure '{measure}': choose one of {', '.join(MEASURES)}")
-    stacked, targets = check_labelled_logits(logits, targets)
-    if len(exit_macs) != len(logits):
-        raise InputError(f'{len(exit_macs)} costs for the logits of {len(logits)} exits: give one cost per exit')
-    fill = budgets is None
-    budgets = [check_average_budget(b, exit_macs) for b in (budget_grid(exit_macs) if fill else budgets)]
-    if temperatures is None:
-        temperatures = [round(fit_temperature(x, targets), 4) for x in stacked]
-    scores = Scores.from_logits(stacked, targets, exit_macs, temperatures, measure)
-    shares = [b / exit_macs[-1] for b in budgets]
-    if len(logits) > 1 and set(methods) != {'geometric'}:
-        values = mixture_values(stacked, targets)
-        dense = solve_search(scores, values, shares, seed)
-    families = {}
-    for method in methods:
-        if len(logits) == 1:
-            rows = [(b, np.zeros(0)) for b in budgets]
-        elif method == 'geometric':
-            rows = list(zip(budgets, solve_geometric(scores, shares)))
-        else:
-            thresholds, before = fewest_exits(scores, values, dense, shares, LITTLE if method == 'fast' else NOTHING)
-            rows = list(zip(budgets, thresholds))
-            if fill:
-                rows += [(b - 1, row) for b, row in zip(budgets, before) if row is not None]
-                rows.sort(key=lambda pair: pair[0])
-        families[method] = []
-        for budget, row in rows:
-            row = (round(t, 9) for t in row.tolist())  # finer than float32, in which confidences are compared with it
-            policy = ExitPolicy((*row, 0.), tuple(temperatures), measure, budget, method=method)
-            families[method].append(_with_expectations(policy, stacked, targets, exit_macs))
-    return families
 
+    def __init__(self, scores: ExitScores, costs: StageCosts, exit_macs: Sequence[int], temperatures: Sequence[float],
+                 measure: str = 'max_softmax'):
+        self.scores, self.costs, self.exit_macs = scores, costs, np.asarray(exit_macs)
+        self.temperatures, self.measure = tuple(temperatures), measure
+        self.values = scores.values(measure)
+        reached = self.values.mean(1)
+        best_later = np.maximum.accumulate(reached[::-1])[::-1][1:]
+        mended = (best_later - reached[:-1]) / np.maximum(1. - reached[:-1], _LEAST_MENDED)
+        self.shifts = np.log(np.maximum(mended, _LEAST_MENDED))
+        self.gains = scores.scores[:-1] - self.shifts[:, None]  # minus the logarithm of what going on may gain
 
-def _with_expectations(policy: ExitPolicy, logits, targets, exit_macs) -> ExitPolicy:
-    result = simulate(policy, logits, exit_macs)
-    return dataclasses.replace(
-        policy, expected_macs=round(result.average_macs), expected_accuracy=round(result.accuracy(targets), 3),
-        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)))
+    def thresholds(self, exits: Sequence[int], budget: float) -> Optional[np.ndarray]:
+        """Thresholds (num_exits,) if images may leave at some early exits alone, for an average cost at most `budget`.
 
+        The cheaper neighbour where the images cannot be split to meet it; None if it is below the first of the exits.
+        """
+        last = len(self.gains)
+        costs = self.costs.of_exits((*exits, last))
+        row = np.full(last + 1, NEVER)
+        row[last] = ALWAYS
+        if costs[0] > budget:
+            return None
+        highest = np.maximum.accumulate(self.gains[list(exits)], 0)  # an image stays while all so far are below
+        steps = np.diff(costs)
 
-def solve_exit_config(
-        logits: Sequence[np.ndarray],
-        targets: np.ndarray,
-        costs: ExitCosts,
-        class_names: Optional[Sequence[str]] = None,
-        method: str = 'search',
-        **kwargs,
-) -> ExitConfig:
-    """Everything that is stored with weights, from validation logits; further arguments as `solve_policies`.
+        def cost(threshold: float) -> float:
+            return costs[0] + float(steps @ (highest < threshold).mean(1))
 
-    The policies of one method are stored, and those of 'fast' beside them.
-    """
-    families = solve_policies(logits, targets, costs.macs, (method, 'fast'), **kwargs)
-    policies = families[method]
-    return ExitConfig(
-        costs.macs, costs.params, costs.input_size, policies[0].temperatures, tuple(policies),
-        None if class_names is None else tuple(class_names), tuple(families['fast']))
+        if cost(np.inf) <= budget:
+            return row
+        low, high = float(highest.min()), float(np.nextafter(highest.max(), np.inf))
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+        below = highest[highest < low]
+        for k in exits:
+            # Midway between two images, so that rounding moves none of them to another exit.
+            row[k] = (low + below.max()) / 2 + self.shifts[k] if below.size else ALWAYS
+        return row
+
+    def checked(self, budget: float) -> float:
+        """A budget that can be kept. Costs are printed in rounded form, so up to 0.1 % outside stands for the end.
+
+        Raises:
+            InputError: it is below the cheapest answer, above the full cost, or no number.
+        """
+        low, high, form = self.costs.cheapest, self.costs.full, self.costs.format
+        if not low * 0.999 <= budget <= high * 1.001:
+            raise InputError(
+                f'an average budget of {form(budget)} cannot be kept: choose one from {form(low)} (all images leave at '
+                f'the first exit) to {form(high)} (none leaves early)')
+        return min(max(budget, low), high)
+
+    def best(self, budget: float) -> np.ndarray:
+        """Thresholds (num_exits,) of the exits that are worth most at an average cost of at most `budget`.
+
+        Raises:
+            InputError: see `checked`.
+        """
+        budget, last = self.checked(budget), len(self.gains)
+        best = np.array([NEVER] * last + [ALWAYS])
+        if budget >= self.costs.full:
+            return best
+        first = next(k for k in range(last + 1) if self.costs.of_exits((k,))[0] <= budget)
+        sets, highest = [tuple(range(first, last))], -1.
+        while True:
+            solved = [(exits, row) for exits in sets if (row := self.thresholds(exits, budget)) is not None]
+            worth, used, row = max(((self.worth(row), exits, row) for exits, row in solved), key=lambda found: found[0],
+                                   default=(-1., (), best))
+            if worth < highest - TOLERANCE or not solved:
+                return best
+            best, highest = row, max(worth, highest)
+            sets = [used[:i] + used[i + 1:] for i in range(len(used)) if len(used) > 1]
+
+    def worth(self, thresholds: np.ndarray) -> float:
+        """Average value of the answers."""
+        return float(self.values[self.scores.exits(thresholds), np.arange(self.scores.num_images)].mean())
+
+    def policy(self, thresholds: np.ndarray) -> ExitPolicy:
+        """The policy of thresholds, with what it gives on these images."""
+        policy = ExitPolicy(tuple(thresholds), self.temperatures, self.measure)
+        exit_index = self.scores.exits(thresholds)
+        known = self.scores.labels != UNKNOWN
+        correct = self.scores.correct()[exit_index, np.arange(self.scores.num_images)]
+        shares = np.bincount(exit_index, minlength=len(self.exit_macs)) / len(exit_index)
+        return dataclasses.replace(
+            policy, expected_macs=round(float(self.exit_macs[exit_index].mean())),
+            expected_ms=float(shares[list(policy.exits_in_use)] @ self.costs.of_exits(policy.exits_in_use))
+            if self.costs.unit == 'ms' else None,
+            expected_accuracy=round(100. * float(correct[known].mean()), 3) if known.any() else None,
+            exit_shares=tuple(shares.round(5)))
+
+    def path(self) -> List[ExitPolicy]:
+        """Policies from the most to the least expensive, fixed by these images alone."""
+        rows = {tuple(self.best(b)): None for b in budget_grid(self.costs.cheapest, self.costs.full)[::-1]}
+        policies = [self.policy(np.array(row)) for row in rows]
+        return policies[1:] or policies  # the first is the full network

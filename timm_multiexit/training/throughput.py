@@ -2,7 +2,7 @@
 import itertools
 import statistics
 
-from ..evaluation.timing import take_turns
+from ..inference.profile import take_turns
 from .trainer import Trainer
 
 

@@ -1,0 +1,143 @@
+"""What each stage and each head takes on this machine, measured once and kept in the user's cache folder.
+
+The time of a head is what evaluating it adds to a run of the whole network: the head, a stop between two stages, and
+the decision. What dropping images from a batch costs is not in it.
+"""
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Tuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..files import read_json, write_json
+from ..models import MultiExitNet
+from ..pretrained.exit_config import weights_digest
+from ..stopping.costs import ExitCosts, StageCosts
+from ..stopping.policy import ALWAYS, NEVER, ExitPolicy
+from .engine import Engine
+from .runner import EarlyExitRunner
+
+_SECONDS = 6.  # to spend in all
+_ROUNDS = 30
+_LEAST_ROUNDS = 5
+
+
+def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.device, label: str) -> Dict[Any, list]:
+    """Seconds of each task in each round. All tasks run once per round, starting with another one each time.
+
+    Args:
+        tasks: Each runs once unmeasured first.
+        rounds: How many.
+        device: Synchronised if it is a GPU.
+        label: Of the progress bar.
+    """
+    names = list(tasks)
+    times = {name: [] for name in names}
+    with tqdm(total=(rounds + 1) * len(names), desc=label, leave=False, disable=None) as progress:
+        for number in range(-1, rounds):
+            shift = max(number, 0) % len(names)
+            for name in names[shift:] + names[:shift]:
+                start = time.perf_counter()
+                tasks[name]()
+                if device.type == 'cuda':
+                    torch.cuda.synchronize(device)
+                if number >= 0:
+                    times[name].append(time.perf_counter() - start)
+                progress.update()
+    return times
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU or the processor by name."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):  # not Linux, or a processor without a name
+        return platform.processor() or platform.machine()
+
+
+def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size: int = 1) -> StageCosts:
+    """Milliseconds per image of each stage and head, medians, on random images of which none leaves.
+
+    Args:
+        engine: See `engine.make_engine`.
+        input_size: (C, H, W) of the images.
+        batch_size: Images that come at once; all workers of the engine share them.
+    """
+    count, last = engine.num_exits, engine.num_exits - 1
+    policies = {('to', k): ExitPolicy.at_exit(k, count) for k in range(count)}
+    for k in range(last):  # the whole network, with the head of exit k evaluated on the way
+        never_reached = (*(NEVER / 2 if j == k else NEVER for j in range(last)), ALWAYS)
+        policies['past', k] = ExitPolicy(never_reached, (1.,) * count)
+    costs = ExitCosts(tuple(range(1, count + 1)), tuple(range(1, count + 1)), input_size)  # reports only
+    runners = {name: EarlyExitRunner(engine, policy, costs=costs) for name, policy in policies.items()}
+    images = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(engine.device)
+    once = min(_timed(runners['to', last], images) for _ in range(3))
+    rounds = int(min(max(_SECONDS / (once * len(runners)), _LEAST_ROUNDS), _ROUNDS))
+    passes = max(1, int(_SECONDS / (once * len(runners) * rounds)))
+    tasks = {name: lambda r=r: [r.run(images, batch_size) for _ in range(passes)] for name, r in runners.items()}
+    times = take_turns(tasks, rounds, engine.device, 'profile')
+    ms = {name: 1e3 * statistics.median(t) / passes / batch_size for name, t in times.items()}
+    heads = [max(ms['past', k] - ms['to', last], 0.) for k in range(last)] + [0.]
+    reached = np.maximum.accumulate([max(ms['to', k] - heads[k], 0.) for k in range(count)])  # noise: rising at least
+    return StageCosts(tuple(np.diff(reached, prepend=0.).tolist()), tuple(heads))
+
+
+def _timed(runner: EarlyExitRunner, images: torch.Tensor) -> float:
+    start = time.perf_counter()
+    runner.run(images, len(images))
+    return time.perf_counter() - start
+
+
+def profile(
+        model: MultiExitNet,
+        engine: Engine,
+        input_size: Tuple[int, int, int],
+        batch_size: int = 1,
+        again: bool = False,
+) -> Tuple[StageCosts, Path]:
+    """The profile of a network on this machine: from the cache folder, or measured now and kept there.
+
+    Args:
+        model: The network that the engine runs.
+        engine: See `engine.make_engine`.
+        input_size: (C, H, W) of the images.
+        batch_size: Images that come at once.
+        again: Measure even if a profile is kept.
+
+    Returns:
+        Milliseconds, and the file that holds them with all that they depend on.
+
+    Raises:
+        InputError: the cache folder cannot be written to.
+    """
+    packages = ['torch'] + ['onnxruntime'] * (engine.name == 'onnx')
+    conditions = dict(
+        weights=weights_digest(model), input_size=list(input_size), batch_size=batch_size, engine=engine.name,
+        precision=str(getattr(engine, 'dtype', torch.float32)), device=device_name(engine.device),
+        threads=torch.get_num_threads(), workers=engine.workers,
+        versions={name: importlib.metadata.version(name) for name in packages})
+    key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
+    path = cache_folder() / 'profiles' / f'{key}.json'
+    if path.is_file() and not again:
+        values = read_json(path, 'profile')
+        if isinstance(values, dict) and values.get('conditions') == conditions:
+            return StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms'])), path
+    costs = measure_profile(engine, input_size, batch_size)
+    write_json(path, dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads)))
+    return costs, path
+
+
+def cache_folder() -> Path:
+    """Where profiles are kept: `timm-multiexit` in XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm-multiexit'
