@@ -12,7 +12,7 @@ from timm_multiexit import ExitCosts, ExitPolicy, InputError
 from timm_multiexit.stopping.costs import format_macs
 from timm_multiexit.stopping.simulate import simulate
 
-BY_BUDGET, BY_CONFIDENCE = 'budget', 'confidence'
+BY_BUDGET, BY_TIME, BY_CONFIDENCE = 'budget', 'time', 'confidence'
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Answer:
     """Which exit answers, and why."""
 
     exit_index: int  # from 0
-    mode: str  # BY_BUDGET or BY_CONFIDENCE
-    limit: float  # the budget in MACs, or the confidence threshold
+    mode: str  # BY_BUDGET, BY_TIME or BY_CONFIDENCE
+    limit: float  # the budget in MACs, the time in milliseconds, or the confidence threshold
     calibrated: bool  # whether probabilities use the temperatures
     reason: str  # in words
 
@@ -62,6 +62,21 @@ def answer_within_budget(outputs: ExitOutputs, budget: float, calibrated: bool =
     reason = 'The budget covers the whole network' if exit_index == outputs.num_exits - 1 else (
         f'Exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs')
     return Answer(exit_index, BY_BUDGET, budget, calibrated, reason)
+
+
+def answer_within_time(outputs: ExitOutputs, milliseconds: float, calibrated: bool = True) -> Answer:
+    """The deepest exit that this machine reaches in time, evaluating every head on the way.
+
+    Raises:
+        InputError: not a number, or less than the first exit takes.
+    """
+    limit, times = _number(milliseconds, 'time'), outputs.milliseconds
+    if not limit >= times[0]:
+        raise InputError(f'the first exit takes {times[0]:.2f} ms on this machine: give at least that')
+    exit_index = max(k for k, t in enumerate(times) if t <= limit)
+    reason = 'There is time for the whole network' if exit_index == outputs.num_exits - 1 else (
+        f'Exit {exit_index + 2} would take {times[exit_index + 1]:.1f} ms')
+    return Answer(exit_index, BY_TIME, limit, calibrated, reason)
 
 
 def answer_by_confidence(outputs: ExitOutputs, threshold: float, calibrated: bool = True) -> Answer:

@@ -6,7 +6,17 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import dataset_view
 import gradio as gr
 import image_view
-from answers import BY_BUDGET, BY_CONFIDENCE, Answer, ExitOutputs, answer_by_confidence, answer_within_budget, describe
+from answers import (
+    BY_BUDGET,
+    BY_CONFIDENCE,
+    BY_TIME,
+    Answer,
+    ExitOutputs,
+    answer_by_confidence,
+    answer_within_budget,
+    answer_within_time,
+    describe,
+)
 from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position
 from served import Network, get_network
@@ -68,8 +78,11 @@ def run_example(name: str, position: int) -> ExitOutputs:
     return network.run(example.image, example.true_class, example=position)
 
 
-def answer_for(outputs: ExitOutputs, mode: str, budget: float, confidence: float, calibrated: bool) -> Answer:
-    """The answer under the controls' values; `budget` in millions of MACs."""
+def answer_for(
+        outputs: ExitOutputs, mode: str, budget: float, time: float, confidence: float, calibrated: bool) -> Answer:
+    """The answer under the controls' values; `budget` in millions of MACs, `time` in milliseconds."""
+    if mode == BY_TIME:
+        return answer_within_time(outputs, time, calibrated)
     if mode == BY_CONFIDENCE:
         return answer_by_confidence(outputs, confidence, calibrated)
     if budget is None:
@@ -85,11 +98,12 @@ def cards(name: str, chosen: Optional[int]) -> str:
 
 
 @clear_errors
-def update_view(outputs: Optional[ExitOutputs], mode: str, budget: float, confidence: float, calibrated: bool):
+def update_view(
+        outputs: Optional[ExitOutputs], mode: str, budget: float, time: float, confidence: float, calibrated: bool):
     """The view and its status text under the controls' values. No model runs."""
     if outputs is None:
         return gr.skip(), gr.skip()
-    answer = answer_for(outputs, mode, budget, confidence, calibrated)
+    answer = answer_for(outputs, mode, budget, time, confidence, calibrated)
     return image_view.anytime_view(outputs, answer), answer_text(outputs, answer)
 
 
@@ -109,8 +123,7 @@ def choose_file(name: str, path: Optional[str]):
 
 
 def switch_mode(mode: str):
-    by_budget = mode == BY_BUDGET
-    return gr.update(visible=by_budget), gr.update(visible=by_budget), gr.update(visible=not by_budget)
+    return [gr.update(visible=mode == shown) for shown in (BY_BUDGET, BY_BUDGET, BY_TIME, BY_CONFIDENCE)]
 
 
 @clear_errors
@@ -140,6 +153,9 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
     middle = round((macs[0] + 0.3 * (macs[-1] - macs[0])) / MEGA / step) * step
     budget = limit if mode == BY_BUDGET and limit is not None else middle
     confidence = limit if mode == BY_CONFIDENCE and limit is not None else CONFIDENCE
+    # In hundredths, rounded so that the first exit and the whole network are in reach.
+    first, last = math.ceil(100 * network.milliseconds[0]) / 100, math.ceil(100 * network.milliseconds[-1]) / 100
+    time = limit if mode == BY_TIME and limit is not None else round((first + last) / 2, 2)
     outputs = run_example(name, position)
     ruler = image_view.ruler(macs, low * MEGA, high * MEGA)
     page, _ = budget_page(name, middle)
@@ -147,6 +163,7 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
         name, outputs, cards(name, position), mode,
         gr.update(minimum=low, maximum=high, step=step, value=min(max(budget, low), high), visible=mode == BY_BUDGET),
         gr.update(value=ruler, visible=mode == BY_BUDGET),
+        gr.update(minimum=first, maximum=last, value=min(max(time, first), last), visible=mode == BY_TIME),
         gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
         gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None), ruler,
         page, dataset_view.sprite_style(assets), reliability(name, True),
@@ -157,7 +174,7 @@ def open_page(names: List[str], query: Dict[str, str]):
     """The page in the state of a link: ?network=...&image=3&stop=budget&at=30 (each part is optional)."""
     name = query.get('network') if query.get('network') in names else names[0]
     position = parse_position(query.get('image'), len(stored_for(name)[1].examples))
-    mode = BY_CONFIDENCE if query.get('stop') == BY_CONFIDENCE else BY_BUDGET
+    mode = query['stop'] if query.get('stop') in (BY_TIME, BY_CONFIDENCE) else BY_BUDGET
     try:
         limit = float(query['at'])
     except (KeyError, ValueError):

@@ -11,7 +11,7 @@ from typing import List, Optional, Sequence
 
 import jinja2
 import numpy as np
-from answers import BY_BUDGET, Answer, ExitOutputs, spoken
+from answers import BY_BUDGET, BY_CONFIDENCE, BY_TIME, Answer, ExitOutputs, spoken
 from examples import Example
 from PIL import Image
 
@@ -79,7 +79,7 @@ def anytime_view(outputs: ExitOutputs, answer: Answer) -> str:
     probabilities = outputs.probabilities(answer.calibrated)
     best, classes = probabilities.max(1), probabilities.amax(0).topk(min(LINES, len(labels))).indices.tolist()
     top = probabilities[k].topk(min(BARS, len(labels)))
-    by_budget = answer.mode == BY_BUDGET
+    costs = outputs.milliseconds if answer.mode == BY_TIME else macs
     return TEMPLATES.get_template('image.html.jinja').render(
         outputs=outputs, answer=answer, k=k, macs=macs, positions=[100 * x for x in positions],
         exits=[dict(state=state, p=p, label=labels[i]) for state, p, i in zip(
@@ -87,8 +87,9 @@ def anytime_view(outputs: ExitOutputs, answer: Answer) -> str:
         lines=[dict(label=labels[i], now=float(probabilities[k, i]), points=[
             (100 * x, 100 - 100 * p) for x, p in zip(positions, probabilities[:, i].tolist())]) for i in classes],
         bars=[(labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist())],
-        limit=f'{answer.limit / 1e6 if by_budget else answer.limit:g}',
-        level=0. if by_budget else 100 * answer.limit, budget_x=100 * at_cost(answer.limit, macs, positions))
+        limit=f'{answer.limit / 1e6 if answer.mode == BY_BUDGET else answer.limit:g}',
+        level=100 * answer.limit if answer.mode == BY_CONFIDENCE else 0.,
+        budget_x=100 * at_cost(answer.limit, costs, positions))
 
 
 def ruler(macs: Sequence[float], low: float, high: float) -> str:

@@ -5,7 +5,7 @@ from typing import List
 
 import gradio as gr
 import handlers
-from answers import BY_BUDGET, BY_CONFIDENCE
+from answers import BY_BUDGET, BY_CONFIDENCE, BY_TIME
 from handlers import CONFIDENCE
 from served import display_name
 
@@ -83,13 +83,16 @@ def build_page(names: List[str]) -> gr.Blocks:
                     with gr.Column(elem_classes='mx-controls'):
                         with gr.Row():
                             mode = gr.Radio(
-                                [('Budget', BY_BUDGET), ('Confidence', BY_CONFIDENCE)], value=BY_BUDGET,
-                                label='Stop by', elem_id='mode', scale=3, min_width=270)
+                                [('Budget', BY_BUDGET), ('Time', BY_TIME), ('Confidence', BY_CONFIDENCE)],
+                                value=BY_BUDGET, label='Stop by', elem_id='mode', scale=3, min_width=330)
                             calibrated = gr.Checkbox(
                                 True, label='Calibrated probabilities', elem_id='calibrated', scale=2, min_width=210)
                         budget = gr.Slider(
                             0, 100, 50, label='Budget per image (million MACs)', buttons=[], elem_id='budget')
                         ruler = _picture(elem_classes='mx-ruler')
+                        time = gr.Slider(
+                            0, 10, 5, step=0.01, label='Time per image on this machine (milliseconds)', buttons=[],
+                            visible=False, elem_id='time')
                         confidence = gr.Slider(
                             0.2, 1., CONFIDENCE, step=0.01, label='Confidence threshold', buttons=[],
                             visible=False, elem_id='confidence')
@@ -107,9 +110,9 @@ def build_page(names: List[str]) -> gr.Blocks:
                     True, label='Apply temperature scaling', elem_id='scaled', elem_classes='mx-plain')
                 diagrams = _picture(elem_id='diagrams')
 
-        controls = [outputs, mode, budget, confidence, calibrated]
+        controls = [outputs, mode, budget, time, confidence, calibrated]
         everything = [
-            network, outputs, cards, mode, budget, ruler, confidence, average, average_ruler, data_view, sprite,
+            network, outputs, cards, mode, budget, ruler, time, confidence, average, average_ruler, data_view, sprite,
             diagrams, scaled, image]
         quiet = dict(show_progress='hidden', api_visibility='private')
         refresh = dict(fn=handlers.update_view, inputs=controls, outputs=[view, status], **again)
@@ -128,8 +131,8 @@ def build_page(names: List[str]) -> gr.Blocks:
         image.input(
             handlers.choose_file, [network, image], [outputs, cards], trigger_mode='always_last',
             **quiet).success(**refresh)
-        mode.input(handlers.switch_mode, mode, [budget, ruler, confidence], **again)
-        for control in (mode, budget, confidence, calibrated):
+        mode.input(handlers.switch_mode, mode, [budget, ruler, time, confidence], **again)
+        for control in (mode, budget, time, confidence, calibrated):
             control.input(**refresh)
         average.input(handlers.budget_page, [network, average], [data_view, data_status], **again)
         scaled.input(handlers.reliability, [network, scaled], diagrams, **again)

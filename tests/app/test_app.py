@@ -25,7 +25,14 @@ import examples  # noqa: E402
 import handlers  # noqa: E402
 import image_view  # noqa: E402
 import served  # noqa: E402
-from answers import ExitOutputs, answer_by_confidence, answer_within_budget, describe, status_text  # noqa: E402
+from answers import (  # noqa: E402
+    ExitOutputs,
+    answer_by_confidence,
+    answer_within_budget,
+    answer_within_time,
+    describe,
+    status_text,
+)
 
 MACS = (10_000_000, 20_000_000, 24_000_000, 40_000_000)
 VOID = {'img', 'line', 'rect', 'circle', 'polyline', 'path'}
@@ -87,6 +94,18 @@ def test_a_larger_budget_never_answers_earlier():
     assert exits == sorted(exits) and set(exits) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize('milliseconds, exit_index', [(1., 0), (2., 1), (2.49, 1), (3.99, 2), (4., 3), (math.inf, 3)])
+def test_the_deepest_exit_that_is_reached_in_time_answers(milliseconds, exit_index):
+    answer = answer_within_time(make_outputs(), milliseconds)
+    assert answer.exit_index == exit_index and ('whole network' in answer.reason) == (exit_index == 3)
+
+
+@pytest.mark.parametrize('milliseconds', [0, 0.99, -1., math.nan, None, 'soon'])
+def test_invalid_times(milliseconds):
+    with pytest.raises(InputError, match='the first exit takes 1.00 ms|give a number'):
+        answer_within_time(make_outputs(), milliseconds)
+
+
 @pytest.mark.parametrize('calibrated', [True, False])
 def test_confidence_mode_is_the_policy_of_the_package(calibrated):
     torch.manual_seed(0)
@@ -146,16 +165,17 @@ def test_exit_positions(macs, gap):
     assert costs == sorted(costs) and costs[0] == 0. and costs[-1] == 1.
 
 
-@pytest.mark.parametrize('mode', ['budget', 'confidence'])
+@pytest.mark.parametrize('mode', ['budget', 'time', 'confidence'])
 def test_the_picture_shows_states_and_marks(mode):
     outputs = make_outputs()
-    answer = answer_within_budget(outputs, 21e6) if mode == 'budget' else answer_by_confidence(outputs, 0.6)
+    answer = dict(budget=lambda: answer_within_budget(outputs, 21e6), time=lambda: answer_within_time(outputs, 2.2),
+                  confidence=lambda: answer_by_confidence(outputs, 0.6))[mode]()
     assert answer.exit_index == 1
     tree = Tree(image_view.anytime_view(outputs, answer))
     exits = [c for c in tree.classes('li') if c.startswith('exit ')]
     assert exits == ['exit ran', 'exit answered', 'exit not-run', 'exit not-run']
     assert tree.tags[0][1]['data-exit'] == '2'
-    assert ('flag' in ' '.join(tree.classes('div'))) == (mode == 'budget')
+    assert ('flag' in ' '.join(tree.classes('div'))) == (mode != 'confidence')
     assert 'Exit 2 of 4 answers' in tree.text and 'True class: dog' in tree.text and '50%' in tree.text
     assert [c.split()[1] for c in tree.classes('span') if c.startswith('mark ')][:3] == ['wrong', 'wrong', 'wrong']
 
