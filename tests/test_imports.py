@@ -13,7 +13,7 @@ ORDER = (
     'errors files optional commands stopping datasets models pretrained inference evaluation training __init__ cli '
     '__main__ users').split()
 PURE = [p for p in sorted((PACKAGE / 'stopping').glob('*.py')) if p.stem != '__init__']
-PURE.append(PACKAGE / 'inference' / 'images.py')
+PURE += [PACKAGE / 'inference' / f'{name}.py' for name in ('batch_loop', 'device', 'images')]
 
 
 def place(path):

@@ -122,3 +122,22 @@ def _join(engine, group: Sequence[_Chunk]) -> _Chunk:
     owners = np.concatenate([chunk.owners[r] for chunk, r in zip(group, rows)])
     memories = [chunk.memory[r] for chunk, r in zip(group, rows) if chunk.memory is not None]
     return _Chunk(state, owners, np.concatenate(memories) if memories else None)
+
+
+def gather_arrays(pieces: Sequence[Tuple[List[np.ndarray], Optional[np.ndarray]]]) -> List[np.ndarray]:
+    """`engine.Engine.gather` for states that are lists of arrays."""
+    sizes = [len(state[0]) if rows is None else len(rows) for state, rows in pieces]
+    if len(pieces) == 1 and pieces[0][1] is None:
+        return pieces[0][0]
+    gathered = []
+    for parts in zip(*(state for state, _ in pieces)):
+        out = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype)
+        start = 0
+        for size, x, (_, rows) in zip(sizes, parts, pieces):
+            if rows is None:
+                out[start:start + size] = x
+            else:
+                np.take(x, rows, 0, out=out[start:start + size], mode='clip')  # 'raise' would buffer
+            start += size
+        gathered.append(out)
+    return gathered

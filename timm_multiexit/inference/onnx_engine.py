@@ -15,6 +15,7 @@ from torch import nn
 
 from ..models import MultiExitNet
 from ..models._fold import fold_batch_norm
+from .batch_loop import gather_arrays
 
 State = List[np.ndarray]
 
@@ -59,7 +60,8 @@ class OnnxEngine:
         self.device = torch.device('cpu')
         self.workers = threads or torch.get_num_threads()
         height, width = image_size or model.pretrained_cfg['input_size'][1:]
-        self.state_names, graph = _export(model, (height, width))
+        names, graph = export_graph(model, (height, width))
+        self.state_names = [*names[:-1], []]  # nothing goes on from the last stage
         self.extractor = onnx.utils.Extractor(graph)
         self.sessions: Dict[Tuple[int, int], Tuple[onnxruntime.InferenceSession, List[str]]] = {}
         self.lock = threading.Lock()
@@ -99,29 +101,15 @@ class OnnxEngine:
         return [maps[name] for name in self.state_names[last + 1]], logits
 
     def gather(self, pieces: Sequence[Tuple[State, Optional[np.ndarray]]]) -> State:
-        sizes = [len(state[0]) if rows is None else len(rows) for state, rows in pieces]
-        if len(pieces) == 1 and pieces[0][1] is None:
-            return pieces[0][0]
-        gathered = []
-        for parts in zip(*(state for state, _ in pieces)):
-            out = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype)
-            start = 0
-            for size, x, (_, rows) in zip(sizes, parts, pieces):
-                if rows is None:
-                    out[start:start + size] = x
-                else:
-                    np.take(x, rows, 0, out=out[start:start + size], mode='clip')  # 'raise' would buffer
-                start += size
-            gathered.append(out)
-        return gathered
+        return gather_arrays(pieces)
 
 
-def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List[str]], onnx.ModelProto]:
+def export_graph(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List[str]], onnx.ModelProto]:
     """The folded network as one graph.
 
     Returns:
-        Names of the maps that each stage reads, none after the last stage, and the graph. A map that a stage passes on
-        unchanged keeps its name.
+        Names of the maps that each stage reads, with those that the last one makes, and the graph. A map that a stage
+        passes on unchanged keeps its name; each head reads the last map after its stage.
     """
     net = _AllStates(fold_batch_norm(model).cpu().to(memory_format=torch.contiguous_format))
     images = torch.zeros(2, model.in_chans, *image_size)
@@ -149,4 +137,4 @@ def _export(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List[List
     for state in names[1:]:
         read.append([next(given) for _ in state])
         next(given)  # the logits
-    return [*read[:-1], []], program.model_proto
+    return read, program.model_proto

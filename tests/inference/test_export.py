@@ -1,0 +1,161 @@
+"""The exported folder: the answers of the package, in a process that has NumPy, Pillow and onnxruntime alone."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import SAMPLES, SMALL
+from PIL import Image
+
+pytest.importorskip('onnxruntime')
+
+from timm_multiexit import EarlyExitRunner, InputError, exit_costs, load_exit_config, load_model  # noqa: E402
+from timm_multiexit.cli import main  # noqa: E402
+from timm_multiexit.inference.device import FolderEngine, preprocess, resized  # noqa: E402
+from timm_multiexit.inference.export import COPIED, PACKAGE, export_folder  # noqa: E402
+from timm_multiexit.inference.preprocess import Preprocessing  # noqa: E402
+from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
+
+BLOCKED = """
+import runpy, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        allowed = {'numpy', 'PIL', 'onnxruntime', 'timm_multiexit', 'flatbuffers', 'google', *sys.stdlib_module_names}
+        if name.partition('.')[0] not in allowed:
+            raise ImportError(f'{name} is not on the device')
+sys.meta_path.insert(0, Blocker())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition('/')[0])
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def on_device(folder, *args):
+    return subprocess.run([sys.executable, '-I', '-c', BLOCKED, str(folder / 'run.py'), *map(str, args)],
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope='module')
+def network():
+    """A small network with an exit config of noisy logits."""
+    torch.manual_seed(0)
+    model = timm.create_model('msfuse_cifar', **SMALL).eval()
+    targets = torch.randint(10, (300,))
+    logits = torch.randn(3, 300, 10) + 2. * torch.eye(10)[targets]
+    return model, ExitConfig.fit(logits, targets, exit_costs(model), [f'k{k}' for k in range(10)])
+
+
+@pytest.fixture(scope='module')
+def folder(network, tmp_path_factory):
+    place = tmp_path_factory.mktemp('export') / 'device'
+    export_folder(*network, place)
+    return place
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    """Twelve photos of differing sizes."""
+    place = tmp_path_factory.mktemp('photos')
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        pixels = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((30 + 7 * i, 60 - 2 * i), Image.Resampling.BICUBIC).save(place / f'{i:02}.png')
+    return place
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 12])
+def test_the_folder_answers_as_the_runner_does(folder, network, photos, batch_size):
+    model, config = network
+    budget = (config.exit_macs[0] + config.exit_macs[-1]) / 2
+    done = on_device(folder, photos, '--average-budget', budget, '--batch-size', batch_size, '--json')
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    run = EarlyExitRunner(model, config.policy_for(budget), engine='onnx').run_folder(photos)[1]
+    assert [r['exit'] - 1 for r in results] == run.exit_index.tolist()
+    assert [r['label'] for r in results] == [f'k{k}' for k in run.prediction.tolist()]
+    assert [r['probability'] for r in results] == pytest.approx(run.confidence.tolist(), abs=1e-5)
+    assert [r['macs'] for r in results] == run.macs.tolist()
+
+
+def test_its_profile_answers_in_time(folder, photos):
+    done = on_device(folder, '--profile')
+    assert done.returncode == 0 and 'ms for the full network' in done.stderr
+    full = float(done.stderr.split(' ms')[0])
+    assert on_device(folder, photos / '00.png', '--average-latency', f'{full}ms').returncode == 0
+    done = on_device(folder, photos / '00.png', '--average-latency', '1000ms')
+    assert done.returncode == 2 and 'cannot be kept' in done.stderr
+
+
+@pytest.mark.parametrize('size', [(32, 32), (37, 91), (91, 37), (200, 31), (48, 32)])
+@pytest.mark.parametrize('interpolation, crop_pct', [('bilinear', 1.), ('bicubic', 0.875)])
+def test_images_are_prepared_as_in_the_package(size, interpolation, crop_pct):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(*size, 3), dtype=np.uint8))
+    config = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation=interpolation,
+                  crop_pct=crop_pct, crop_mode='center')
+    expected = Preprocessing(config).pixels(image).permute(1, 2, 0).numpy()
+    ours = resized(image, (32, 32), crop_pct, Image.Resampling[interpolation.upper()])
+    np.testing.assert_array_equal(np.asarray(ours), expected)
+
+
+def test_what_the_network_sees_is_equal_to_the_bit(folder, network, photos):
+    how = FolderEngine(folder).graphs['preprocessing']
+    for path in sorted(photos.iterdir()):
+        np.testing.assert_array_equal(preprocess(path, how)[0], Preprocessing.of(network[0])(path)[0].numpy())
+
+
+def test_the_modules_are_the_package_s_own(folder):
+    copied = [p for pattern in COPIED for p in PACKAGE.glob(pattern)]
+    assert len(copied) > 10
+    for source in copied:
+        assert (folder / 'timm_multiexit' / source.relative_to(PACKAGE)).read_bytes() == source.read_bytes()
+
+
+def test_a_folder_is_replaced_whole_and_no_other(folder, network, tmp_path):
+    export_folder(*network, tmp_path / 'twice')
+    export_folder(*network, tmp_path / 'twice')
+    assert [p.name for p in tmp_path.iterdir()] == ['twice']
+    FolderEngine(tmp_path / 'twice').build([(0, 2)])
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'notes.txt').write_text('mine')
+    with pytest.raises(InputError, match='holds something else than an export'):
+        export_folder(*network, tmp_path / 'mine')
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda f: (f / 'stage_2.onnx').write_bytes((f / 'stage_2.onnx').read_bytes()[:-9]), "stage_2.onnx' is damaged"),
+    (lambda f: (f / 'head_1.onnx').write_bytes((f / 'head_2.onnx').read_bytes()), "head_1.onnx' is damaged"),
+    (lambda f: (f / 'stage_3.onnx').unlink(), "stage_3.onnx' is missing"),
+    (lambda f: (f / 'graphs.json').write_text('{}'), 'is not of an export'),
+    (lambda f: (f / 'multiexit.json').write_text('{"version": 1}'), 'version 1'),
+    (lambda f: (f / 'scores.safetensors').unlink(), 'no scores are stored'),
+])
+def test_faults_of_the_folder_end_in_one_line(network, tmp_path, photos, spoil, words, folder):
+    import shutil
+    copy = shutil.copytree(folder, tmp_path / 'copy')
+    spoil(copy)
+    done = on_device(copy, photos / '00.png', '--average-budget', network[1].exit_macs[-1] * 0.8)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_bad_images_and_options_end_in_one_line(folder, photos, tmp_path):
+    (tmp_path / 'bad.png').write_text('no image')
+    done = on_device(folder, tmp_path / 'bad.png', photos / '01.png', '--json')
+    results = json.loads(done.stdout)
+    assert done.returncode == 2 and ['error' in r for r in results] == [True, False]
+    for args in ((), ('--budget', '1'), ('--average-budget', '1G'), ('--average-latency', 'soon'), ('--max-loss', '1')):
+        done = on_device(folder, *([photos / '01.png'] if args else []), *args)
+        assert done.returncode == 2 and done.stderr.startswith('run.py: error: ') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.slow('40 s: exports the shipped network')
+def test_the_command_exports_a_shipped_network(tmp_path, capsys):
+    assert main(['export', 'msfuse_cifar_budgeted', '--output', str(tmp_path / 'out')]) == 0
+    samples = sorted(map(str, SAMPLES.glob('*.png')))
+    results = json.loads(on_device(tmp_path / 'out', *samples, '--average-budget', '12M', '--json').stdout)
+    policy = load_exit_config('msfuse_cifar_budgeted').policy_for(12e6)
+    run = EarlyExitRunner(load_model('msfuse_cifar_budgeted'), policy, engine='onnx').run_folder(SAMPLES)[1]
+    assert [r['exit'] - 1 for r in results] == run.exit_index.tolist()
+    assert sum(p.stat().st_size for p in (tmp_path / 'out').rglob('*') if p.is_file()) < 21e6

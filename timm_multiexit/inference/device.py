@@ -1,0 +1,243 @@
+"""What runs on a device without PyTorch: an exported folder under a policy, with NumPy, Pillow and onnxruntime alone.
+
+`export` copies this file, and those that it imports, into the folder; `run.py` there calls `main`.
+"""
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from ..files import read_json, write_json
+from ..stopping.config import ExitConfig
+from ..stopping.costs import StageCosts, format_macs, parse_macs, parse_milliseconds
+from ..stopping.guarantee import RISKS
+from ..stopping.policy import ALWAYS, NEVER, ExitPolicy, scores
+from .batch_loop import gather_arrays, run_batch, segments_of
+from .images import is_image_file, read_image
+
+GRAPHS_NAME = 'graphs.json'
+PROFILE_NAME = 'profile.json'
+_PASSES = 30
+
+
+class FolderEngine:
+    """Runs the graphs of a folder, one for each stage and each head; see `engine.Engine`.
+
+    Args:
+        folder: What `export` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged, or onnxruntime cannot run it.
+    """
+
+    name = 'onnx'
+    device = 'cpu'
+    workers = 1
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.graphs: Dict[str, Any] = read_json(self.folder / GRAPHS_NAME, 'list of graphs')
+        try:
+            for name, digest in self.graphs['sha256'].items():
+                path = self.folder / name
+                if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+                    raise InputError(f"'{path}' is {'damaged' if path.is_file() else 'missing'}: export again")
+            self.states: List[List[str]] = self.graphs['states']
+            self.num_exits, self.num_classes = len(self.states) - 1, int(self.graphs['num_classes'])
+            self.in_chans = int(self.graphs['preprocessing']['input_size'][0])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"'{self.folder / GRAPHS_NAME}' is not of an export ({error!r}): export again") from error
+        self.sessions: Dict[str, Any] = {}
+
+    def build(self, segments: Sequence[Tuple[int, int]]) -> None:
+        for first, last in segments:
+            for name in (*(f'stage_{k + 1}.onnx' for k in range(first, last + 1)), f'head_{last + 1}.onnx'):
+                self._session(name)
+
+    def _session(self, name: str) -> Any:
+        if name not in self.sessions:
+            import onnxruntime
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            options.log_severity_level = 3
+            try:
+                self.sessions[name] = onnxruntime.InferenceSession(
+                    str(self.folder / name), options, providers=['CPUExecutionProvider'])
+            except Exception as error:  # onnxruntime's own types, which it does not document
+                reason = str(error).strip().splitlines()[0]
+                raise InputError(f'onnxruntime {onnxruntime.__version__} cannot run {name} ({reason}): '
+                                 f"export was made for {self.graphs.get('onnxruntime', 'another version')}") from error
+        return self.sessions[name]
+
+    def start(self, images: np.ndarray) -> List[np.ndarray]:
+        return [np.ascontiguousarray(images, np.float32)]
+
+    def run(self, first: int, last: int, state: List[np.ndarray]) -> Tuple[List[np.ndarray], np.ndarray]:
+        for k in range(first, last + 1):
+            maps = dict(zip(self.states[k], state))
+            session = self._session(f'stage_{k + 1}.onnx')
+            made = [output.name for output in session.get_outputs()]
+            read = {value.name: maps[value.name] for value in session.get_inputs()}
+            maps.update(zip(made, map(np.asarray, session.run(made, read))))
+            state = [maps[name] for name in self.states[k + 1]]
+        head = self._session(f'head_{last + 1}.onnx')
+        logits, = head.run(None, {head.get_inputs()[0].name: state[-1]})
+        return state, np.asarray(logits)
+
+    def gather(self, pieces: Sequence[Tuple[List[np.ndarray], Optional[np.ndarray]]]) -> List[np.ndarray]:
+        return gather_arrays(pieces)
+
+
+def resized(image: Image.Image, size: Tuple[int, int], crop_pct: float, resample: int) -> Image.Image:
+    """Shorter side to the image size over `crop_pct`, then the centre (height, width), as timm's evaluation does."""
+    height, width = size
+    short = int(min(size) / crop_pct)
+    if min(image.size) != short:
+        w, h = image.size
+        image = image.resize((short, int(short * h / w)) if w <= h else (int(short * w / h), short), resample)
+    left, top = round((image.width - width) / 2.), round((image.height - height) / 2.)
+    return image.crop((left, top, left + width, top + height))
+
+
+def preprocess(path: Path, how: Dict[str, Any]) -> Tuple[np.ndarray, List[str]]:
+    """What the network sees of an image file, float32 (C, H, W), and notes for its user.
+
+    Raises:
+        InputError: as `images.read_image`.
+    """
+    channels, *size = how['input_size']
+    value_range = None if how['value_range'] is None else tuple(how['value_range'])
+    image, notes = read_image(path, min(size), channels, value_range)
+    image = resized(image, tuple(size), how['crop_pct'], Image.Resampling[how['interpolation'].upper()])
+    x = np.asarray(image, np.float32).reshape(*size, channels).transpose(2, 0, 1)
+    mean, std = (np.asarray(how[name], np.float32)[:, None, None] * np.float32(255.) for name in ('mean', 'std'))
+    return (x - mean) * (np.float32(1.) / std), notes  # the operations of `datasets.normalize`, equal to the bit
+
+
+def measure_profile(engine: FolderEngine) -> StageCosts:
+    """Milliseconds of each stage and head on this device, medians, kept in the folder."""
+    x = np.zeros((1, *engine.graphs['preprocessing']['input_size']), np.float32)
+    times = np.zeros((_PASSES, 2, engine.num_exits))
+    engine.build([(k, k) for k in range(engine.num_exits)])
+    for number in range(-3, _PASSES):
+        state = engine.start(x)
+        for k in range(engine.num_exits):
+            start = time.perf_counter()
+            after, logits = engine.run(k, k, state)
+            scores(logits)
+            whole = time.perf_counter() - start
+            start = time.perf_counter()
+            scores(engine.sessions[f'head_{k + 1}.onnx'].run(
+                None, {engine.sessions[f'head_{k + 1}.onnx'].get_inputs()[0].name: after[-1]})[0])
+            head = time.perf_counter() - start
+            if number >= 0:
+                times[number, :, k] = 1e3 * max(whole - head, 0.), 1e3 * head
+            state = after
+    stages, heads = ([statistics.median(column) for column in times[:, i].T] for i in range(2))
+    write_json(engine.folder / PROFILE_NAME, dict(stages_ms=stages, heads_ms=heads))
+    return StageCosts(tuple(stages), tuple(heads))
+
+
+def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine) -> ExitPolicy:
+    """The policy that the options ask for.
+
+    Raises:
+        InputError: a budget that cannot be kept.
+    """
+    last = config.num_exits - 1
+    if args.average_budget:
+        return config.policy_for(parse_macs(args.average_budget))
+    if args.average_latency:
+        values = read_json(engine.folder / PROFILE_NAME, 'profile (run with --profile first)')
+        profile = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
+        return config.policy_for(average_ms=parse_milliseconds(args.average_latency), profile=profile)
+    if args.max_loss is not None:
+        return config.policy_for(max_loss=args.max_loss, certainty=args.certainty, risk=args.risk)
+    if args.confidence is not None:
+        return ExitPolicy.at_confidence(args.confidence, config.temperatures)
+    if args.budget:
+        budget = parse_macs(args.budget)
+        if budget < config.exit_macs[0]:
+            raise InputError(f'a budget of {format_macs(budget)} MACs is below the first exit, which needs '
+                             f'{format_macs(config.exit_macs[0])}: give at least that')
+        last = max(k for k, macs in enumerate(config.exit_macs) if macs <= budget)
+    return ExitPolicy((NEVER,) * last + (ALWAYS,) * (config.num_exits - last), config.temperatures)
+
+
+def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths: Sequence[Path],
+             batch_size: int) -> Iterator[Dict[str, Any]]:
+    """One record for each file, in order, with its answer or the reason why it has none."""
+    names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
+    segments = segments_of(policy)
+    engine.build(segments)
+    for start in range(0, len(paths), batch_size):
+        records: List[Dict[str, Any]] = []
+        images, places = [], []
+        for path in paths[start:start + batch_size]:
+            try:
+                image, notes = preprocess(path, engine.graphs['preprocessing'])
+                records.append(dict(image=str(path), notes=notes))
+                places.append(len(records) - 1)
+                images.append(image)
+            except InputError as error:
+                records.append(dict(image=str(path), error=str(error)))
+        if images:
+            answers = run_batch(engine, policy, segments, np.stack(images), batch_size)
+            for place, k, label, confidence in zip(
+                    places, answers.exit_index, answers.prediction, answers.confidence.tolist()):
+                records[place].update(label=names[label], probability=confidence, exit=int(k) + 1,
+                                      macs=config.exit_macs[k])
+        yield from records
+
+
+def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
+    """The command of an exported folder; returns the exit code."""
+    parser = argparse.ArgumentParser(prog='run.py', description='Classifies images, stopping early.')
+    parser.add_argument('images', nargs='*', metavar='IMAGE', help='files or folders')
+    stop = parser.add_mutually_exclusive_group()
+    stop.add_argument('--average-budget', metavar='MACS', help='average multiply-adds per image, like 30M')
+    stop.add_argument('--average-latency', metavar='MS', help='average time per image, like 2ms; needs --profile once')
+    stop.add_argument('--max-loss', type=float, metavar='POINTS', help='guaranteed loss of accuracy')
+    stop.add_argument('--confidence', type=float, metavar='C', help='the first exit with this confidence')
+    stop.add_argument('--budget', metavar='MACS', help='for each image: the deepest exit within it')
+    parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='of --max-loss')
+    parser.add_argument('--risk', choices=RISKS, default='accuracy', help='of --max-loss')
+    parser.add_argument('--batch-size', type=int, default=32, metavar='N')
+    parser.add_argument('--profile', action='store_true', help='measure this device and keep it in the folder')
+    parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
+    args = parser.parse_args(argv)
+    try:
+        engine = FolderEngine(folder)
+        config = ExitConfig.load(Path(folder) / 'multiexit.json')
+        if args.profile:
+            times = measure_profile(engine)
+            print(f'{times.full:.3f} ms for the full network, {times.cheapest:.3f} ms for the first exit',
+                  file=sys.stderr)
+        elif not args.images or args.batch_size < 1:
+            raise InputError('give image files or folders, or --profile; and a --batch-size of 1 or more')
+        paths = [file for name in args.images for file in _files(Path(name))]
+        results = list(classify(engine, config, policy_of(args, config, engine), paths, args.batch_size))
+    except InputError as error:
+        print(f'run.py: error: {error}', file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        for r in results:
+            print(f"{r['image']}: " + (r['error'] if 'error' in r else f"{r['label']} {r['probability']:.3f}, exit "
+                                       f"{r['exit']} of {config.num_exits}, {format_macs(r['macs'])} MACs"))
+    return 2 if any('error' in r for r in results) else 0
+
+
+def _files(path: Path) -> List[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob('*') if is_image_file(p))

@@ -1,0 +1,97 @@
+"""A self-contained folder for devices without PyTorch: a graph for each stage and head, and what decides to stop."""
+import hashlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import List, Union
+
+import onnx
+import onnxruntime
+
+from ..errors import InputError
+from ..files import write_json
+from ..models import MultiExitNet
+from ..pretrained.record import training_data
+from ..stopping.config import FILE_NAME, ExitConfig
+from .device import GRAPHS_NAME
+from .onnx_engine import export_graph
+from .preprocess import Preprocessing
+
+PACKAGE = Path(__file__).resolve().parent.parent
+# What a device runs, copied as it is.
+COPIED = ('errors.py', 'files.py', 'stopping/*.py', 'inference/__init__.py', 'inference/batch_loop.py',
+          'inference/device.py', 'inference/images.py')
+RUN = '''"""Classifies images with the network of this folder: python run.py IMAGE... [--average-budget 25M]."""
+import sys
+from pathlib import Path
+
+from timm_multiexit.inference.device import main
+
+sys.exit(main(Path(__file__).resolve().parent))
+'''
+IR_VERSION = 10  # of the oldest onnxruntime that runs opset 18 graphs of this exporter
+
+
+def export_folder(model: MultiExitNet, config: ExitConfig, folder: Union[str, Path]) -> List[Path]:
+    """Writes the folder beside its place and renames it, so that a folder written twice is never half.
+
+    Args:
+        model: The network, in eval mode, with its record.
+        config: Its exit config.
+        folder: Where to write; an earlier export there is replaced, anything else is refused.
+
+    Returns:
+        The graphs.
+
+    Raises:
+        InputError: the folder holds something else, or images are cropped in a way that a device does not know.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / GRAPHS_NAME).is_file() and any(folder.iterdir()):
+        raise InputError(f"'{folder}' holds something else than an export: give another --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
+        made = Path(scratch) / 'made'
+        made.mkdir()
+        graphs = _write_graphs(model, made)
+        config.save(made / FILE_NAME)
+        for pattern in COPIED:
+            for source in PACKAGE.glob(pattern):
+                target = made / 'timm_multiexit' / source.relative_to(PACKAGE)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        (made / 'timm_multiexit' / '__init__.py').write_text('"""The part of timm-multiexit that a device runs."""\n')
+        (made / 'run.py').write_text(RUN, encoding='utf-8')
+        if folder.exists():
+            folder.rename(Path(scratch) / 'before')
+        made.rename(folder)
+    return [folder / name for name in graphs]
+
+
+def _write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
+    preprocessing = Preprocessing.of(model)
+    cfg = model.pretrained_cfg
+    if cfg.get('crop_mode', 'center') != 'center':
+        raise InputError(f"images cropped by '{cfg['crop_mode']}': a device crops the centre only")
+    states, graph = export_graph(model, preprocessing.input_size[1:])
+    extractor = onnx.utils.Extractor(graph)
+    digests = {}
+    for k in range(model.num_exits):
+        made = [name for name in states[k + 1] if name not in states[k]]
+        for name, inputs, outputs in (
+                (f'stage_{k + 1}.onnx', states[k], made), (f'head_{k + 1}.onnx', states[k + 1][-1:], [f'logits{k}'])):
+            part = extractor.extract_model(inputs, outputs)
+            for node in part.graph.node:  # older exporters read the batch size off the images, at every head
+                if node.op_type == 'Shape' and node.input[0] == states[0][0]:
+                    node.input[0] = inputs[0]
+            part.ir_version = IR_VERSION
+            data = part.SerializeToString()
+            (folder / name).write_bytes(data)
+            digests[name] = hashlib.sha256(data).hexdigest()
+    write_json(folder / GRAPHS_NAME, dict(
+        states=states, num_classes=model.num_classes, onnxruntime=onnxruntime.__version__, sha256=digests,
+        preprocessing=dict(
+            input_size=list(preprocessing.input_size), mean=list(preprocessing.mean), std=list(preprocessing.std),
+            interpolation=preprocessing.interpolation, crop_pct=float(cfg.get('crop_pct') or 1.),
+            value_range=training_data(model).value_range)))
+    return list(digests)
