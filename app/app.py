@@ -27,7 +27,7 @@ def launch_options() -> Dict[str, Any]:
     # In the head, because gradio rewrites css= and drops container queries.
     return dict(
         theme=theme(), head=f'<style>{STYLE.read_text(encoding="utf-8")}</style>', show_error=True, ssr_mode=False,
-        footer_links=['api', 'settings'], max_file_size='50mb')
+        footer_links=['api', 'settings'], max_file_size='20mb', state_session_capacity=500)
 
 
 def main(argv=None) -> None:
@@ -45,7 +45,8 @@ def main(argv=None) -> None:
             raise InputError("--mcp needs an extra package: pip install 'gradio[mcp]'")
         names = available_networks(args.model)
         get_network(names[0])  # load it before the first visitor arrives
-        build_page(names).launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
+        page = build_page(names).queue(max_size=200)
+        page.launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
     except (InputError, OSError) as error:  # OSError: the port is taken
         sys.exit(f'app.py: error: {error}')
 

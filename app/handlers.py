@@ -1,6 +1,7 @@
 """Event handlers of the page and the API: from the controls' values to what is shown. They keep no visitor state."""
 import functools
 import math
+import threading
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import dataset_view
@@ -19,6 +20,7 @@ from answers import (
 )
 from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position
+from PIL import Image
 from served import Network, get_network
 
 from timm_multiexit import InputError
@@ -27,6 +29,9 @@ from timm_multiexit.stopping.costs import parse_macs
 
 MEGA = 1e6
 CONFIDENCE = 0.9
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+MAX_PIXELS = 16_000_000
+_decoding = threading.Semaphore(2)  # bounds the memory that it takes
 
 
 def clear_errors(function: Callable) -> Callable:
@@ -64,8 +69,34 @@ def slider_range(macs: Tuple[int, ...]) -> Tuple[float, float, float]:
 def run_file(name: str, path: str) -> ExitOutputs:
     """Runs a network on an uploaded file."""
     network = get_network(name)
-    image, notes = read_image(path, network.size)
+    with _decoding:
+        check_photo(path)
+        image, notes = read_image(path, network.size)
     return network.run(image, notes=notes)
+
+
+def check_photo(path: str) -> None:
+    """Checks from its first bytes that a stranger's file is a photo that can be decoded cheaply.
+
+    Raises:
+        InputError: another format, or too many pixels.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            pixels, format = image.width * image.height, image.format
+    except Exception:  # Pillow raises many types for what is no image
+        raise InputError(f'not an image that is read here: send {", ".join(FORMATS)}') from None
+    # JPEG is decoded at a fraction of its size.
+    limit = 4 * MAX_PIXELS if format in ('JPEG', 'MPO') else MAX_PIXELS
+    if pixels > limit:
+        raise InputError(f'{pixels / 1e6:.0f} million pixels are too many: shrink the image below {limit / 1e6:.0f}')
+
+
+def read_macs(text: object) -> float:
+    """Multiply-adds that a caller gave."""
+    if not isinstance(text, (str, int, float)) or len(str(text)) > 30:
+        raise InputError('not a number of MACs: write it like 30M or 3e7')
+    return parse_macs(text)
 
 
 def run_example(name: str, position: int) -> ExitOutputs:
@@ -202,7 +233,7 @@ def classify(
         raise InputError('no image given: send a PNG, JPEG, WebP or other image file')
     if budget and confidence is not None:
         raise InputError('give a budget or a confidence, not both')
-    wanted = parse_macs(budget) if budget else None
+    wanted = read_macs(budget) if budget else None
     outputs = run_file(network, image)
     if confidence is not None:
         answer = answer_by_confidence(outputs, confidence, calibrated)
@@ -222,5 +253,5 @@ def policy(network: str, average_budget: str) -> Dict[str, Any]:
     config = get_network(network).config
     if config is None:
         raise InputError(f"no exit config is stored for '{network}': create them with timm-multiexit calibrate")
-    policy = config.policy_for(parse_macs(average_budget))
+    policy = config.policy_for(read_macs(average_budget))
     return dict(confidences=[policy.confidence_at(k) for k in range(policy.num_exits)], **policy.to_dict())

@@ -63,7 +63,8 @@ def build_page(names: List[str]) -> gr.Blocks:
     Events that run no model bypass the queue: they take milliseconds and must not wait for other visitors.
     """
     again = dict(queue=False, show_progress='hidden', trigger_mode='always_last', api_visibility='private')
-    with gr.Blocks(title='See a network make up its mind') as page:
+    hour = 3600  # uploads older than that are deleted
+    with gr.Blocks(title='See a network make up its mind', delete_cache=(hour, hour)) as page:
         outputs = gr.State()
         choices = gr.State(0)  # number of the card choice that was answered last
         with gr.Row(elem_classes='mx-top'):

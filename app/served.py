@@ -16,6 +16,7 @@ from timm_multiexit.pretrained.names import class_labels, require_weights
 
 TIMED_RUNS = 9
 _loaded: Dict[str, 'Network'] = {}
+_served: List[str] = []
 _loading = threading.Lock()
 
 
@@ -89,16 +90,21 @@ def get_network(name: str) -> Network:
     """The network of that name, loaded at the first call and then kept.
 
     Raises:
-        InputError: as `Network`.
+        InputError: as `Network`, or not one of `available_networks`.
     """
-    with _loading:  # two visitors at once must not load it twice
-        if name not in _loaded:
-            _loaded[name] = Network(name)
-        return _loaded[name]
+    if not isinstance(name, str):
+        raise InputError('no network given: choose one of ' + ', '.join(_served))
+    if name not in _loaded:  # those that are loaded do not wait for one that is not
+        if name not in (_served or available_networks()):  # a caller's names may point anywhere
+            raise InputError(f"the network '{name[:100]}' is not served here: choose one of {', '.join(_served)}")
+        with _loading:  # two visitors at once must not load it twice
+            if name not in _loaded:
+                _loaded[name] = Network(name)
+    return _loaded[name]
 
 
 def available_networks(extra: str = '') -> List[str]:
-    """Names of the networks with trained weights: those in the registry, with `extra` first (see --model).
+    """Names of the networks that are served from now on: those with trained weights, `extra` first (see --model).
 
     Raises:
         InputError: no weights at all, or none for `extra`.
@@ -110,6 +116,7 @@ def available_networks(extra: str = '') -> List[str]:
         names = [first, *(n for n in names if n != first)]
     if not names:
         raise InputError('no trained weights are installed: pass --model hf-hub:ORG/NAME')
+    _served[:] = names
     return names
 
 

@@ -1,4 +1,5 @@
 """The model card: front matter, and the text of card.md.jinja. Every figure comes from the files beside the weights."""
+import re
 import sys
 from pathlib import Path
 from typing import List, Union
@@ -37,14 +38,14 @@ def build_card(network: Network, organisation: str) -> ModelCard:
     every, recipe = network.results.budgeted, network.recipe
     numbers = {step.run: number for number, step in enumerate(network.history.steps, start=1)}
     return ModelCard.from_template(
-        data, template_path=str(_TEMPLATE), network=network, dataset=title, macs=format_macs,
+        data, template_path=str(_TEMPLATE), network=network, dataset=title, plain=plain, macs=format_macs,
         place=f'hf-hub:{organisation}/{network.name}', module=module.rpartition('.')[2],
         backbone=getattr(network.model, '_model_args', {}).get('backbone'),
         architecture=sys.modules[module].__doc__.strip().splitlines()[0],
         parameters=sum(p.numel() for p in network.model.parameters()),
         budgeted=every[::max(1, -(-len(every) // _BUDGET_ROWS))],
-        options=[f"`{k.replace('_', '-')}: {recipe[k]}`" for k in ('opt', 'lr', 'batch_size', 'weight_decay', 'sched')
-                 if recipe.get(k) is not None],
+        options=[code(f"{k.replace('_', '-')}: {recipe[k]}")
+                 for k in ('opt', 'lr', 'batch_size', 'weight_decay', 'sched') if recipe.get(k) is not None],
         teachers=_teachers(recipe.get('kd_model_name') or []), start=lambda step: _start(step, numbers))
 
 
@@ -52,7 +53,7 @@ def _start(step: Step, numbers: dict) -> str:
     """Such as 'step 15', 'mean of step 6 and step 7', or 'mean of step 16 and step 16 after 260 epochs'."""
     parts = []
     for parent in step.parents:
-        known = f'step {numbers[parent.run]}' if parent.run in numbers else f'`{parent.file}`'
+        known = f'step {numbers[parent.run]}' if parent.run in numbers else code(parent.file)
         parts.append(known if parent.epoch is None else f'{known} after {parent.epoch + 1} epochs')
     return f'mean of {_listed(parts)}' if len(parts) > 1 else _listed(parts)
 
@@ -61,8 +62,22 @@ def _teachers(names: Union[str, List[str]]) -> str:
     """`a`, or the mean of `a`, `b` and `c`, where several runs of one network count."""
     names = [names] if isinstance(names, str) else names
     runs = {name: names.count(name) for name in names}
-    listed = _listed([f'`{name}`' if n == 1 else f'{n} runs of `{name}`' for name, n in runs.items()])
+    listed = _listed([code(name) if n == 1 else f'{n} runs of {code(name)}' for name, n in runs.items()])
     return f'the mean of {listed}' if len(names) > 1 else listed
+
+
+def code(text: object) -> str:
+    """Text as a code span, which nothing in it ends: no Markdown or HTML of another's files is rendered."""
+    return '`' + re.sub(r'[`|\s]+', ' ', str(text)) + '`'
+
+
+def plain(text: object) -> str:
+    """Text of which nothing is rendered as Markdown or HTML.
+
+    >>> plain('<b>')
+    '&#60;b&#62;'
+    """
+    return re.sub(r'[^\w\s.,:;+%/-]', lambda found: f'&#{ord(found.group())};', str(text))
 
 
 def _listed(parts: List[str]) -> str:

@@ -1,5 +1,6 @@
 """The model repository: built from the files beside the weights, then checked."""
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict
 
@@ -47,7 +48,7 @@ def build_folder(network: Network, folder: Path, organisation: str) -> Path:
         text if recipe == network.recipe else yaml.safe_dump(recipe, sort_keys=False), encoding='utf-8')
     write_json(folder / CONFIG_FILE, timm_config(network))
     network.exits.save(folder / FILE_NAME)
-    network.results.save(folder / RESULTS_NAME)
+    replace(network.results, model=network.name).save(folder / RESULTS_NAME)  # not where it lay on this machine
     for name, draw in (('anytime.png', anytime_figure), ('budgeted.png', budgeted_figure)):
         draw(network.results).savefig(folder / name, dpi=150, metadata={'Software': None})
     (folder / CARD).write_text(str(build_card(network, organisation)), encoding='utf-8')

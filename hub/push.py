@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, get_token
 from model_repo import ORGANISATION, Network, read_network
 from publication import build_folder, check_folder
 from space_repo import SPACE, build_space, check_space
-from upload import Target, compare, remote_files, send, verify_files, verify_network
+from upload import Target, check_private, compare, remote_files, send, verify_files, verify_network
 
 from timm_multiexit import InputError, __version__, list_networks
 from timm_multiexit.optional import require_timm
@@ -58,8 +58,9 @@ def show_plan(api: HfApi, target: Target, folder: Path) -> None:
     for c in changes:
         print(f"  {c.action:<8}{c.size:>12,}  {c.digest or '-':<64}  {c.path}")
     sent = [c for c in changes if c.action in ('add', 'replace')]
+    changed = any(c.action not in ('keep', 'leave') for c in changes)
     print(f"  to upload: {len(sent)} files, {sum(c.size for c in sent):,} bytes"
-          f"{' in one commit' if any(c.action != 'keep' for c in changes) else '; no change, no commit'}")
+          f"{' in one commit' if changed else '; no change, no commit'}")
 
 
 def push(args: argparse.Namespace, api: HfApi, folder: Path, note: str, network: Optional[Network] = None) -> None:
@@ -69,6 +70,7 @@ def push(args: argparse.Namespace, api: HfApi, folder: Path, note: str, network:
     """
     if note:
         print(f'push.py: note: {note}', file=sys.stderr)
+    check_private(folder)
     target = Target(f'{args.org}/{folder.name}', 'model' if network else 'space', args.revision, args.private)
     if args.dry_run:
         show_plan(api, target, folder)

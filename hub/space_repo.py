@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
+from typing import List
 
 import yaml
 from huggingface_hub import SpaceCard
@@ -13,9 +14,6 @@ from timm_multiexit import InputError, list_networks
 
 PROJECT = Path(__file__).resolve().parent.parent
 SPACE = 'timm-multiexit-app'
-
-# Caches, stubs that gradio writes at run time, and the development tools.
-_LEFT_OUT = shutil.ignore_patterns('__pycache__', '.*', '*.pyi', 'tools')
 
 # Spaces have no GPU by default; the default Linux wheels of torch bring gigabytes of CUDA libraries.
 _TORCH_INDEX = '--extra-index-url https://download.pytorch.org/whl/cpu'
@@ -37,15 +35,32 @@ def build_space(folder: Path, organisation: str, app: Path = PROJECT / 'app') ->
     """
     if not (app / CARD).is_file():
         raise InputError(f"'{app}' has no {CARD} with a Space's front matter: run this from a clone of the project")
-    shutil.copytree(app, folder, ignore=_LEFT_OUT, dirs_exist_ok=True)
-    shutil.copytree(PROJECT / 'timm_multiexit', folder / 'timm_multiexit', ignore=_LEFT_OUT, dirs_exist_ok=True)
-    shutil.copyfile(PROJECT / 'LICENSE', folder / 'LICENSE')
+    for name in _tracked('app', 'timm_multiexit', 'LICENSE'):
+        top, _, inner = name.partition('/')
+        source, target = (app / inner, folder / inner) if top == 'app' else (PROJECT / name, folder / name)
+        if source.is_symlink():
+            raise InputError(f"'{source}' is a link, and what it points to is not published: replace it by the file")
+        if source.is_file() and not inner.startswith('tools/'):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
     needed = sorted(r for r in requires('timm-multiexit') or () if 'extra ==' not in r)
     (folder / 'requirements.txt').write_text('\n'.join([_TORCH_INDEX, *needed]) + '\n', encoding='utf-8')
     card = _load_card(folder)
     card.data.models = [f'{organisation}/{name}' for name in list_networks(pretrained=True)]
     card.save(folder / CARD)
     return folder
+
+
+def _tracked(*places: str) -> List[str]:
+    """Files of the project that git tracks: others beside them are private.
+
+    Raises:
+        InputError: this is not a clone.
+    """
+    listed = subprocess.run(['git', 'ls-files', '-z', '--', *places], cwd=PROJECT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        raise InputError(f"'{PROJECT}' is not a clone of the project, whose files git lists: run this from one")
+    return listed.stdout.rstrip('\0').split('\0')
 
 
 def _load_card(folder: Path) -> SpaceCard:

@@ -1,4 +1,7 @@
 """Uploads a folder to the Hub: compare, one commit, verify."""
+import getpass
+import re
+import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,14 @@ from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 from timm_multiexit.stopping.config import FILE_NAME, SCORES_NAME
 
 _KEPT = ('.gitattributes',)  # the Hub's own
+_OURS = 'timm_multiexit/'  # in a Space, whole
+# What tells about a person or a machine, and must not be published.
+_PRIVATE = {
+    'a path': re.compile(r"""(?<![\w.])(/(home|Users|root|mnt|tmp)/[\w.-]+|~/[\w.-]+|[A-Za-z]:\\\\?[\w.-]+\\)"""),
+    'a token': re.compile(r'\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z0-9]{16})'),
+}
+_COMMON = ('root', 'user', 'admin', 'ubuntu', 'runner', 'localhost', 'main')  # words that texts use
+_TEXTS = ('.md', '.json', '.yaml', '.yml', '.csv', '.txt', '.py', '.css', '.jinja', '.cpp', '.toml', '')
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Change:
-    """One file: the action ('add', 'replace', 'keep', 'delete'), bytes, and SHA-256 ('' if deleted)."""
+    """One file: the action, bytes, and SHA-256 ('' where there is no local file).
+
+    Actions are 'add', 'replace', 'keep', 'leave' (a file that someone else put there) and 'delete' (one of an earlier
+    version of the package in a Space).
+    """
 
     action: str
     path: str
@@ -53,7 +68,7 @@ def doing(what: str):
 
 
 def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
-    """The changes that make a repository equal to a folder, from the files' hashes.
+    """The changes that bring a folder's files into a repository, from the files' hashes.
 
     Args:
         folder: The local files.
@@ -70,7 +85,30 @@ def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
                 there.blob_id == git_hash(path.read_bytes()))
             action = 'keep' if same else 'replace'
         changes.append(Change(action, name, path.stat().st_size, digest))
-    return changes + [Change('delete', name, remote[name].size, '') for name in gone]
+    return changes + [Change('delete' if name.startswith(_OURS) else 'leave', name, remote[name].size, '')
+                      for name in gone]
+
+
+def check_private(folder: Path) -> None:
+    """Reads every text that would be sent.
+
+    Raises:
+        InputError: one names a path, the user or the host of this machine, or holds a token.
+    """
+    patterns = dict(_PRIVATE)
+    for what, name in (('the user name', getpass.getuser()), ('the host name', socket.gethostname())):
+        if len(name) > 3 and name not in _COMMON:
+            patterns[what] = re.compile(rf'\b{re.escape(name)}\b')
+    for path in sorted(folder.rglob('*')):
+        if path.suffix not in _TEXTS or not path.is_file():
+            continue
+        for number, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
+            for what, pattern in patterns.items():
+                if found := pattern.search(line):
+                    shown = found.group()[:6] + '...' if what == 'a token' else found.group()
+                    raise InputError(
+                        f"'{path.relative_to(folder)}', line {number}, holds {what} ('{shown}'), and nothing was "
+                        'published: remove it from the file beside the weights')
 
 
 def remote_files(api: HfApi, target: Target) -> Tuple[Optional[str], Dict[str, RepoFile]]:
@@ -87,7 +125,7 @@ def remote_files(api: HfApi, target: Target) -> Tuple[Optional[str], Dict[str, R
 
 
 def send(api: HfApi, target: Target, folder: Path, message: str) -> Tuple[str, bool]:
-    """Makes a repository equal to a folder in one commit: everything is published or nothing.
+    """Brings a folder's files into a repository in one commit: everything is published or nothing.
 
     A missing repository or branch is created. If nothing differs, no commit is made.
 
@@ -132,7 +170,7 @@ def verify_files(api: HfApi, target: Target, folder: Path) -> None:
     """
     with doing(f'published, but checking {target} afterwards'):
         _, remote = remote_files(api, target)
-    wrong = [c.path for c in compare(folder, remote) if c.action != 'keep']
+    wrong = [c.path for c in compare(folder, remote) if c.action not in ('keep', 'leave')]
     if wrong:
         raise InputError(f"published, but {', '.join(wrong)} of {target} differs from the upload: run this again")
 

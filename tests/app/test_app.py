@@ -1,6 +1,7 @@
 """The app's pure functions: which exit answers, positions in the pictures, and stored files."""
 import math
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,6 +23,7 @@ pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-mu
 import choose_examples  # noqa: E402
 import dataset_view  # noqa: E402
 import examples  # noqa: E402
+import gradio as gr  # noqa: E402
 import handlers  # noqa: E402
 import image_view  # noqa: E402
 import served  # noqa: E402
@@ -370,3 +372,43 @@ def test_the_front_matter_names_the_networks_with_weights():
     text = (Path(examples.__file__).parent / 'README.md').read_text(encoding='utf-8')
     models = yaml.safe_load(text.split('---')[1])['models']
     assert sorted(m.rpartition('/')[2] for m in models) == sorted(served.available_networks())
+
+
+# Strangers
+
+
+@pytest.mark.parametrize('name', ['local-dir:/etc', 'hf-hub:anyone/anything', 'resnet18', '../x', '', None, ['a'], {}])
+def test_only_served_networks_are_named(name, monkeypatch):
+    """Any other name would make the server read its disk or download from strangers."""
+    monkeypatch.setattr(served, 'Network', None)
+    with pytest.raises(InputError, match='choose one of') as raised:
+        served.get_network(name)
+    assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    'budget', ['1' + ' ' * 40_000 + 'x', ' ' * 100_000, None, ['30M'], {'a': 1}, b'30M', 'x', '-1'],
+    ids=lambda budget: str(budget)[:8])
+def test_budgets_of_strangers_are_short_texts(budget):
+    name = served.get_network(served.available_networks()[0]).name
+    start = time.perf_counter()
+    with pytest.raises(gr.Error):
+        handlers.policy(name, budget)
+    assert time.perf_counter() - start < 1
+
+
+def test_strangers_send_photos(tmp_path):
+    for name, image in {
+            'deep.png': Image.new('I;16', (4001, 4000)), 'flat.png': Image.new('1', (4001, 4000)),
+            'photo.eps': Image.new('RGB', (8, 8)), 'photo.tiff': Image.new('RGB', (8, 8)),
+            'photo.jpg': Image.new('L', (8001, 8000))}.items():
+        image.save(tmp_path / name)
+        with pytest.raises(InputError, match='too many|not an image'):
+            handlers.check_photo(str(tmp_path / name))
+    for name in ('photo.jpg', 'photo.png', 'photo.webp', 'photo.gif', 'photo.bmp'):
+        Image.new('RGB', (64, 32)).save(tmp_path / name)
+        handlers.check_photo(str(tmp_path / name))
+    (tmp_path / 'text.png').write_text('no image')
+    with pytest.raises(InputError, match='not an image'):
+        handlers.check_photo(str(tmp_path / 'text.png'))
+

@@ -1,6 +1,7 @@
 """hub/push.py and loading from the Hub, with the real client against a small Hub on a real socket."""
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy
@@ -8,6 +9,7 @@ import pytest
 import timm
 import yaml
 from card import build_card
+from conftest import PROJECT
 from hub_server import HubServer
 from hub_support import NAME, PUSH, REPO, SHAPE, copy_of
 from huggingface_hub import ModelCard
@@ -16,11 +18,13 @@ from model_repo import read_network
 from publication import build_folder
 from safetensors.torch import load_file, save_file
 from space_repo import build_space
+from upload import check_private
 
+from timm_multiexit.errors import InputError
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.stopping.config import ExitConfig
-from timm_multiexit.training.history import History, Parent, Step
+from timm_multiexit.training.history import History, Parent, Step, portable
 
 pytest_plugins = ['hub_support']  # its fixtures
 
@@ -67,20 +71,20 @@ assert same and all(same)
 """).ok()
 
 
-def test_new_weights_make_one_commit_and_stale_files_go(client, server, final, built, tmp_path):
+def test_new_weights_make_one_commit_and_other_files_stay(client, server, final, built, tmp_path):
     server.put(REPO, {**built, '.gitattributes': b'*.png filter=lfs', 'old.txt': b'stale'})
     changed = copy_of(final, tmp_path)
     state = load_file(changed / 'model.safetensors')
     state['exits.0.fc.bias'] += 1
     save_file(state, changed / 'model.safetensors')
     shown = client.push(changed, '--dry-run').ok().out
-    assert re.search(r'replace .* model.safetensors', shown) and re.search(r'delete .* old.txt', shown)
+    assert re.search(r'replace .* model.safetensors', shown) and re.search(r'leave .* old.txt', shown)
     assert re.search(r'keep .* config.json', shown) and 'to upload: 1 files' in shown
     before = len(server.commits(REPO))
     client.push(changed).ok()
     assert len(server.commits(REPO)) == before + 1
     now = server.contents(REPO)
-    assert 'old.txt' not in now and '.gitattributes' in now
+    assert now['old.txt'] == b'stale' and '.gitattributes' in now
     assert now['model.safetensors'] == (changed / 'model.safetensors').read_bytes()
 
 
@@ -307,8 +311,56 @@ def test_teachers_are_named(final, tmp_path, names, text):
 
 
 def test_a_published_recipe_names_files_without_their_folders(final, tmp_path):
-    files = [f'/somewhere/of/mine/{i}.safetensors' for i in range(2)] + ['output/c.safetensors']
+    files = [f'/somewhere/of/mine/{i}.safetensors' for i in range(2)] + ['c.safetensors']
     folder = with_options(final, tmp_path, kd_model_name=['a', 'b', 'c'], kd_checkpoint=files)
     recipe = build_folder(read_network(str(folder)), tmp_path / 'built', 'me') / 'recipe.yaml'
     assert yaml.safe_load(recipe.read_text())['kd_checkpoint'] == [
-        '0.safetensors', '1.safetensors', 'output/c.safetensors']
+        '0.safetensors', '1.safetensors', 'c.safetensors']
+
+
+def test_options_are_published_without_paths():
+    options = dict(
+        lr=0.1, dataset='torch/cifar10', initial_checkpoint=['runs/a/model.safetensors'], kd_checkpoint='b.pt',
+        model_kwargs=dict(a=['/home/me/x.pt', 3]), mean='~/y.pt', drive='C:\\me\\z.pt', share='\\\\host\\share\\w.pt',
+        model='local-dir:/home/me/net', kd_model_name=['hf-hub:org/net'])
+    assert portable(options) == dict(
+        lr=0.1, dataset='torch/cifar10', initial_checkpoint=['model.safetensors'], kd_checkpoint='b.pt',
+        model_kwargs=dict(a=['x.pt', 3]), mean='y.pt', drive='z.pt', share='w.pt', model='local-dir:net',
+        kd_model_name=['hf-hub:org/net'])
+
+
+@pytest.mark.parametrize('text, what', [
+    ('read /home/someone/data', 'a path'), ('"/Users/someone/x"', 'a path'), ('in ~/data', 'a path'),
+    ('C:\\Users\\me\\x', 'a path'), ('"C:\\\\Users\\\\me"', 'a path'), ('token: hf_' + 'a1' * 17, 'a token')])
+def test_a_text_that_tells_about_this_machine_is_not_published(client, server, final, tmp_path, text, what):
+    (tmp_path / 'notes.yaml').write_text(f'fine: 1\n{text}\n')
+    with pytest.raises(InputError, match=f"'notes.yaml', line 2, holds {what}"):
+        check_private(tmp_path)
+    (tmp_path / 'notes.yaml').write_text('fine: https://host/home/x and 1/2, e.g. home/x\n')
+    check_private(tmp_path)
+
+
+def test_only_tracked_files_make_the_space(tmp_path):
+    copy = shutil.copytree(PROJECT / 'app', tmp_path / 'app')
+    (copy / 'token.txt').write_text('hf_' + 'a' * 34)
+    (copy / 'flagged').mkdir()
+    (copy / 'flagged' / 'log.csv').write_text('a photo')
+    folder = build_space(tmp_path / 'space', 'me', app=copy)
+    check_private(folder)
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob('*')}
+    assert 'app.py' in names and 'timm_multiexit/py.typed' in names and not {'token.txt', 'flagged', 'tools'} & names
+    (copy / 'style.css').unlink()
+    (copy / 'style.css').symlink_to(copy / 'token.txt')
+    with pytest.raises(InputError, match='is a link'):
+        build_space(tmp_path / 'again', 'me', app=copy)
+
+
+def test_names_are_not_rendered_in_a_card(final, tmp_path):
+    evil = '<img src=x onerror=alert(1)>`[x](javascript:y)|'
+    folder = with_options(final, tmp_path, sched=evil, kd_model_name=evil)
+    History([Step('a', [], {'epochs': 1}), Step(evil, [Parent(evil)], {'epochs': 1})]).write(folder)
+    card = str(build_card(read_network(str(folder)), 'me'))
+    for line in card.splitlines():
+        outside = re.sub('`[^`]*`', '', line)
+        assert 'onerror' not in outside or '<' not in outside
+        assert '](javascript' not in outside

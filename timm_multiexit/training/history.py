@@ -6,7 +6,7 @@ the last one wrote the weights. `history.csv` is the log of all of them, with a 
 import argparse
 import csv
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Dict, List, Optional, Sequence, Union
 
 import torch
@@ -18,6 +18,7 @@ from ..files import read_yaml, sha256, written_beside
 STEPS_NAME = 'history.yaml'
 LOG_NAME = 'history.csv'
 SUMMARY_NAME = 'summary.csv'  # the log of a run in progress
+_PATHS = ('initial_checkpoint', 'kd_checkpoint', 'checkpoint')  # options that name files
 _HEAD = '# Runs in order; options are those that differ from the run above. The last run wrote the weights.\n'
 
 
@@ -136,12 +137,20 @@ def _identify(path: Path, origin: History) -> Parent:
 
 
 def portable(options: Dict[str, Any]) -> Dict[str, Any]:
-    """Options in which absolute paths, which mean nothing on another machine, are reduced to file names."""
-    def name(value):
-        if isinstance(value, list):
-            return [name(v) for v in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-    return {k: name(v) for k, v in options.items()}
+    """Options in which paths, which mean nothing on another machine and tell about this one, are reduced to names."""
+    def name(option: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: name(k, v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [name(option, v) for v in value]
+        if not isinstance(value, str):
+            return value
+        head, source, place = value.rpartition('local-dir:')
+        path = PureWindowsPath(place)  # it knows both separators
+        if source or option in _PATHS or path.root or path.drive or place.startswith('~'):
+            return head + source + path.name
+        return value
+    return {k: name(k, v) for k, v in options.items()}
 
 
 def read_rows(path: Path) -> List[Dict[str, str]]:
