@@ -24,7 +24,7 @@ _KEPT = ('.gitattributes',)  # the Hub's own
 _OURS = 'timm_multiexit/'  # in a Space, whole
 # What tells about a person or a machine, and must not be published.
 _PRIVATE = {
-    'a path': re.compile(r"""(?<![\w.])(/(home|Users|root|mnt|tmp)/[\w.-]+|~/[\w.-]+|[A-Za-z]:\\\\?[\w.-]+\\)"""),
+    'a path': re.compile(r"""(?<![\w.])(/(home|Users|root|mnt|tmp)/[\w.-]+|~/\w[\w.-]*|[A-Za-z]:\\\\?[\w.-]+\\)"""),
     'a token': re.compile(r'\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z0-9]{16})'),
 }
 _COMMON = ('root', 'user', 'admin', 'ubuntu', 'runner', 'localhost', 'main')  # words that texts use

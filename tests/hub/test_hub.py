@@ -336,7 +336,7 @@ def test_a_text_that_tells_about_this_machine_is_not_published(client, server, f
     (tmp_path / 'notes.yaml').write_text(f'fine: 1\n{text}\n')
     with pytest.raises(InputError, match=f"'notes.yaml', line 2, holds {what}"):
         check_private(tmp_path)
-    (tmp_path / 'notes.yaml').write_text('fine: https://host/home/x and 1/2, e.g. home/x\n')
+    (tmp_path / 'notes.yaml').write_text('fine: https://host/home/x and 1/2, e.g. home/x, ~/.cache\n')
     check_private(tmp_path)
 
 
