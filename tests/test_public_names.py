@@ -6,7 +6,7 @@ import timm_multiexit
 
 NAMES = """
     AnytimeRunner EarlyExitRunner ExitConfig ExitCosts ExitPolicy InputError MultiExitNet MultiExitTask __version__
-    add_exits exit_costs list_networks load_exit_config load_model
+    add_exits exit_costs export_programs list_networks load_exit_config load_model profile
 """.split()
 
 

@@ -13,6 +13,7 @@ The packages, in the order of the data flow:
 `datasets` holds a record for each data set; `errors`, `files` and `optional` serve all. Imports run one way: see
 tests/test_imports.py.
 """
+import importlib
 from typing import TYPE_CHECKING, Any, List
 
 from .errors import InputError
@@ -27,21 +28,26 @@ from .stopping.costs import ExitCosts
 from .stopping.policy import ExitPolicy
 
 if TYPE_CHECKING:
+    from .inference.profile import profile
+    from .inference.programs import export_programs
     from .training.task import MultiExitTask
 
 __version__ = '0.1.0'
 __all__ = [
     'AnytimeRunner', 'EarlyExitRunner', 'ExitConfig', 'ExitCosts', 'ExitPolicy', 'InputError', 'MultiExitNet',
-    'MultiExitTask', '__version__', 'add_exits', 'exit_costs', 'list_networks', 'load_exit_config', 'load_model',
+    'MultiExitTask', '__version__', 'add_exits', 'exit_costs', 'export_programs', 'list_networks', 'load_exit_config',
+    'load_model', 'profile',
 ]
 
 
+# Imported on first use: slow to import, or, as training, in need of a newer timm.
+_LATER = {'MultiExitTask': '.training.task', 'export_programs': '.inference.programs', 'profile': '.inference.profile'}
+
+
 def __getattr__(name: str) -> Any:
-    """MultiExitTask is imported on first use: training needs a newer timm than inference."""
-    if name != 'MultiExitTask':
+    if name not in _LATER:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    from .training.task import MultiExitTask
-    return MultiExitTask
+    return getattr(importlib.import_module(_LATER[name], __name__), name)
 
 
 def __dir__() -> List[str]:

@@ -137,4 +137,4 @@ def parse_points(text: str) -> float:
 def profile_of(model: MultiExitNet, engine: Engine, config: ExitConfig, batch_size: int = 1) -> StageCosts:
     """Milliseconds on this machine, measured at the first call and kept; see `inference.profile`."""
     from ..inference.profile import profile
-    return profile(model, engine, config.input_size, batch_size)[0]
+    return profile(model, engine, batch_size, config.input_size)

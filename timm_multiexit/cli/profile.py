@@ -6,7 +6,7 @@ import torch
 
 from ..errors import InputError
 from ..inference.engine import ENGINES, make_engine
-from ..inference.profile import device_name, profile
+from ..inference.profile import device_name, kept_profile, profile
 from ..models import exit_costs
 from ..stopping.costs import format_macs
 from ._common import add_model_options, load_network
@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     model = load_network(args)
     engine = make_engine(model, args.engine)
     costs = exit_costs(model)
-    times, path = profile(model, engine, costs.input_size, args.batch_size, again=True)
+    times = profile(model, engine, args.batch_size, costs.input_size, again=True)
+    path, _ = kept_profile(model, engine, args.batch_size, costs.input_size)
     if args.json:
         print(json.dumps(dict(stages_ms=times.stages, heads_ms=times.heads, full_ms=times.full, file=str(path))))
         return

@@ -11,7 +11,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ..models import MultiExitNet
 from ..pretrained.exit_config import weights_digest
 from ..stopping.costs import ExitCosts, StageCosts
 from ..stopping.policy import ALWAYS, NEVER, ExitPolicy
-from .engine import Engine
+from .engine import Engine, make_engine
 from .runner import EarlyExitRunner
 
 _SECONDS = 6.  # to spend in all
@@ -101,26 +101,45 @@ def _timed(runner: EarlyExitRunner, images: torch.Tensor) -> float:
 
 def profile(
         model: MultiExitNet,
-        engine: Engine,
-        input_size: Tuple[int, int, int],
+        engine: Union[str, Engine] = 'auto',
         batch_size: int = 1,
+        input_size: Optional[Tuple[int, int, int]] = None,
         again: bool = False,
-) -> Tuple[StageCosts, Path]:
-    """The profile of a network on this machine: from the cache folder, or measured now and kept there.
+) -> StageCosts:
+    """What each stage and head takes on this machine: from the cache folder, or measured now and kept there.
 
     Args:
-        model: The network that the engine runs.
-        engine: See `engine.make_engine`.
-        input_size: (C, H, W) of the images.
+        model: The network.
+        engine: See `engine.make_engine`, or an engine that runs this network.
         batch_size: Images that come at once.
+        input_size: (C, H, W) of the images; None for that in the network's pretrained cfg.
         again: Measure even if a profile is kept.
 
     Returns:
-        Milliseconds, and the file that holds them with all that they depend on.
+        Milliseconds per image, for `ExitConfig.policy_for(average_ms=..., profile=...)`.
 
     Raises:
-        InputError: the cache folder cannot be written to.
+        InputError: an engine that is not available, or the cache folder cannot be written to.
     """
+    engine = make_engine(model, engine) if isinstance(engine, str) else engine
+    input_size = input_size or (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    path, conditions = kept_profile(model, engine, batch_size, input_size)
+    if path.is_file() and not again:
+        values = read_json(path, 'profile')
+        if isinstance(values, dict) and values.get('conditions') == conditions:
+            return StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
+    costs = measure_profile(engine, input_size, batch_size)
+    write_json(path, dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads)))
+    return costs
+
+
+def kept_profile(
+        model: MultiExitNet,
+        engine: Engine,
+        batch_size: int,
+        input_size: Tuple[int, int, int],
+) -> Tuple[Path, Dict[str, Any]]:
+    """The file that keeps a profile, and all that it depends on."""
     packages = ['torch'] + ['onnxruntime'] * (engine.name == 'onnx')
     conditions = dict(
         weights=weights_digest(model), input_size=list(input_size), batch_size=batch_size, engine=engine.name,
@@ -128,14 +147,7 @@ def profile(
         threads=torch.get_num_threads(), workers=engine.workers,
         versions={name: importlib.metadata.version(name) for name in packages})
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / 'profiles' / f'{key}.json'
-    if path.is_file() and not again:
-        values = read_json(path, 'profile')
-        if isinstance(values, dict) and values.get('conditions') == conditions:
-            return StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms'])), path
-    costs = measure_profile(engine, input_size, batch_size)
-    write_json(path, dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads)))
-    return costs, path
+    return cache_folder() / 'profiles' / f'{key}.json', conditions
 
 
 def cache_folder() -> Path:
