@@ -54,13 +54,25 @@ class ConvChain(nn.Module):
         chs: Channels after each convolution.
         strides: Stride of each convolution.
         first_out: Index of the first map to output.
+        large_stem: The first is a 7x7 convolution of stride 2 with a bias, and max pooling, for large images.
     """
 
-    def __init__(self, in_chans: int, chs: Sequence[int], strides: Sequence[int], first_out: int = 0, **kwargs):
+    def __init__(
+            self,
+            in_chans: int,
+            chs: Sequence[int],
+            strides: Sequence[int],
+            first_out: int = 0,
+            large_stem: bool = False,
+            **kwargs,
+    ):
         super().__init__()
         self.first_out = first_out
         self.convs = nn.ModuleList([
             ConvNormAct(i, o, 3, stride=stride, **kwargs) for i, o, stride in zip([in_chans, *chs[:-1]], chs, strides)])
+        if large_stem:
+            self.convs[0] = nn.Sequential(
+                ConvNormAct(in_chans, chs[0], 7, stride=2, bias=True, **kwargs), nn.MaxPool2d(3, 2, 1))
 
     def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
         x = state[-1]

@@ -56,7 +56,8 @@ class MultiScaleNet(MultiExitNet):
         scale_factors: Width factor f of each scale, finest first.
         bottleneck_factors: Bottleneck factor b of each scale; None for the scale factors.
         reduction: Fraction of the width that a transition keeps.
-        head_width: Channels of an exit's convolutions.
+        head_width: Channels of an exit's convolutions; None for those of the map that it reads.
+        large_stem: 7x7 convolution of stride 2 and max pooling before scale 1, as for ImageNet.
         num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
@@ -91,7 +92,8 @@ class MultiScaleNet(MultiExitNet):
             scale_factors: Sequence[int] = (1, 2, 4),
             bottleneck_factors: Optional[Sequence[int]] = None,
             reduction: float = 0.5,
-            head_width: int = 128,
+            head_width: Optional[int] = 128,
+            large_stem: bool = False,
             drop_rate: float = 0.,
             act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
             norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
@@ -121,7 +123,8 @@ class MultiScaleNet(MultiExitNet):
         active = scale_schedule(sum(steps), num_scales)
         held = self.held_scales(active)
         net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)
-        net.add(self.stem_type(in_chans, base_width, scale_factors, held[0], **kwargs))
+        stem = dict(kwargs, large_stem=True) if large_stem else kwargs
+        net.add(self.stem_type(in_chans, base_width, scale_factors, held[0], **stem))
         n, layer = base_width, 0
         for step in steps:
             for _ in range(step):
@@ -135,7 +138,8 @@ class MultiScaleNet(MultiExitNet):
                     n = thin
                 layer += 1
             chs = n * scale_factors[-1]
-            size_reduction = self.finest_reduction * 2 ** (num_scales - 1)
-            net.add_exit(chs, size_reduction, self.exit_convs(chs, head_width, **kwargs), head_width)
+            size_reduction = self.finest_reduction * 2 ** (num_scales - 1) * (4 if large_stem else 1)
+            width = head_width or chs
+            net.add_exit(chs, size_reduction, self.exit_convs(chs, width, **kwargs), width)
         super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)

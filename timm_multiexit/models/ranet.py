@@ -260,7 +260,8 @@ class RANet(MultiExitNet):
         bottleneck_factors: Bottleneck factor of each sub-network; None for the width factors.
         compress: Fraction of a fusion block's growth and end that comes from the lower sub-network.
         reduction: Fraction of the width that a transition keeps.
-        head_width: Channels of an exit's convolutions.
+        head_width: Channels of an exit's convolutions; None for those of the map that it reads.
+        large_stem: 7x7 convolution of stride 2 and max pooling before the finest input, as for ImageNet.
         num_classes, in_chans, global_pool, drop_rate, act_layer, norm_layer: As for any model of timm.
 
     Raises:
@@ -281,7 +282,8 @@ class RANet(MultiExitNet):
             bottleneck_factors: Optional[Sequence[int]] = None,
             compress: float = 0.25,
             reduction: float = 0.5,
-            head_width: int = 128,
+            head_width: Optional[int] = 128,
+            large_stem: bool = False,
             drop_rate: float = 0.,
             act_layer: Union[str, Type[nn.Module]] = nn.ReLU,
             norm_layer: Union[str, Type[nn.Module]] = nn.BatchNorm2d,
@@ -314,14 +316,15 @@ class RANet(MultiExitNet):
             scales, block_layers, exits_per_net, base_width, growth, width_factors, compress, reduction)
 
         net = StageBuilder(num_classes, global_pool, drop_rate, device, dtype)
-        net.add(Stem(in_chans, [base_width * f for f in width_factors], scales, **kwargs))
+        net.add(Stem(in_chans, [base_width * f for f in width_factors], scales, large_stem=large_stem, **kwargs))
         for plan in plans:
             if plan.low is not None:
                 net.add(FusionBlock(plan, compress, factors, **kwargs))
                 continue
             net.add(PlainBlock(plan, factors, **kwargs))
-            convs = strided_convs(plan.out_chs, head_width, **kwargs)
-            net.add_exit(plan.out_chs, 2 ** (scales[-1] - 1), convs, head_width)
+            width = head_width or plan.out_chs
+            convs = strided_convs(plan.out_chs, width, **kwargs)
+            net.add_exit(plan.out_chs, 2 ** (scales[-1] - 1) * (4 if large_stem else 1), convs, width)
         super().__init__(net.stages, net.exits, net.feature_info, num_classes, in_chans)
         self.apply(init_weights)
 
