@@ -9,6 +9,15 @@ from ..datasets import DATASETS
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / 'weights'
 
 
+def imagenet_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, Any]]:
+    """A cfg for each network for ImageNet, without weights; arguments as for `pretrained_cfgs`."""
+    return {arch: dict(
+        input_size=(3, 224, 224), min_input_size=(3, 112, 112), pool_size=(2, 2), interpolation='bilinear',
+        crop_pct=0.875, classifier=tuple(f'exits.{k}.fc' for k in range(num_exits)), num_classes=1000,
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), first_conv='stages.0.layers.0.convs.0.0.conv', **kwargs)
+        for arch, num_exits in exits.items()}
+
+
 def pretrained_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, Any]]:
     """A cfg `ARCH.TAG` for each network and data set of `DATASETS`, for timm's `generate_default_cfgs`.
 

@@ -12,7 +12,8 @@ from torch import nn
 from ._base import build_network
 from ._blocks import Bottleneck, ConvChain, strided_convs
 from ._multiscale import MultiScaleNet
-from ._pretrained import pretrained_cfgs
+from ._pretrained import imagenet_cfgs, pretrained_cfgs
+from ._public import checkpoint_filter_fn
 
 __all__ = ['MSDNet']
 
@@ -105,6 +106,7 @@ class MSDNet(MultiScaleNet):
     layer_type = ScaleLayer
     finest_reduction = 1
     exit_convs = staticmethod(strided_convs)
+    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
 
     def __init__(self, *, base_width: int = 16, growth: int = 6, **kwargs: Any):
         super().__init__(base_width=base_width, growth=growth, **kwargs)
@@ -121,13 +123,14 @@ class MSDNet(MultiScaleNet):
         return tuple(min(scales, len(active) - layer + 1) for layer, scales in enumerate(held))
 
 
-default_cfgs = generate_default_cfgs(pretrained_cfgs(
-    dict(msdnet_cifar=7, msdnet_cifar_budgeted=5),
-    pool_size=(2, 2),
-    first_conv='stages.0.layers.0.convs.0.conv',
-    paper_ids='arXiv:1703.09844',
-    paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification',
-))
+_PAPER = dict(
+    paper_ids='arXiv:1703.09844', paper_name='Multi-Scale Dense Networks for Resource Efficient Image Classification')
+default_cfgs = generate_default_cfgs({
+    **pretrained_cfgs(
+        dict(msdnet_cifar=7, msdnet_cifar_budgeted=5), pool_size=(2, 2), first_conv='stages.0.layers.0.convs.0.conv',
+        **_PAPER),
+    **imagenet_cfgs(dict(msdnet_imagenet_s4=5, msdnet_imagenet_s6=5, msdnet_imagenet_s7=5), **_PAPER),
+})
 
 
 @register_model
@@ -140,3 +143,28 @@ def msdnet_cifar(pretrained: bool = False, **kwargs: Any) -> MSDNet:
 def msdnet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> MSDNet:
     """The network for budgeted batch classification: 15 layers, 5 exits, 7 to 58 M MACs at 32x32."""
     return build_network(MSDNet, 'msdnet_cifar_budgeted', pretrained, **dict(dict(steps=(1, 2, 3, 4, 5)), **kwargs))
+
+
+def _imagenet(variant: str, step: int, pretrained: bool, kwargs: Any) -> MSDNet:
+    args = dict(
+        steps=(step,) * 5, base_width=32, growth=16, scale_factors=(1, 2, 4, 4), head_width=None, large_stem=True)
+    return build_network(
+        MSDNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))
+
+
+@register_model
+def msdnet_imagenet_s4(pretrained: bool = False, **kwargs: Any) -> MSDNet:
+    """The paper's ImageNet network of 20 layers: 5 exits, 337 to 1,356 M MACs at 224x224."""
+    return _imagenet('msdnet_imagenet_s4', 4, pretrained, kwargs)
+
+
+@register_model
+def msdnet_imagenet_s6(pretrained: bool = False, **kwargs: Any) -> MSDNet:
+    """The paper's ImageNet network of 30 layers: 5 exits, 511 to 2,735 M MACs at 224x224."""
+    return _imagenet('msdnet_imagenet_s6', 6, pretrained, kwargs)
+
+
+@register_model
+def msdnet_imagenet_s7(pretrained: bool = False, **kwargs: Any) -> MSDNet:
+    """The paper's ImageNet network of 35 layers: 5 exits, 612 to 3,246 M MACs at 224x224."""
+    return _imagenet('msdnet_imagenet_s7', 7, pretrained, kwargs)

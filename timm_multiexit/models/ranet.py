@@ -16,7 +16,8 @@ from torch import nn
 
 from ._base import MultiExitNet, StageBuilder, build_network
 from ._blocks import Bottleneck, ConvChain, init_weights, strided_convs
-from ._pretrained import pretrained_cfgs
+from ._pretrained import imagenet_cfgs, pretrained_cfgs
+from ._public import checkpoint_filter_fn
 
 __all__ = ['RANet']
 
@@ -268,6 +269,8 @@ class RANet(MultiExitNet):
         ValueError: scales, blocks or widths that no network can be built from.
     """
 
+    checkpoint_filter_fn = staticmethod(checkpoint_filter_fn)
+
     def __init__(
             self,
             num_classes: int = 10,
@@ -329,13 +332,14 @@ class RANet(MultiExitNet):
         self.apply(init_weights)
 
 
-default_cfgs = generate_default_cfgs(pretrained_cfgs(
-    dict(ranet_cifar=8, ranet_cifar_budgeted=6),
-    pool_size=(2, 2),
-    first_conv='stages.0.layers.0.convs.0.conv',
-    paper_ids='arXiv:2003.07326',
-    paper_name='Resolution Adaptive Networks for Efficient Inference',
-))
+_PAPER = dict(
+    paper_ids='arXiv:2003.07326', paper_name='Resolution Adaptive Networks for Efficient Inference')
+default_cfgs = generate_default_cfgs({
+    **pretrained_cfgs(
+        dict(ranet_cifar=8, ranet_cifar_budgeted=6), pool_size=(2, 2), first_conv='stages.0.layers.0.convs.0.conv',
+        **_PAPER),
+    **imagenet_cfgs(dict(ranet_imagenet=8), **_PAPER),
+})
 
 
 @register_model
@@ -349,3 +353,13 @@ def ranet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> RANet:
     """Scales 1-2-3, 2k layers in block k: 6 exits, 8 to 59 M MACs at 32x32."""
     args = dict(scales=(1, 2, 3), block_layers=(2, 4, 6, 8, 10, 12), width_factors=(4, 2, 1))
     return build_network(RANet, 'ranet_cifar_budgeted', pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def ranet_imagenet(pretrained: bool = False, **kwargs: Any) -> RANet:
+    """The paper's ImageNet network, scales 1-2-3-4: 8 exits, 245 to 2,823 M MACs at 224x224."""
+    args = dict(
+        scales=(1, 2, 3, 4), block_layers=(8,) * 8, base_width=32, growth=16, width_factors=(4, 2, 2, 1),
+        head_width=None, large_stem=True)
+    return build_network(
+        RANet, 'ranet_imagenet', pretrained, pretrained_filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))

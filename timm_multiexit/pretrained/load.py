@@ -146,7 +146,8 @@ def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
     if not path.is_file():
         raise InputError(f"checkpoint '{path}' is not a file")
     try:
-        load_checkpoint(model, str(path), use_ema=True, strict=True, weights_only=True)
+        load_checkpoint(model, str(path), use_ema=True, strict=True, weights_only=True,
+                        filter_fn=getattr(model, 'checkpoint_filter_fn', None))
     except LOAD_ERRORS as error:
         if _is_misfit(error):
             raise InputError(
