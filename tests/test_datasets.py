@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from timm.data import create_transform
 
-from timm_multiexit.datasets import DATASETS, load_images, normalize, open_dataset, split_indices
+from timm_multiexit.data.splits import SPLITS, open_dataset, open_splits
+from timm_multiexit.datasets import DATASETS, normalize, split_indices
 from timm_multiexit.errors import InputError
 from timm_multiexit.training.loader import InMemoryLoader
 
@@ -33,7 +34,8 @@ def test_split_is_fixed_and_disjoint():
 def test_validation_images_get_the_test_transform(cifar_root):
     """No augmentation: the network's input equals that of timm's evaluation transform."""
     from torchvision.datasets import CIFAR10
-    images, targets = load_images('torch/cifar10', cifar_root, 'validation')
+    split = open_splits('torch/cifar10', cifar_root).development
+    images, targets = split.pixels, split.targets
     dataset = CIFAR10(cifar_root, train=True)
     index = split_indices(50_000)[1]
     assert len(images) == 5000 and targets.tolist() == [dataset.targets[i] for i in index]
@@ -57,13 +59,18 @@ def test_records_describe_the_training_images(cifar_root, tag):
 
 
 def test_splits_of_cifar(cifar_root):
-    sizes = {split: len(load_images('torch/cifar100', cifar_root, split)[0])
-             for split in ('train', 'validation', 'train+validation', 'test')}
-    assert sizes == {'train': 45_000, 'validation': 5_000, 'train+validation': 50_000, 'test': 10_000}
+    splits = open_splits('torch/cifar100', cifar_root, certification=2_000)
+    assert [len(splits[name]) for name in SPLITS] == [43_000, 5_000, 2_000, 10_000]
+    alone = open_splits('torch/cifar100', cifar_root)
+    assert splits.development.sources.index == alone.development.sources.index == split_indices(50_000)[1].tolist()
+    used = [i for name in SPLITS[:3] for i in splits[name].sources.index]
+    assert len(set(used)) == len(used) == 50_000
     with pytest.raises(InputError, match='unknown split'):
-        load_images('torch/cifar100', cifar_root, 'dev')
+        splits['dev']
+    with pytest.raises(InputError, match='no certification images: hold them out'):
+        alone['certification']
     with pytest.raises(InputError, match='--dataset-download'):
-        load_images('torch/cifar10', cifar_root + '/nothing', 'test')
+        open_splits('torch/cifar10', cifar_root + '/nothing')
 
 
 def test_crops_are_windows_of_the_reflected_image():

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'timm_multiexit'
 # Each imports only those to its left; the root's __init__ imports up to training.
 ORDER = (
-    'errors files optional commands stopping datasets models pretrained inference evaluation training __init__ cli '
-    '__main__ users').split()
+    'errors files optional commands stopping datasets models pretrained inference data evaluation training __init__ '
+    'cli __main__ users').split()
 PURE = [p for p in sorted((PACKAGE / 'stopping').glob('*.py')) if p.stem != '__init__']
 PURE += [PACKAGE / 'inference' / f'{name}.py' for name in ('batch_loop', 'device', 'images')]
 

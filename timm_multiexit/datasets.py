@@ -1,24 +1,17 @@
-"""Data sets: one record for each that the package knows, fixed splits, and whole splits in memory.
+"""Data sets: one record for each that the package knows, their fixed splits, and normalisation.
 
 Adding a data set is one entry of `DATASETS`: every network then has a tag for it, and the commands, the app and the
 model cards read its names and statistics.
-
-Decoding and augmenting image by image is the bottleneck for 32x32 images, on two cores and on one fast GPU alike. So a
-split is one uint8 tensor on the training device, and a batch is one gather.
 """
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Dict, Optional, Sequence, Tuple, Union
 
-import numpy as np
 import torch
-from timm.data import create_dataset
 
 from .errors import InputError
 
 VALIDATION_IMAGES = 5000  # held out of the training images by default
 SPLIT_SEED = 0
-SPLITS = ('train', 'validation', 'train+validation', 'test')
 Numbers = Union[Sequence[float], torch.Tensor]
 
 
@@ -97,78 +90,6 @@ def split_indices(num_images: int, validation_images: int = VALIDATION_IMAGES) -
     return order[validation_images:].sort().values, order[:validation_images].sort().values
 
 
-def open_dataset(name: str, root: str, train: bool, download: bool = False) -> Any:
-    """Opens timm's data set.
-
-    Args:
-        name: timm's name ('torch/cifar10', 'folder', ...).
-        root: Its folder.
-        train: The training images, else the test images.
-        download: Let torchvision download it.
-
-    Returns:
-        A torch data set of (PIL image, target) pairs.
-
-    Raises:
-        InputError: it is not there or cannot be read.
-    """
-    try:
-        return create_dataset(name, root=root, split='train' if train else 'validation', download=download)
-    except (RuntimeError, OSError, AssertionError, ValueError) as error:
-        hint = ('pass --dataset-download to download it' if name.startswith('torch/')
-                else 'check --data-dir and --dataset')
-        raise InputError(f"data set '{name}' cannot be read from '{root}' ({error}): {hint}") from error
-
-
-def load_images(
-        name: str,
-        root: str,
-        split: str,
-        download: bool = False,
-        validation_images: int = VALIDATION_IMAGES,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """One whole split of a data set.
-
-    Args:
-        name: timm's name of the data set.
-        root: Its folder.
-        split: 'train', 'validation' (held out of the training images), 'train+validation', or 'test'.
-        download: Let torchvision download it.
-        validation_images: How many training images to hold out.
-
-    Returns:
-        Images uint8 (N, C, H, W) and targets int64 (N,).
-
-    Raises:
-        InputError: unknown split, a data set that cannot be read, or images of different sizes.
-    """
-    if split not in SPLITS:
-        raise InputError(f"unknown split '{split}': choose one of {', '.join(SPLITS)}")
-    dataset = open_dataset(name, root, train=split != 'test', download=download)
-    images, targets = _stack(dataset)
-    if split in ('train', 'validation'):
-        index = split_indices(len(images), validation_images)[split == 'validation']
-        images, targets = images[index], targets[index]
-    return images, targets
-
-
-def _stack(dataset: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    pixels = getattr(dataset, 'data', None)
-    if isinstance(pixels, np.ndarray) and pixels.ndim == 4:  # torchvision's CIFAR, already decoded
-        images, targets = torch.from_numpy(pixels), torch.as_tensor(dataset.targets)
-    else:
-        arrays, targets = [], []
-        for image, target in dataset:
-            arrays.append(np.asarray(image.convert('RGB')))
-            targets.append(target)
-        sizes = {a.shape for a in arrays}
-        if len(sizes) != 1:
-            raise InputError(
-                f'the in-memory loader needs images of one size, this data set has {len(sizes)}: use --loader timm')
-        images, targets = torch.from_numpy(np.stack(arrays)), torch.as_tensor(targets)
-    return images.permute(0, 3, 1, 2).contiguous(), targets.long()
-
-
 def normalize(images: torch.Tensor, mean: Numbers, std: Numbers) -> torch.Tensor:
     """Subtracts each channel's mean and divides by its standard deviation.
 
@@ -183,11 +104,3 @@ def normalize(images: torch.Tensor, mean: Numbers, std: Numbers) -> torch.Tensor
     mean = torch.as_tensor(mean, device=images.device).mul(255.).view(1, -1, 1, 1)
     scale = torch.as_tensor(std, device=images.device).mul(255.).reciprocal_().view(1, -1, 1, 1)
     return images.contiguous(memory_format=torch.channels_last).float().sub_(mean).mul_(scale)
-
-
-def class_names(name: str, root: str) -> Optional[Tuple[str, ...]]:
-    """Class names of the data set in the folder `root`; None if the folder or the names are missing."""
-    if not Path(root).is_dir():
-        return None
-    classes = getattr(open_dataset(name, root, train=False), 'classes', None)
-    return tuple(classes) if classes else None

@@ -15,9 +15,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from timm_multiexit import ExitConfig, InputError, list_networks, load_exit_config, load_model
-from timm_multiexit.datasets import load_images
+from timm_multiexit.data.images import Images
+from timm_multiexit.data.splits import open_splits
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
+from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.exit_config import list_stored
 from timm_multiexit.pretrained.names import class_labels
 from timm_multiexit.pretrained.record import trained_on
@@ -150,8 +152,8 @@ def main() -> None:
     for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
-        images, targets = load_images(trained_on(model), args.data_dir, 'test')
-        test = exit_logits(model, images, targets, label=name)
+        data = Images(open_splits(trained_on(model), args.data_dir)['test'], Preprocessing.of(model), label=name)
+        images, test = data.stack()[0], exit_logits(model, data)
         make_assets(name, class_labels(model, config.class_names), config, images, test)
         print(f'{ASSETS / name}: {EXAMPLES_FILE}, {SPRITE_FILE}')
 

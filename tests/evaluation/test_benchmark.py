@@ -8,7 +8,8 @@ import torch
 
 from timm_multiexit.cli import main
 from timm_multiexit.cli.benchmark import print_results
-from timm_multiexit.datasets import load_images, normalize
+from timm_multiexit.data.splits import open_splits
+from timm_multiexit.datasets import normalize
 from timm_multiexit.evaluation.timing import measure_exits, measure_policies, spread
 from timm_multiexit.inference.engine import make_engine
 from timm_multiexit.inference.profile import measure_profile, take_turns
@@ -52,7 +53,8 @@ def test_deeper_exits_take_longer(measured):
 
 def test_policies_are_measured_on_the_same_images_as_the_full_network(measured, cifar_root, capsys):
     engine, costs = measured
-    images, targets = load_images('torch/cifar10', cifar_root, 'test')
+    test = open_splits('torch/cifar10', cifar_root).test
+    images, targets = test.pixels, test.targets
     images, targets = normalize(images[:48], (0.5,) * 3, (0.25,) * 3), targets[:48]
     policies = {'all first': ExitPolicy.at_exit(0, 7), 'none early': ExitPolicy((NEVER,) * 6 + (ALWAYS,), (1.,) * 7)}
     results = measure_policies(engine, costs, policies, images, targets, 16, 5)

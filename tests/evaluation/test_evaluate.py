@@ -16,12 +16,15 @@ from torchvision.datasets import CIFAR10
 from timm_multiexit.cli import main
 from timm_multiexit.cli._common import add_model_options
 from timm_multiexit.cli.evaluate import add_data_options, prepare
-from timm_multiexit.datasets import load_images, normalize
+from timm_multiexit.data.images import Images
+from timm_multiexit.data.splits import open_splits
+from timm_multiexit.datasets import normalize
 from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation import evaluate as evaluation
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, oracle
 from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure
 from timm_multiexit.evaluation.results import OracleResult, Results
+from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.exit_config import load_recipe, weights_digest
@@ -32,7 +35,7 @@ from timm_multiexit.stopping.policy import ExitPolicy
 from timm_multiexit.stopping.simulate import simulate
 
 NAME = 'msfuse_cifar.cifar10'
-FILES = ['anytime.png', 'budgeted.csv', 'budgeted.png', 'exits.csv', 'results.json']
+FILES = ['anytime.png', 'budgeted.csv', 'budgeted.png', 'classes.csv', 'exits.csv', 'results.json']
 PER_CLASS = 15
 
 
@@ -68,7 +71,8 @@ def test_the_report_is_complete_and_holds_the_network_s_numbers(report, folder):
     assert sorted(p.name for p in report.iterdir()) == FILES
     results = json.loads((report / 'results.json').read_text())
     model = load_model(NAME)
-    images, targets = load_images('folder', folder, 'test')
+    test = Images(open_splits('folder', folder, model.pretrained_cfg['label_names'])['test'], Preprocessing.of(model))
+    images, targets = test.stack()
     with torch.inference_mode():
         logits = torch.stack(model.forward_exits(
             normalize(images, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])))
@@ -176,27 +180,26 @@ def held_out(*args):
     add_model_options(parser)
     add_data_options(parser)
     parser.add_argument('model')
-    args = parser.parse_args([*args, '--data-dir', '.'])
-    prepare(args)
-    return args.validation_images
+    _, splits = prepare(parser.parse_args([*args]))
+    return len(splits['development'])
 
 
-def test_thresholds_are_set_on_the_images_that_the_run_held_out(tmp_path):
+def test_thresholds_are_set_on_the_images_that_the_run_held_out(tmp_path, folder, cifar_root):
     """By default; the weights have seen the other training images."""
     model = load_model(NAME)
     weights = tmp_path / 'model.safetensors'
     save_file(model.state_dict(), weights)
-    mine = (NAME, '--checkpoint', str(weights))
+    mine = (NAME, '--checkpoint', str(weights), '--data-dir', cifar_root)
     assert held_out(*mine) == 5000
     (tmp_path / 'recipe.yaml').write_text('dataset: torch/cifar10\nvalidation_images: 700\n')
     assert held_out(*mine) == 700
     assert held_out(*mine, '--validation-images', '60') == 60
-    assert held_out(*mine, '--dataset', 'folder') == 5000
+    assert held_out(*mine[:-1], folder, '--dataset', 'folder') == 15  # a tenth of other images
     shipped = yaml.safe_load((WEIGHTS_DIR / NAME / 'recipe.yaml').read_text())
-    assert held_out(NAME) == shipped['validation_images'] > 0
+    assert held_out(NAME, *mine[3:]) == shipped['validation_images'] > 0
     assert load_recipe(f'local-dir:{tmp_path}')['validation_images'] == 700
     (tmp_path / 'recipe.yaml').write_text('dataset: torch/cifar10\nvalidation_images: 0\n')
-    with pytest.raises(InputError, match='trained on all training images'):
+    with pytest.raises(InputError, match='no development images: all images were trained on'):
         held_out(*mine)
     (tmp_path / 'recipe.yaml').write_text('[')
     with pytest.raises(InputError, match='recipe .* cannot be read'):
@@ -220,7 +223,7 @@ def test_bad_options_get_one_line(args, words, capsys):
 def test_labels_of_another_data_set_are_refused(cifar_root, capsys):
     args = ['evaluate', NAME, '--data-dir', cifar_root, '--dataset', 'torch/cifar100', '--validation-images', '64']
     assert main(args) == 2
-    assert 'for 10 classes' in capsys.readouterr().err
+    assert "holds classes that the network was not trained on, 'apple'" in capsys.readouterr().err
 
 
 def test_the_oracle_stops_at_the_first_correct_exit():

@@ -5,7 +5,8 @@ import torch
 from conftest import PROJECT
 
 from timm_multiexit import EarlyExitRunner, ExitCosts, ExitPolicy, list_networks, load_exit_config, load_model
-from timm_multiexit.datasets import DATASETS, load_images, normalize
+from timm_multiexit.data.splits import open_splits
+from timm_multiexit.datasets import DATASETS, normalize
 from timm_multiexit.evaluation.results import Results
 from timm_multiexit.inference.engine import make_engine
 
@@ -16,7 +17,8 @@ from timm_multiexit.inference.engine import make_engine
 def test_published_figures(name, engine_name, cifar_root, record_property):
     stored = Results.load(PROJECT / 'timm_multiexit' / 'weights' / name / 'results.json')
     dataset = DATASETS[name.partition('.')[2]]
-    images, targets = load_images(dataset.name, cifar_root, 'test')
+    test = open_splits(dataset.name, cifar_root).test
+    images, targets = test.pixels, test.targets
     images = normalize(images, dataset.mean, dataset.std)
     model, config = load_model(name), load_exit_config(name)
     engine = make_engine(model, engine_name)

@@ -10,7 +10,8 @@ import torch
 from conftest import NETWORKS, PROJECT, SAMPLES, SMALL, SMALL_NETWORKS, exit_logits
 from timm.data import resolve_data_config
 
-from timm_multiexit.datasets import load_images, normalize
+from timm_multiexit.data.splits import open_splits
+from timm_multiexit.datasets import normalize
 from timm_multiexit.errors import InputError
 from timm_multiexit.inference.anytime import AnytimeRunner
 from timm_multiexit.inference.engine import make_engine
@@ -72,7 +73,8 @@ def assert_as_simulated(run: Run, policy, logits, costs, tie):
 @pytest.fixture(scope='module')
 def photos(cifar_root):
     """The first test images of CIFAR-10, as its networks see them, and their labels."""
-    images, targets = load_images('torch/cifar10', cifar_root, 'test')
+    test = open_splits('torch/cifar10', cifar_root).test
+    images, targets = test.pixels, test.targets
     config = resolve_data_config(model=timm.create_model('msfuse_cifar', **SMALL))
     return normalize(images, config['mean'], config['std']), targets
 

@@ -1,15 +1,18 @@
 """Options that several subcommands share."""
 import argparse
+import sys
 from pathlib import Path
 from typing import Optional
 
+from ..data.splits import Splits, open_splits
+from ..datasets import VALIDATION_IMAGES
 from ..errors import InputError
 from ..inference.engine import Engine
 from ..models import MultiExitNet
-from ..pretrained.exit_config import exit_config_of, weights_digest
+from ..pretrained.exit_config import exit_config_of, load_recipe, weights_digest
 from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
-from ..pretrained.record import find_weights
+from ..pretrained.record import find_weights, trained_on, training_data
 from ..stopping.config import ExitConfig
 from ..stopping.costs import StageCosts, parse_macs, parse_milliseconds
 from ..stopping.guarantee import RISKS
@@ -42,6 +45,31 @@ def load_network(args: argparse.Namespace) -> MultiExitNet:
     if not args.checkpoint:
         require_weights(args.model)
     return load_model(args.model, args.checkpoint, args.num_classes, args.device)
+
+
+def open_data(args: argparse.Namespace, model: MultiExitNet) -> Splits:
+    """The images that `data_dir` and `dataset` name, with the classes of a network and as its run held them out.
+
+    Raises:
+        InputError: no such images, or other classes.
+    """
+    data = training_data(model)
+    dataset = args.dataset or trained_on(model)
+    same, held_out = dataset == data.dataset, data.held_out
+    if same and not held_out:  # weights from before there was a record
+        held_out = {'from': 'training images', 'development': load_recipe(args.model, args.checkpoint).get(
+            'validation_images', VALIDATION_IMAGES)}
+    names = model.pretrained_cfg.get('label_names')
+    splits = open_splits(
+        dataset, args.data_dir, names if names and len(names) == model.num_classes else None,
+        getattr(args, 'validation_images', None), held_out=held_out if same else None,
+        download=getattr(args, 'dataset_download', False))
+    if splits.classes and len(splits.classes) != model.num_classes:
+        raise InputError(f"'{args.data_dir}' holds {len(splits.classes)} classes, the network knows "
+                         f'{model.num_classes}: give the images that it was trained on')
+    for note in splits.notes:
+        print(f'note: {note}', file=sys.stderr)
+    return splits
 
 
 def weights_folder(args: argparse.Namespace) -> str:

@@ -4,16 +4,16 @@ import json
 from typing import Any, Dict, Optional, Tuple
 
 import torch
-from timm.data import resolve_data_config
 
-from ..datasets import load_images, normalize
+from ..data.images import Images
+from ..datasets import normalize
 from ..errors import InputError
 from ..evaluation.timing import measure_exits, measure_policies
 from ..files import write_json
 from ..inference.engine import ENGINES, Engine, make_engine
+from ..inference.preprocess import Preprocessing
 from ..inference.profile import device_name, measure_profile
 from ..models import exit_costs
-from ..pretrained.record import trained_on
 from ..stopping.config import ExitConfig
 from ..stopping.costs import format_macs, parse_macs
 from ..stopping.policy import ExitPolicy, check_exits
@@ -24,6 +24,7 @@ from ._common import (
     asks_for_policy,
     load_network,
     network_name,
+    open_data,
     parse_points,
     policy_of_latency,
     stored_exit_config,
@@ -86,9 +87,10 @@ def latency_policies(args: argparse.Namespace, config: ExitConfig, engine: Engin
 
 
 def test_images(args: argparse.Namespace, model) -> Tuple[torch.Tensor, torch.Tensor]:
-    images, targets = load_images(args.dataset or trained_on(model), args.data_dir, 'test')
-    config = resolve_data_config(model=model)
-    return normalize(images[:args.images], config['mean'], config['std']), targets[:args.images]
+    preprocess = Preprocessing.of(model)
+    split = open_data(args, model)['test'].some(args.images)
+    images, targets = Images(split, preprocess, label='test').stack()
+    return normalize(images, preprocess.mean, preprocess.std), targets
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..datasets import class_names
 from ..errors import InputError
 from ..inference.preprocess import Preprocessing
 from ..inference.runner import image_paths
@@ -62,16 +61,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fit(args: argparse.Namespace):
-    """The network, and the exit config of the validation images."""
-    model, dataset = prepare(args)
-    validation, costs = split_logits(args, model, dataset, 'validation')
-    names = class_names(dataset, args.data_dir)
-    if names is not None and len(names) != model.num_classes:
-        raise InputError(
-            f"data set '{dataset}' has {len(names)} classes, the network {model.num_classes}: pass the --dataset that "
-            'it was trained on')
-    return model, ExitConfig.fit(
-        validation.logits, validation.targets, costs, names, args.measure, weights=weights_digest(model))
+    """The network, and the exit config of the images that its run held out for choices and for a guarantee."""
+    model, splits = prepare(args)
+    validation, costs = split_logits(args, model, splits, 'development')
+    config = ExitConfig.fit(
+        validation.logits, validation.targets, costs, splits.classes, args.measure, weights=weights_digest(model))
+    if len(splits.certification) and not args.certify:
+        kept, _ = split_logits(args, model, splits, 'certification')
+        scores = ExitScores.from_logits(
+            kept.logits.numpy(), kept.targets.numpy(), config.temperatures, config.measure,
+            np.ones(len(kept.targets), bool))
+        config = replace(config, scores=config.scores.joined(scores))
+    return model, config
 
 
 def certification_scores(

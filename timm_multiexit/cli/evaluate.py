@@ -2,24 +2,36 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 
 from .. import __version__
-from ..datasets import VALIDATION_IMAGES, load_images
+from ..data.images import Images
+from ..data.splits import Splits
 from ..errors import InputError
+from ..evaluation.classes import (
+    CLASSES_NAME,
+    ClassResult,
+    balanced_accuracy,
+    class_results,
+    most_confused,
+    write_classes,
+)
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
 from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
 from ..evaluation.results import Results
+from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet, exit_costs
 from ..optional import require_extra
-from ..pretrained.exit_config import load_recipe
-from ..pretrained.record import trained_on
+from ..pretrained.names import class_labels
 from ..stopping.costs import ExitCosts, format_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import MEASURES
-from ._common import add_model_argument, add_model_options, load_network, network_name, weights_folder
+from ._common import add_model_argument, add_model_options, load_network, network_name, open_data, weights_folder
+
+# More are in classes.csv only.
+MOST_CLASSES = 20
 
 
 def add_parser(subparsers) -> None:
@@ -46,15 +58,15 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
                         help="timm's name, like torch/cifar10 or folder (default: that of the weights)")
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download it')
     parser.add_argument('--validation-images', type=int, default=None, metavar='N',
-                        help='training images on which thresholds are set, held out as in train_timm.py (default: the '
-                             f'number in the recipe beside the weights, else {VALIDATION_IMAGES})')
+                        help='training images on which thresholds are set, held out as in train_timm.py (default: '
+                             'those that the run held out)')
     parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
                         help='confidence measure (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=256, metavar='N')
 
 
-def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
-    """The network and the data set that the options name.
+def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, Splits]:
+    """The network and the images that the options name.
 
     Raises:
         InputError: options that cannot be used.
@@ -65,41 +77,34 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, str]:
         raise InputError(f'--validation-images {args.validation_images}: give 1 or more')
     model = load_network(args)
     model = model.to(memory_format=torch.channels_last)
-    dataset = args.dataset or trained_on(model)
-    if args.validation_images is None:
-        recipe = load_recipe(args.model, args.checkpoint)
-        same = recipe.get('dataset') == dataset  # the recipe's split is of its own data set
-        args.validation_images = recipe.get('validation_images', VALIDATION_IMAGES) if same else VALIDATION_IMAGES
-        if not args.validation_images:
-            raise InputError('these weights were trained on all training images, and thresholds need held-out ones: '
-                             'pass --dataset for other images, or --validation-images N to set them on training images')
-    return model, dataset
+    return model, open_data(args, model)
 
 
 def split_logits(
         args: argparse.Namespace,
         model: MultiExitNet,
-        dataset: str,
-        split: str,
+        splits: Splits,
+        name: str,
 ) -> Tuple[LabelledLogits, ExitCosts]:
     """Logits of a split, and the costs for its image size."""
-    images, targets = load_images(
-        dataset, args.data_dir, split, args.dataset_download, args.validation_images)
-    costs = exit_costs(model, tuple(images.shape[1:]))
-    return exit_logits(model, images, targets, args.batch_size, args.device, split), costs
+    images = Images(splits[name], Preprocessing.of(model), args.batch_size, name)
+    return exit_logits(model, images, args.device), exit_costs(model)
 
 
 def run(args: argparse.Namespace) -> None:
     require_extra('plots', 'evaluate')
-    model, dataset = prepare(args)
-    validation, costs = split_logits(args, model, dataset, 'validation')
-    test, _ = split_logits(args, model, dataset, 'test')
+    model, splits = prepare(args)
+    validation, costs = split_logits(args, model, splits, 'development')
+    test, _ = split_logits(args, model, splits, 'test')
     results, config = evaluate(validation, test, costs, measure=args.measure)
-    results = replace(results, model=network_name(args.model, model), dataset=dataset,
+    results = replace(results, model=network_name(args.model, model), dataset=splits.dataset,
                       checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
     paths = write_report(results, Path(
         args.output or weights_folder(args) or Path('evaluation') / args.model.replace('/', '_')))
     print_results(results)
+    rows = class_results(test.logits[-1].argmax(1), test.targets, class_labels(model, splits.classes))
+    write_classes(rows, paths[0].with_name(CLASSES_NAME))
+    print_classes(rows, splits.test.title)
     if args.guarantee:
         print_guarantees(check_guarantees(config.path(), test, costs, args.guarantee), args.guarantee, costs)
     print('written: ' + ', '.join(map(str, paths)))
@@ -119,6 +124,16 @@ def print_results(results: Results) -> None:
         shares = ' '.join(f'{100 * s:.0f}%' for s in row.exit_shares)
         print(f'{format_macs(row.budget):>9} | {format_macs(row.average_macs):>9} {row.accuracy:>6.2f} | {shares}')
     print(f'largest budget error {max(abs(row.over_budget) for row in results.budgeted):.2f} %')
+
+
+def print_classes(rows: Sequence[ClassResult], measured_on: str) -> None:
+    print(f'\nby class, last exit, on {measured_on}: balanced accuracy {balanced_accuracy(rows):.2f} %')
+    if len(rows) <= MOST_CLASSES:
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            print(f'{row.name:<{width}} {row.accuracy:>6.2f} % of {row.images:,}')
+    for row in most_confused(rows):
+        print(f'{row.taken:,} of {row.images:,} {row.name} taken for {row.taken_for}')
 
 
 def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts) -> None:

@@ -5,11 +5,10 @@ Nothing is chosen on the test images: temperatures and thresholds come from the 
 import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
-from tqdm import tqdm
 
 from ..datasets import normalize
 from ..errors import InputError
@@ -41,35 +40,28 @@ class LabelledLogits:
 @torch.inference_mode()
 def exit_logits(
         model: MultiExitNet,
-        images: torch.Tensor,
-        targets: torch.Tensor,
-        batch_size: int = 256,
+        images: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         device: str = 'cpu',
-        label: str = '',
 ) -> LabelledLogits:
     """Logits of every exit, on the CPU, under the test transform.
 
     Args:
         model: A network in eval mode, on `device`.
-        images: uint8 (N, C, H, W).
-        targets: int64 (N,).
-        batch_size: Images per batch.
+        images: Batches uint8 (B, C, H, W) with targets int64 (B,), like `data.images.Images`.
         device: Where to run.
-        label: Of the progress bar, which is drawn on terminals only.
 
     Raises:
         InputError: no images, or labels or logits that cannot be used.
     """
-    if len(images) == 0:
-        raise InputError('there are no images to run: check --data-dir and --validation-images')
     config = resolve_data_config(model=model)
-    batches = []
-    with tqdm(total=len(images), desc=label, unit='image', disable=None) as progress:
-        for part in images.split(batch_size):
-            x = normalize(part.to(device), config['mean'], config['std'])
-            batches.append(torch.stack(model.forward_exits(x)).float().cpu())
-            progress.update(len(x))
-    logits = torch.cat(batches, 1)
+    batches, labels = [], []
+    for part, target in images:
+        x = normalize(part.to(device), config['mean'], config['std'])
+        batches.append(torch.stack(model.forward_exits(x)).float().cpu())
+        labels.append(target)
+    if not batches:
+        raise InputError('there are no images to run: check --data-dir and --validation-images')
+    logits, targets = torch.cat(batches, 1), torch.cat(labels)
     check_labelled_logits(logits, targets)
     return LabelledLogits(logits, targets)
 

@@ -1,6 +1,6 @@
 """Loads networks with their weights by name. A bad name and unreadable or unsuitable weights are InputErrors."""
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -39,6 +39,8 @@ def load_model(
     """
     name, checkpoint = find_weights(name, checkpoint)
     check_name(name)
+    if ':' not in name and name.partition('.')[0] not in list_networks():  # its weights need not be fetched to tell
+        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
     if not checkpoint:
         _require_safetensors(name)
     if num_classes is not None:
@@ -72,7 +74,13 @@ def _read_record(model: MultiExitNet, name: str, checkpoint: str) -> None:
         describe(model, TrainingData(dataset), known.classes if (known := find_dataset(dataset)) else None)
 
 
-def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str, Any]) -> torch.nn.Module:
+def load_teacher(
+        name: str,
+        checkpoint: str,
+        num_classes: int,
+        kwargs: Dict[str, Any],
+        input_size: Tuple[int, int, int],
+) -> torch.nn.Module:
     """A trained network of this package, or any other of timm's, as a distillation teacher.
 
     Args:
@@ -80,22 +88,28 @@ def load_teacher(name: str, checkpoint: str, num_classes: int, kwargs: Dict[str,
         checkpoint: File with its weights; '' for the pretrained ones, which keep their own classifier.
         num_classes: Number of classes.
         kwargs: Further arguments of the network.
+        input_size: (C, H, W) of the images that it is to see.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or does not take these images.
     """
     classes = num_classes if checkpoint else None  # a new classifier of pretrained weights would be random
     own = name.partition('.')[0] in list_networks()
     if own and not checkpoint:
         require_weights(name)
     try:
-        if own:
-            return load_model(name, checkpoint, classes, **kwargs)
-        return timm.create_model(
+        teacher = load_model(name, checkpoint, classes, **kwargs) if own else timm.create_model(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes, **kwargs)
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise InputError(
             f"the teacher '{name}' cannot be loaded ({first_line(error)}): choose one of timm's networks") from error
+    try:
+        with torch.inference_mode():
+            teacher.eval()(torch.zeros(1, *input_size))
+    except (RuntimeError, AssertionError, ValueError) as error:  # a ViT takes one size only
+        raise InputError(f"the teacher '{name}' does not take images of {' x '.join(map(str, input_size))} "
+                         f'({first_line(error)}): choose another, or --input-size') from error
+    return teacher
 
 
 def _require_safetensors(name: str) -> None:

@@ -88,15 +88,18 @@ class StageCosts:
 
 
 def parse_macs(text: Union[str, float]) -> float:
-    """Multiply-adds from '30M', '0.03G', '3e7' or a number.
+    """Multiply-adds from '30M', '0.03G', '3e7' or a number of at least 1,000.
 
     >>> parse_macs('30M')
     30000000.0
 
     Raises:
-        InputError: not a positive number.
+        InputError: not such a number.
     """
-    return _parse(text, {'': 1., 'k': 1e3, 'm': 1e6, 'g': 1e9}, 'MACs: write it like 30M or 3e7')
+    macs = _parse(text, {'': 1., 'k': 1e3, 'm': 1e6, 'g': 1e9}, 'MACs: write it like 30M or 3e7')
+    if macs < 1000.:
+        raise InputError(f"'{text}' MACs are less than any network needs: did you mean {text}M?")
+    return macs
 
 
 def parse_milliseconds(text: Union[str, float]) -> float:

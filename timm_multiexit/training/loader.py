@@ -1,6 +1,8 @@
 """Loaders of a run: batches augmented as tensors where the images are kept, or timm's pipeline of PIL images."""
 import argparse
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
+import logging
+from dataclasses import replace
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 import torch
@@ -11,10 +13,16 @@ from timm.data.auto_augment import auto_augment_transform, rand_augment_transfor
 from timm.data.random_erasing import RandomErasing
 from timm.layers import to_2tuple
 
-from ..datasets import class_names, load_images, normalize, open_dataset, split_indices
+from ..data.images import Images
+from ..data.splits import Splits
+from ..datasets import normalize
 from ..errors import InputError
-from ..models import MultiExitNet
-from ..pretrained.record import TrainingData, describe
+from ..inference.preprocess import Preprocessing
+
+_logger = logging.getLogger('train')
+# All images as uint8; beyond it they are streamed from their files.
+MEMORY_LIMIT = 4 * 2 ** 30
+EVALUATION_BATCH = 500
 
 
 def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[float]) -> Callable:
@@ -41,10 +49,10 @@ def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[flo
 
 
 def augment(images: torch.Tensor, policy: Callable) -> torch.Tensor:
-    """Applies `policy` to each image of a batch, uint8 (B, 3, H, W); returns the same on the CPU."""
-    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    """Applies `policy` to each image of a batch, uint8 (B, 3 or 1, H, W); returns the same on the CPU."""
+    arrays = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()  # the policies are for RGB
     changed = np.stack([np.asarray(policy(Image.fromarray(array))) for array in arrays])
-    return torch.from_numpy(changed).permute(0, 3, 1, 2)
+    return torch.from_numpy(changed).permute(0, 3, 1, 2)[:, :images.shape[1]]
 
 
 class InMemoryLoader:
@@ -182,57 +190,128 @@ class InMemoryLoader:
         return fixed[order] ^ bool(self.epoch % 2)
 
 
-def count_classes(args: argparse.Namespace) -> int:
-    """Number of classes in the test set."""
-    _, targets = load_images(args.dataset, args.data_dir, 'test', args.dataset_download)
-    return int(targets.max()) + 1
+class StreamingLoader:
+    """Batches of files that are read and augmented one by one by timm's pipeline, in worker processes.
+
+    Its randomness follows from the global generators at the beginning of a pass, with any number of workers: they start
+    anew, seeded, for each. A file that cannot be read is left out of its batch and named once.
+
+    Args:
+        images: What to read, and how.
+        args: Options of the run.
+        device: For timm's loader, which yields batches on the CPU.
+    """
+
+    def __init__(self, images: Images, args: argparse.Namespace, device: torch.device):
+        preprocess = images.preprocess
+        if args.batch_size * args.world_size > len(images.split):
+            raise InputError(
+                f'{len(images.split)} training images do not fill one batch of {args.batch_size} x {args.world_size} '
+                'processes: use a smaller --batch-size')
+        self.named: Set[str] = set()
+        self.loader = create_loader(
+            _Files(images), preprocess.input_size, args.batch_size, is_training=True, scale=(0.6, 1.0),
+            ratio=(0.8, 1.25), hflip=0. if args.hflip == 'none' else 0.5, color_jitter=None, auto_augment=args.aa,
+            re_prob=args.reprob, re_count=args.recount, mean=preprocess.mean, std=preprocess.std,
+            interpolation=preprocess.interpolation, num_workers=args.workers, collate_fn=_readable, device=device,
+            distributed=args.distributed, use_prefetcher=False, persistent_workers=False)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch whose order several processes share."""
+        if hasattr(self.loader.sampler, 'set_epoch'):
+            self.loader.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        for images, targets, errors in self.loader:
+            for error in errors:
+                if error not in self.named:
+                    self.named.add(error)
+                    _logger.warning(f'Left out: {error}')
+            if images is not None:
+                yield images, targets
 
 
-def describe_data(args: argparse.Namespace, model: MultiExitNet) -> None:
-    """Records in the network's pretrained cfg what it is trained on: class names and image size."""
-    image, _ = open_dataset(args.dataset, args.data_dir, train=True, download=args.dataset_download)[0]
-    names = class_names(args.dataset, args.data_dir)
-    describe(model, TrainingData(args.dataset), names if names and len(names) == model.num_classes else None,
-             input_size=(model.in_chans, image.height, image.width))
+class _Files(torch.utils.data.Dataset):
+    """(image, target) of each file, or the message on why it cannot be read; timm sets the transform."""
+
+    def __init__(self, images: Images):
+        self.images, self.transform = images, None
+
+    def __len__(self) -> int:
+        return len(self.images.split)
+
+    def __getitem__(self, index: int) -> Union[Tuple[Any, int], str]:
+        split = self.images.split
+        try:
+            image, _ = self.images.preprocess.open(split.sources[index])
+        except InputError as error:
+            return str(error)
+        return self.transform(image), int(split.targets[index])
+
+
+def _readable(rows: Sequence[Any]) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor], List[str]]:
+    """A batch without the files that cannot be read, and the messages on those."""
+    read = [row for row in rows if not isinstance(row, str)]
+    images = torch.stack([image for image, _ in read]) if read else None
+    return images, torch.tensor([target for _, target in read]) if read else None, [
+        row for row in rows if isinstance(row, str)]
+
+
+class StreamedEvaluation:
+    """Batches of files without augmentation, normalised; each process reads its share.
+
+    Args:
+        images: What to read, and how.
+        device: Where batches are made.
+        rank, world_size: This process and the number of processes.
+    """
+
+    def __init__(self, images: Images, device: torch.device, rank: int, world_size: int):
+        share = range(rank, len(images.split), world_size)
+        split = replace(images.split, sources=[images.split.sources[i] for i in share],
+                        targets=images.split.targets[rank::world_size], pixels=None)
+        self.images, self.device = Images(split, images.preprocess, images.batch_size), device
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        mean, std = self.images.preprocess.mean, self.images.preprocess.std
+        for images, targets in self.images:
+            yield normalize(images.to(self.device), mean, std), targets.to(self.device)
 
 
 def create_loaders(
         args: argparse.Namespace,
-        data_config: Dict[str, Any],
+        splits: Splits,
+        preprocess: Preprocessing,
         device: torch.device,
-) -> Tuple[Iterable, InMemoryLoader]:
-    """The loader of the training images and that of the validation images, the latter without augmentation.
+) -> Tuple[Iterable, Iterable]:
+    """The loader of the training images and that of the development images, the latter without augmentation.
+
+    If no images are held out, the log shows accuracy on the test images.
 
     Args:
-        args: Options of the run.
-        data_config: timm's, of the network: mean, std, input_size and interpolation.
+        args: Options of the run; a missing `loader` is set.
+        splits: Of the data set.
+        preprocess: Of the network.
         device: Where batches are made.
 
     Raises:
-        InputError: data that cannot be read, or options that do not fit it.
+        InputError: images that cannot be read, or options that do not fit them.
     """
-    mean, std = data_config['mean'], data_config['std']
-    common = dict(mean=mean, std=std, device=device)
-    source = (args.dataset, args.data_dir)
+    train = Images(splits['train'], preprocess, label='training images')
+    held_out = Images(splits.development if len(splits.development) else splits['test'], preprocess, EVALUATION_BATCH)
+    fits = train.bytes + held_out.bytes <= MEMORY_LIMIT
+    args.loader = args.loader or ('memory' if fits else 'timm')
     shards = dict(rank=args.rank, world_size=args.world_size)
-    # If no images are held out the log shows test accuracy; nothing is chosen by it, the last weights are exported.
-    held_out = 'validation' if args.validation_images else 'test'
-    validation = load_images(*source, held_out, args.dataset_download, args.validation_images)
-    loader_eval = InMemoryLoader(*validation, 500, **common, **shards)
-    if args.loader == 'memory':
-        train = load_images(*source, 'train', args.dataset_download, args.validation_images)
-        return InMemoryLoader(
-            *train, args.batch_size, train=True, crop_padding=args.crop_padding, hflip=args.hflip, aa=args.aa,
-            reprob=args.reprob, recount=args.recount, seed=args.seed, **common, **shards), loader_eval
-    dataset = open_dataset(*source, train=True, download=args.dataset_download)
-    index = split_indices(len(dataset), args.validation_images)[0].tolist()
-    dataset.transform = None
-    subset = torch.utils.data.Subset(dataset, index)
-    subset.transform = None  # create_loader sets it; the subset passes images through to the data set
-    loader = create_loader(
-        subset, data_config['input_size'], args.batch_size, is_training=True, scale=(0.6, 1.0), ratio=(0.8, 1.25),
-        hflip=0. if args.hflip == 'none' else 0.5, auto_augment=args.aa, re_prob=args.reprob, re_count=args.recount,
-        mean=mean, std=std, interpolation=data_config['interpolation'], num_workers=args.workers, device=device,
-        distributed=args.distributed, use_prefetcher=False, persistent_workers=args.workers > 0)
-    dataset.transform = subset.transform
-    return loader, loader_eval
+    common = dict(mean=preprocess.mean, std=preprocess.std, device=device)
+    if fits or args.loader == 'memory':
+        loader_eval: Iterable = InMemoryLoader(*held_out.stack(), EVALUATION_BATCH, **common, **shards)
+    else:
+        loader_eval = StreamedEvaluation(held_out, device, **shards)
+    if args.loader == 'timm':
+        return StreamingLoader(train, args, device), loader_eval
+    return InMemoryLoader(
+        *train.stack(), args.batch_size, train=True, crop_padding=args.crop_padding, hflip=args.hflip, aa=args.aa,
+        reprob=args.reprob, recount=args.recount, seed=args.seed, **common, **shards), loader_eval

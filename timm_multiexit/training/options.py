@@ -74,10 +74,19 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--data-dir', default='data', metavar='DIR', help='folder of the data set')
     group.add_argument('--dataset', default='torch/cifar10', help="timm's name of the data set")
     group.add_argument('--dataset-download', action='store_true', help='let torchvision download the data set')
-    group.add_argument('--validation-images', type=WHOLE, default=VALIDATION_IMAGES, metavar='N',
-                       help='training images to hold out, the same ones in every run')
-    group.add_argument('--loader', choices=['memory', 'timm'], default='memory',
-                       help="whole data set on the device with batched augmentation, or timm's PIL pipeline")
+    group.add_argument('--validation-images', type=WHOLE, default=None, metavar='N',
+                       help='training images to hold out for choices, the same ones in every run (default: of CIFAR '
+                            f'{VALIDATION_IMAGES}, of a folder 10 %%)')
+    group.add_argument('--certification-images', type=WHOLE, default=None, metavar='N',
+                       help='training images to hold out for a guarantee alone (default: of a folder 10 %%, where '
+                            'those are enough for one)')
+    group.add_argument('--input-size', type=COUNT, nargs='+', default=None, metavar='N',
+                       help="pixels that the network sees: one number, or channels, height and width (default: the "
+                            "images' own size, with --pretrained that of the weights)")
+    group.add_argument('--in-chans', type=COUNT, default=None, help='channels: 1 for grey (default: 3)')
+    group.add_argument('--loader', choices=['memory', 'timm'], default=None,
+                       help="whole data set on the device with batched augmentation, or timm's PIL pipeline, which "
+                            'streams files (default: memory where it fits)')
     group.add_argument('-j', '--workers', type=WHOLE, default=2, help='worker processes of the timm loader')
     group.add_argument('-b', '--batch-size', type=COUNT, default=256, help='images per batch and process')
 
@@ -254,6 +263,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--cuda-graph needs --device cuda and excludes --kd-draw: a graph cannot draw')
     if '..' in PurePath(args.experiment).parts or PurePath(args.experiment).is_absolute():
         parser.error(f"--experiment '{args.experiment}' leaves --output: give a name")
+    if len(args.input_size or ()) == 2 or len(args.input_size or ()) > 3:
+        parser.error(f'--input-size {args.input_size}: give one number, or channels, height and width')
     if args.batch_size < 2 and (args.mixup or args.cutmix):
         parser.error('--mixup and --cutmix pair images: use a --batch-size of 2 or more')
     if args.warmup_epochs > max(args.epochs, 1):

@@ -41,8 +41,8 @@ _NOT_IN_RECIPE = (
 
 
 # What a checkpoint is a checkpoint of; a run that is resumed cannot change it.
-_FIXED = ('model', 'model_kwargs', 'regime', 'num_classes', 'dataset', 'validation_images', 'freeze', 'opt', 'opt_args',
-          'model_ema')
+_FIXED = ('model', 'model_kwargs', 'regime', 'num_classes', 'dataset', 'validation_images', 'certification_images',
+          'input_size', 'in_chans', 'pretrained', 'loader', 'freeze', 'opt', 'opt_args', 'model_ema')
 
 
 @contextmanager
@@ -229,7 +229,8 @@ class RunFolder:
         # The row before the checkpoint: on resume a surplus row is dropped, a missing one would be lost.
         self._add_row(epoch, train_metrics, eval_metrics, lr=self.trainer.optimizer.param_groups[0]['lr'])
         if not (epoch + 1) % args.checkpoint_interval or epoch + 1 == args.epochs:
-            self.saver.save_checkpoint(epoch, metric=eval_metrics.get('top1_mean'))
+            ranked = eval_metrics if self.trainer.ranks_checkpoints else {}
+            self.saver.save_checkpoint(epoch, metric=ranked.get('top1_mean'))
 
     def end_update_bn(self, eval_metrics: Dict[str, float]) -> None:
         """Logs the accuracies under new BN statistics; they become the summary's only row if no epoch left one."""

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Tuple
 import numpy as np
 import timm
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import AverageMeter, NativeScaler, distribute_bn, init_distributed_device, unwrap_model
@@ -16,14 +16,17 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
 from ..models._fold import fold_batch_norm
 from ..pretrained.hub_files import first_line
 from ..pretrained.load import load_mean, load_teacher
+from ..pretrained.names import require_weights
 from ..pretrained.record import config_of
 from .cpu_kernels import use_cpu_kernels
 from .cuda_graph import GraphedStep
-from .loader import count_classes, create_loaders, describe_data
+from .data import count_classes, describe_data, open_data
+from .loader import create_loaders
 from .precision import muon_in_float32, slow_bfloat16
 from .regimes import prepare, starts_trained
 from .task import MultiExitTask, exit_accuracies
@@ -46,10 +49,13 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
     Raises:
         InputError: a network without exits, or initial weights that cannot be read or do not fit.
     """
+    chans = args.in_chans or (args.input_size[0] if len(args.input_size or ()) == 3 else None)
+    kwargs = {**args.model_kwargs, **({} if chans is None else {'in_chans': chans})}
+    if args.pretrained and 'backbone' not in kwargs:
+        require_weights(args.model)
     try:
         model = timm.create_model(
-            args.model, pretrained=starts_trained(args), num_classes=num_classes, drop_rate=args.drop,
-            **args.model_kwargs)
+            args.model, pretrained=starts_trained(args), num_classes=num_classes, drop_rate=args.drop, **kwargs)
     except Exception as error:  # of many types, as names and arguments can be wrong
         raise InputError(f"network '{args.model}' with {args.model_kwargs or 'no --model-kwargs'} cannot be created "
                          f'({first_line(error)})') from error
@@ -93,18 +99,20 @@ class Trainer:
         self.amp_dtype = AMP_DTYPES[args.amp_dtype] if args.amp else None
         seed_epoch(args.seed, 2 ** 20 - 1, 0)  # the same initial weights in every process, unlike any epoch's seed
 
-        num_classes = args.num_classes or count_classes(args)
+        splits = open_data(args)
+        num_classes = args.num_classes or count_classes(splits)
         model = create_network(args, num_classes)
-        describe_data(args, model)
+        describe_data(args, model, splits)
         self.config = config_of(model)
-        self.data_config = resolve_data_config(model=model)
-        size = min(self.data_config['input_size'][1:])
+        size = min(model.pretrained_cfg['input_size'][1:])
         if args.crop_padding >= size:
             raise InputError(f'--crop-padding {args.crop_padding}: images of {size} pixels have room for {size - 1}')
         model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
         self.metrics = [*(f'top1_exit{k + 1}' for k in range(model.num_exits)), 'top1_mean']
 
-        self.loader, self.loader_eval = create_loaders(args, self.data_config, self.device)
+        self.loader, self.loader_eval = create_loaders(args, splits, Preprocessing.of(model), self.device)
+        # The test set only shows in the log; it ranks no checkpoint.
+        self.ranks_checkpoints = len(splits.development) > 0
         self.mixup = None
         if args.mixup > 0. or args.cutmix > 0.:
             self.mixup = Mixup(
@@ -114,7 +122,8 @@ class Trainer:
         # Switched off, Mixup still yields soft, smoothed targets, so one criterion serves the whole run.
         loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
         files = args.kd_checkpoint or [''] * len(args.kd_model_name)
-        teachers = [fold_batch_norm(load_teacher(name, file, num_classes, args.kd_model_kwargs))  # faster
+        size = model.pretrained_cfg['input_size']
+        teachers = [fold_batch_norm(load_teacher(name, file, num_classes, args.kd_model_kwargs, size))  # faster
                     for name, file in zip(args.kd_model_name, files)]
         self.task = MultiExitTask(
             model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
@@ -188,10 +197,7 @@ class Trainer:
     def begin_epoch(self, epoch: int) -> None:
         """Seeds a pass over the training images: everything random in it follows from its number."""
         seed_epoch(self.args.seed, epoch, self.args.rank)
-        if hasattr(self.loader, 'set_epoch'):
-            self.loader.set_epoch(epoch)
-        elif self.args.distributed:
-            self.loader.sampler.set_epoch(epoch)
+        self.loader.set_epoch(epoch)
 
     def train_epoch(self, epoch: int) -> Dict[str, float]:
         """Trains for one epoch, numbered from 0.
