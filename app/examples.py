@@ -56,10 +56,16 @@ class Assets:
     columns: int = 1  # images in a row of the sprite
 
 
+def assets_folder(name: str) -> Path:
+    """Where the images chosen for a network lie: in the app, or beside a user's own weights, which no push sends."""
+    source, _, place = name.partition(':')
+    return Path(place) if source == 'local-dir' else ASSETS / name
+
+
 def load_assets(name: str, labels: Sequence[str]) -> Assets:
     """The images that choose_examples.py chose for a network, else the package's sample images of its classes."""
-    folder = ASSETS / name
-    if ':' in name or not (folder / EXAMPLES_FILE).is_file():
+    folder = assets_folder(name)
+    if not (folder / EXAMPLES_FILE).is_file():
         return Assets(_samples(labels))
     values = read_json(folder / EXAMPLES_FILE, 'examples')
     size, columns = values['size'], values['columns']

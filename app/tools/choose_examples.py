@@ -22,12 +22,12 @@ from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.exit_config import list_stored
 from timm_multiexit.pretrained.names import class_labels
-from timm_multiexit.pretrained.record import trained_on
+from timm_multiexit.pretrained.record import trained_on, training_data
 from timm_multiexit.stopping.policy import confidence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import ASSETS, EXAMPLES_FILE, SPRITE_FILE  # noqa: E402
+from examples import EXAMPLES_FILE, SPRITE_FILE, assets_folder  # noqa: E402
 
 PER_LESSON = 2
 GALLERY = 64  # images
@@ -136,26 +136,31 @@ def make_assets(
             confidences=[round(c, 5) for c in confidences[:, index].tolist()])
         for i, index in enumerate(picks)]
     tiles = images[[e['index'] for e in examples] + picks]
-    with written_beside(ASSETS / name / SPRITE_FILE) as partial:
+    folder = assets_folder(name)
+    with written_beside(folder / SPRITE_FILE) as partial:
         to_pil_image(make_grid(tiles, COLUMNS, padding=0)).save(partial, optimize=True)
     bins = [dict(raw=reliability(x, test.targets, 1.), calibrated=reliability(x, test.targets, t)) for x, t in by_exit]
-    write_json(ASSETS / name / EXAMPLES_FILE, dict(
+    write_json(folder / EXAMPLES_FILE, dict(
         network=name, split='test', size=images.shape[-1], columns=COLUMNS, examples=examples, gallery=gallery,
         reliability=bins))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('models', nargs='*', metavar='MODEL', help='arch.tag (default: all with weights and policies)')
+    parser.add_argument('models', nargs='*', metavar='MODEL',
+                        help='arch.tag, or local-dir:FOLDER for your own, whose images lie beside the weights '
+                             '(default: all with weights and policies)')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
     args = parser.parse_args()
     for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
-        data = Images(open_splits(trained_on(model), args.data_dir)['test'], Preprocessing.of(model), label=name)
+        labels = class_labels(model, config.class_names)
+        splits = open_splits(trained_on(model), args.data_dir, labels, held_out=training_data(model).held_out)
+        data = Images(splits['test'], Preprocessing.of(model), label=name)
         images, test = data.stack()[0], exit_logits(model, data)
-        make_assets(name, class_labels(model, config.class_names), config, images, test)
-        print(f'{ASSETS / name}: {EXAMPLES_FILE}, {SPRITE_FILE}')
+        make_assets(name, labels, config, images, test)
+        print(f'{assets_folder(name)}: {EXAMPLES_FILE}, {SPRITE_FILE}')
 
 
 if __name__ == '__main__':

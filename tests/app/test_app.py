@@ -316,7 +316,6 @@ def test_examples_are_of_many_classes():
 
 def test_assets_are_written_and_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(examples, 'ASSETS', tmp_path)
-    monkeypatch.setattr(choose_examples, 'ASSETS', tmp_path)
     torch.manual_seed(2)
     targets = torch.randint(3, (300,))
     logits = torch.randn(4, 300, 3) + 2. * torch.eye(3)[targets]

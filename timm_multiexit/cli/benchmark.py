@@ -105,7 +105,10 @@ def run(args: argparse.Namespace) -> None:
     costs, config, policies = exit_costs(model), None, {}
     if args.data_dir:
         if not args.policy and not asks_for_policy(args):
-            args.average_budget, args.average_latency = [str(costs.macs[-1] / 2)], ['50%']
+            half = costs.macs[-1] / 2
+            # Of some networks the first exit costs more than half.
+            budget = half if half >= costs.macs[0] else (costs.macs[0] + costs.macs[-1]) / 2
+            args.average_budget, args.average_latency = [str(budget)], ['50%'] if half >= costs.macs[0] else []
         if asks_for_policy(args):
             config = stored_exit_config(args, model)
         policies = asked_policies(args, config, model.num_exits)
