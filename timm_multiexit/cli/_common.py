@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
+from ..commands import COUNT, device
 from ..data.splits import Splits, open_splits
 from ..datasets import VALIDATION_IMAGES
 from ..errors import InputError
@@ -30,9 +31,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--checkpoint', default='', metavar='PATH',
                         help='weights to use instead of the pretrained ones: final/ of a run, which is enough alone, '
                              'or a file')
-    parser.add_argument('--num-classes', type=int, default=None, metavar='N',
+    parser.add_argument('--num-classes', type=COUNT, default=None, metavar='N',
                         help='number of classes, only for weights without a config.json beside them')
-    parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
+    parser.add_argument('--device', type=device, default='cpu', help='torch device (default: %(default)s)')
 
 
 def load_network(args: argparse.Namespace) -> MultiExitNet:

@@ -1,10 +1,12 @@
 """`timm-multiexit benchmark MODEL`: time of each exit, and of policies against the full network, on this machine."""
 import argparse
 import json
+import os
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 
+from ..commands import Number
 from ..data.images import Images
 from ..datasets import normalize
 from ..errors import InputError
@@ -50,7 +52,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--images', type=int, default=2000, metavar='N', help='test images (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=256, metavar='N', help='the large batch')
     parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each')
-    parser.add_argument('--threads', type=int, default=None, metavar='N', help='CPU threads (default: all cores)')
+    parser.add_argument('--threads', type=Number(int, high=os.cpu_count() or 1), default=None, metavar='N',
+                        help='CPU threads (default: all cores)')
     parser.add_argument('--json', action='store_true', help='for programs: one object')
     parser.add_argument('--output', default='', metavar='FILE', help='also write that object to a file')
     parser.set_defaults(run=run)

@@ -4,6 +4,7 @@ import json
 
 import timm
 
+from ..commands import Number
 from ..errors import InputError
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.names import check_name, list_networks
@@ -17,9 +18,9 @@ def add_parser(subparsers) -> None:
         description='Multiply-adds and parameters up to and including each exit, for one image.')
     add_model_argument(parser)
     parser.add_argument('--checkpoint', default='', metavar='PATH', help='your own weights, instead of MODEL')
-    parser.add_argument('--input-size', type=int, nargs=3, metavar=('C', 'H', 'W'), default=None,
+    parser.add_argument('--input-size', type=Number(int, 1, 4096), nargs=3, metavar=('C', 'H', 'W'), default=None,
                         help='size of the image (default: that of the network)')
-    parser.add_argument('--num-classes', type=int, default=None, metavar='N',
+    parser.add_argument('--num-classes', type=Number(int, 1, 1_000_000), default=None, metavar='N',
                         help='number of classes (default: that of the network)')
     parser.add_argument('--json', action='store_true', help='print one JSON object')
     parser.set_defaults(run=run)
@@ -29,8 +30,6 @@ def run(args: argparse.Namespace) -> None:
     name, _ = find_weights(args.model, args.checkpoint)
     check_name(name)
     size = args.input_size
-    if size and min(size) < 1:
-        raise InputError(f'--input-size {size}: give three positive numbers, channels, height and width')
     given = dict(num_classes=args.num_classes, in_chans=size[0] if size else None)
     model = timm.create_model(name, **{k: v for k, v in given.items() if v is not None})
     if not isinstance(model, MultiExitNet):

@@ -7,6 +7,7 @@ from typing import List, Sequence, Tuple
 import torch
 
 from .. import __version__
+from ..commands import COUNT
 from ..data.images import Images
 from ..data.splits import Splits
 from ..errors import InputError
@@ -62,7 +63,7 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
                              'those that the run held out)')
     parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
                         help='confidence measure (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=256, metavar='N')
+    parser.add_argument('--batch-size', type=COUNT, default=256, metavar='N')
 
 
 def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, Splits]:

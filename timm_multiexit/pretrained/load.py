@@ -4,7 +4,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from timm.models import load_checkpoint
+from timm.models import load_state_dict
 from timm.models._hub import load_model_config_from_path  # private: timm exports only its twin for the Hub
 
 from ..datasets import DATASETS, find_dataset
@@ -58,6 +58,9 @@ def load_model(
                          '--num-classes; other classes need training (train_timm.py --pretrained)')
     if checkpoint:
         _load_checkpoint(model, Path(checkpoint), name)
+    if wrong := [k for k, v in model.state_dict().items() if not v.isfinite().all()]:
+        raise InputError(f"the weights of '{checkpoint or name}' are not finite ('{wrong[0]}'): the training diverged, "
+                         'or the file is damaged')
     _read_record(model, name, checkpoint)
     return model.to(device).eval()
 
@@ -160,8 +163,16 @@ def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
     if not path.is_file():
         raise InputError(f"checkpoint '{path}' is not a file")
     try:
-        load_checkpoint(model, str(path), use_ema=True, strict=True, weights_only=True,
-                        filter_fn=getattr(model, 'checkpoint_filter_fn', None))
+        state = load_state_dict(str(path), use_ema=True, weights_only=True)
+        if filter_fn := getattr(model, 'checkpoint_filter_fn', None):
+            state = filter_fn(state, model)
+        own = model.state_dict()
+        both = state.keys() & own.keys()
+        if wrong := [k for k in both if state[k].is_floating_point() != own[k].is_floating_point()]:
+            raise InputError(
+                f"checkpoint '{path}' holds {state[wrong[0]].dtype} in '{wrong[0]}', where the network has "
+                f'{own[wrong[0]].dtype}: quantized weights need their scales, give the original ones')
+        model.load_state_dict(state, strict=True)
     except LOAD_ERRORS as error:
         if _is_misfit(error):
             raise InputError(

@@ -15,8 +15,8 @@ from .hub_files import CONFIG_FILE, first_line, hub_file
 
 # What timm, torch and the Hub's client raise on a config or weights that are missing, damaged or do not fit.
 LOAD_ERRORS = (
-    OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError, SafetensorError,
-    HfHubHTTPError, HFValidationError)
+    OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, EOFError, AssertionError,
+    pickle.UnpicklingError, SafetensorError, HfHubHTTPError, HFValidationError)
 
 
 def list_networks(pretrained: bool = False) -> List[str]:
