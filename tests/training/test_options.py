@@ -19,7 +19,9 @@ WITH = {
     'loader': ['--workers', '0'],
     'kd_exits': ['--kd-model-name', 'msfuse_cifar', '--kd-checkpoint', 'FILE', '--kd-model-kwargs', *SMALL[1:5]],
 }
-CHOICES = [(action.dest, choice) for action in build_parser('')._actions for choice in action.choices or ()]
+# --regime is for exits on a backbone: see test_regimes.py.
+CHOICES = [(action.dest, choice) for action in build_parser('')._actions for choice in action.choices or ()
+           if action.dest != 'regime']
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ from conftest import PROJECT
 from safetensors.torch import load_file
 
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
-from timm_multiexit.training.history import History
+from timm_multiexit.training.history import History, portable
 from timm_multiexit.training.options import parse_train_args
 
 FOLDER = PROJECT / 'timm_multiexit' / 'recipes'
@@ -64,7 +64,7 @@ def test_it_trains(runs, recipe, extra):
     changed = {'dataset', 'epochs', 'warmup_epochs', 'batch_size', 'validation_images', *(['model'] if extra else [])}
     changed.add('amp')  # off on a CPU without bfloat16 instructions
     assert {k: step.options[k] for k in settings if k not in changed} == {
-        k: v for k, v in settings.items() if k not in changed}
+        k: v for k, v in portable(settings).items() if k not in changed}
     state, initial = load_file(final / 'model.safetensors'), timm.create_model(args.model, **args.model_kwargs)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in initial.state_dict().items()}
     assert all(torch.isfinite(v).all() for v in state.values())

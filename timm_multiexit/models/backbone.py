@@ -318,7 +318,7 @@ def multiexit(
 ) -> MultiExitBackbone:
     """Early exits on the timm model `backbone`; other arguments are those of the backbone."""
     if ':' not in backbone and not timm.is_model(backbone):
-        near = difflib.get_close_matches(backbone.partition('.')[0], timm.list_models(), n=1)
+        near = difflib.get_close_matches(backbone.partition('.')[0], timm.models.list_models(), n=1)
         raise InputError(f"unknown backbone '{backbone}': "
                          + (f'did you mean {near[0]}?' if near else 'choose one of timm.list_models()'))
     stored = _has_weights(pretrained_cfg) or _has_weights(pretrained_cfg_overlay)

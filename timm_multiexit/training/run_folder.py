@@ -112,6 +112,7 @@ def changed_options(checkpoint: Dict[str, Any], args: argparse.Namespace) -> Dic
     """
     own = vars(checkpoint['args'])
     args.initial_checkpoint = own.get('initial_checkpoint', args.initial_checkpoint)  # told by the run's parents
+    args.loader = args.loader or own.get('loader')  # None: chosen by the images
     changed = {k: own[k] for k, v in _recipe(args).items() if k in own and own[k] != v}
     for name in _FIXED:
         if name in changed:
