@@ -172,7 +172,7 @@ def test_certification_images_make_a_promise(folder, tmp_path, capsys):
     assert '150 of 150 certification images have no label' in capsys.readouterr().err
     assert main([*ask, '--max-loss', '10', '--risk', 'consistency']) == 0
     assert main([*ask[:4], '--max-loss', '1']) == 2
-    assert 'calibrate --certify' in capsys.readouterr().err
+    assert 'calibrate MODEL --certify' in capsys.readouterr().err
 
 
 def held_out(*args):

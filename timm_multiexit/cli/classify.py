@@ -102,9 +102,12 @@ def stopping(
         return ExitPolicy.at_exit(last, last + 1), lambda k, confidence: 'all exits ran'
 
     def reached(k: int, confidence: float) -> str:
+        promise = f'; guaranteed: {policy.promise}' if policy.promise else ''
         if k == last:
-            return 'last exit'
-        return f'confidence {confidence:.3f} reaches the threshold {policy.confidence_at(k):.3f}'
+            return f'last exit{promise}'
+        if policy.confidence_at(k) < 0.001:  # see `stopping.solve`: later exits are no better on held-out images
+            return f'deeper exits would gain nothing{promise}'
+        return f'confidence {confidence:.3f} reaches the threshold {policy.confidence_at(k):.3f}{promise}'
     return policy, reached
 
 

@@ -224,7 +224,8 @@ class ExitConfig:
         kept = kept.subset(np.random.default_rng(0).permutation(kept.num_images))  # the bound needs a random order
         if kept.num_images == 0:
             raise InputError('these weights carry no certification images, so nothing can be promised: make some from '
-                             'images of your own with timm-multiexit calibrate --certify DIR')
+                             'images of your own with timm-multiexit calibrate MODEL --certify DIR --output FILE, and '
+                             'pass it with --exit-config FILE')
         labelled = kept.labels != UNKNOWN
         if risk != 'consistency' and not labelled.all():
             raise InputError(f'{int((~labelled).sum())} of {kept.num_images} certification images have no label: '

@@ -90,6 +90,8 @@ class Solver:
         """
         low, high, form = self.costs.cheapest, self.costs.full, self.costs.format
         if not low * 0.999 <= budget <= high * 1.001:
+            if self.costs.unit == 'MACs' and low <= budget * 1e6 <= high:
+                raise InputError(f'an average budget of {budget:g} MACs: did you mean {budget:g}M?')
             raise InputError(
                 f'an average budget of {form(budget)} cannot be kept: choose one from {form(low)} (all images leave at '
                 f'the first exit) to {form(high)} (none leaves early)')
