@@ -72,8 +72,6 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, Splits]:
     Raises:
         InputError: options that cannot be used.
     """
-    if args.batch_size < 1:
-        raise InputError(f'--batch-size {args.batch_size}: give 1 or more')
     if args.validation_images is not None and args.validation_images < 1:
         raise InputError(f'--validation-images {args.validation_images}: give 1 or more')
     model = load_network(args)
