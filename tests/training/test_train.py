@@ -159,7 +159,7 @@ def test_mean_of_two_runs_gets_new_bn_statistics(uninterrupted, folder_dataset, 
     conv.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
     model.eval()(x)
     expected = seen[0].mean((0, 2, 3))
-    assert (norm.running_mean - expected).norm() < 0.05 * expected.norm()
+    assert (norm.running_mean - expected).norm() < 0.15 * expected.norm()
     assert (norm.running_mean - expected).norm() < (
         (a[name_of(model, norm)].float() + b[name_of(model, norm)].float()) / 2 - expected).norm()
     (row,) = rows(tmp_path)
