@@ -39,7 +39,7 @@ def commands(photos: Path, work: Path, *options: str):
         yield words
 
 
-@pytest.mark.slow('100 s of CPU time each: three trainings and 18 commands')
+@pytest.mark.exhaustive('100 s of CPU time each: three trainings and 18 commands')
 @pytest.mark.parametrize('make, options', [
     (lambda root: make_photos(root, TWELVE, {'train': 30, 'test': 6}, suffix='.jpg'), ['--epochs', '6']),
     (lambda root: make_photos(root, TWELVE[:5], {'train': 20, 'test': 6}, (190, 260), suffix='.jpg'),
