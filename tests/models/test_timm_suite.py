@@ -82,7 +82,7 @@ def outcomes(junit: Path):
     return results
 
 
-@pytest.mark.slow('4 minutes of CPU time: timm\'s own tests over nine networks and exits on four backbones')
+@pytest.mark.exhaustive('timm\'s own tests over all networks, those for ImageNet included, and exits on four backbones')
 @pytest.mark.timeout(1500)
 def test_timms_tests_pass_for_every_network(timm_tests, tmp_path):
     junit = tmp_path / 'junit.xml'
