@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms.functional import to_pil_image
 
-from timm_multiexit import ExitConfig, ExitCosts, InputError, exit_costs, list_networks, load_exit_config, load_model
+from timm_multiexit import ExitConfig, InputError, exit_costs, list_networks, load_exit_config, load_model
 from timm_multiexit.datasets import DATASETS
 from timm_multiexit.pretrained.names import class_labels, require_weights
 
@@ -43,7 +43,7 @@ class Network:
             self.config = None
         if self.config is not None:
             self.config.check_network(self.model)
-            self.costs = ExitCosts(self.config.exit_macs, self.config.exit_params, self.config.input_size)
+            self.costs = self.config.costs
             self.temperatures = self.config.temperatures
         else:
             self.costs = exit_costs(self.model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
-from timm_multiexit import EarlyExitRunner, ExitCosts, ExitPolicy, list_networks, load_exit_config, load_model
+from timm_multiexit import EarlyExitRunner, ExitPolicy, list_networks, load_exit_config, load_model
 from timm_multiexit.data.splits import open_splits
 from timm_multiexit.datasets import DATASETS, normalize
 from timm_multiexit.evaluation.results import Results
@@ -22,7 +22,7 @@ def test_published_figures(name, engine_name, cifar_root, record_property):
     images = normalize(images, dataset.mean, dataset.std)
     model, config = load_model(name), load_exit_config(name)
     engine = make_engine(model, engine_name)
-    costs = ExitCosts(config.exit_macs, config.exit_params, config.input_size)
+    costs = config.costs
     measured = []
     rows = stored.budgeted
     for row in [rows[i] for i in np.linspace(0, len(rows) - 1, 8).astype(int)]:

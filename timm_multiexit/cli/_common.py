@@ -8,7 +8,6 @@ from ..commands import COUNT, device
 from ..data.splits import Splits, open_splits
 from ..datasets import VALIDATION_IMAGES
 from ..errors import InputError
-from ..inference.engine import Engine
 from ..models import MultiExitNet
 from ..pretrained.exit_config import exit_config_of, load_recipe, weights_digest
 from ..pretrained.load import load_model
@@ -86,6 +85,12 @@ def network_name(name: str, model: MultiExitNet) -> str:
     return model.pretrained_cfg['architecture'] if name.startswith('local-dir:') else name
 
 
+def add_exit_config_option(parser: argparse.ArgumentParser) -> None:
+    """The option that `stored_exit_config` reads."""
+    parser.add_argument('--exit-config', default='', metavar='FILE',
+                        help='what calibrate wrote, to use instead of what is stored with the weights')
+
+
 def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None:
     """Options that ask for a policy, in a group of which one is given, and what belongs to them."""
     group.add_argument('--average-budget', metavar='MACS', **kwargs,
@@ -96,8 +101,7 @@ def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None
     group.add_argument('--max-loss', metavar='POINTS', **kwargs,
                        help='the fewest multiply-adds that lose at most so many points of accuracy against the full '
                             'network, guaranteed (needs calibrate --certify)')
-    parser.add_argument('--exit-config', default='', metavar='FILE',
-                        help='what calibrate wrote, to use instead of what is stored with the weights')
+    add_exit_config_option(parser)
     parser.add_argument('--certainty', type=float, default=0.95, metavar='P',
                         help='of --max-loss: over the draw of the certification images (default: %(default)s)')
     parser.add_argument('--risk', choices=RISKS, default='accuracy',
@@ -138,8 +142,8 @@ def asks_for_policy(args: argparse.Namespace) -> bool:
     return any(x not in (None, []) for x in (args.average_budget, args.average_latency, args.max_loss))
 
 
-def policy_asked_for(args: argparse.Namespace, config: ExitConfig, profile: Optional[StageCosts]) -> ExitPolicy:
-    """The policy that one option of `add_budget_options` asks for; --average-latency needs the profile.
+def requested_policy(args: argparse.Namespace, config: ExitConfig, profile: Optional[StageCosts]) -> ExitPolicy:
+    """The policy for one option of `add_budget_options`; --average-latency needs the profile.
 
     Raises:
         InputError: a budget that cannot be kept or a promise that cannot be made.
@@ -161,9 +165,3 @@ def parse_points(text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"'{text}' is not a number of points: write it like 0.5, for half a percent") from None
-
-
-def profile_of(model: MultiExitNet, engine: Engine, config: ExitConfig, batch_size: int = 1) -> StageCosts:
-    """Milliseconds on this machine, measured at the first call and kept; see `inference.profile`."""
-    from ..inference.profile import profile
-    return profile(model, engine, batch_size, config.input_size)

@@ -59,8 +59,8 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def asked_policies(args: argparse.Namespace, config: Optional[ExitConfig], num_exits: int) -> Dict[str, ExitPolicy]:
-    """The policies that the options name by a file, a MACs budget or a loss, by what was asked.
+def named_policies(args: argparse.Namespace, config: Optional[ExitConfig], num_exits: int) -> Dict[str, ExitPolicy]:
+    """The policies that the options name by a file, a MACs budget or a loss; keys are labels for the report.
 
     Raises:
         InputError: one is for another network, or a budget or loss cannot be met.
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             args.average_budget, args.average_latency = [str(budget)], ['50%'] if half >= costs.macs[0] else []
         if asks_for_policy(args):
             config = stored_exit_config(args, model)
-        policies = asked_policies(args, config, model.num_exits)
+        policies = named_policies(args, config, model.num_exits)
         data = test_images(args, model)
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads or before)

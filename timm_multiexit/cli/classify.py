@@ -14,6 +14,7 @@ from ..inference.anytime import AnytimeRunner
 from ..inference.batch_loop import segments_of
 from ..inference.engine import ENGINES, Engine, make_engine
 from ..inference.preprocess import Preprocessing
+from ..inference.profile import profile
 from ..inference.runner import image_paths
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.names import class_labels
@@ -25,8 +26,7 @@ from ._common import (
     add_model_options,
     asks_for_policy,
     load_network,
-    policy_asked_for,
-    profile_of,
+    requested_policy,
     stored_exit_config,
 )
 
@@ -78,7 +78,7 @@ def stopping(
         costs: ExitCosts,
         config: Optional[ExitConfig],
         temperatures: Sequence[float],
-        profile: Optional[StageCosts] = None,
+        latency: Optional[StageCosts] = None,
 ) -> Tuple[ExitPolicy, Callable]:
     """The policy that the options ask for, and a function (exit index, confidence) -> why it stopped there.
 
@@ -97,7 +97,7 @@ def stopping(
     if args.confidence is not None:
         policy = ExitPolicy.at_confidence(args.confidence, temperatures)
     elif config is not None and asks_for_policy(args):
-        policy = policy_asked_for(args, config, profile)
+        policy = requested_policy(args, config, latency)
     else:
         return ExitPolicy.at_exit(last, last + 1), lambda k, confidence: 'all exits ran'
 
@@ -159,7 +159,8 @@ def steps_under_options(
         return lambda x: [exit_before_deadline(runner, x, deadline)]
     if args.average_latency is not None and config is not None:
         engine = make_engine(model, args.engine)
-        policy, reason = stopping(args, costs, config, temperatures, profile_of(model, engine, config))
+        policy, reason = stopping(
+            args, costs, config, temperatures, profile(model, engine, input_size=config.input_size))
         engine.build(segments_of(policy))
         return lambda x: list(exits_under_policy(exits_in_use(engine, x, policy), policy, reason))
     policy, reason = stopping(args, costs, config, temperatures)

@@ -2,8 +2,7 @@
 import argparse
 
 from ..optional import require_extra
-from ..stopping.config import ExitConfig
-from ._common import add_model_argument, add_model_options, load_network, stored_exit_config
+from ._common import add_exit_config_option, add_model_argument, add_model_options, load_network, stored_exit_config
 
 
 def add_parser(subparsers) -> None:
@@ -13,8 +12,7 @@ def add_parser(subparsers) -> None:
                     'which needs only numpy, pillow and onnxruntime and gives the answers of classify.')
     add_model_argument(parser)
     add_model_options(parser)
-    parser.add_argument('--exit-config', default='', metavar='FILE',
-                        help='what calibrate wrote, to use instead of what is stored with the weights')
+    add_exit_config_option(parser)
     parser.add_argument('--output', required=True, metavar='DIR')
     parser.set_defaults(run=run)
 
@@ -23,7 +21,6 @@ def run(args: argparse.Namespace) -> None:
     require_extra('export', 'export')
     from ..inference.export import export_folder
     model = load_network(args)
-    config: ExitConfig = stored_exit_config(args, model)
-    graphs = export_folder(model, config, args.output)
+    graphs = export_folder(model, stored_exit_config(args, model), args.output)
     size = sum(path.stat().st_size for path in graphs) / 1e6
     print(f'written: {args.output}, {len(graphs)} graphs, {size:.1f} MB; run it: python {args.output}/run.py IMAGE')

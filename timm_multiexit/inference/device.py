@@ -19,7 +19,7 @@ from ..files import read_json, write_json
 from ..stopping.config import ExitConfig
 from ..stopping.costs import StageCosts, format_macs, parse_macs, parse_milliseconds
 from ..stopping.guarantee import RISKS
-from ..stopping.policy import ALWAYS, NEVER, ExitPolicy, scores
+from ..stopping.policy import ExitPolicy, scores
 from .batch_loop import gather_arrays, run_batch, segments_of
 from .images import is_image_file, read_image
 
@@ -164,12 +164,8 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
     if args.confidence is not None:
         return ExitPolicy.at_confidence(args.confidence, config.temperatures)
     if args.budget:
-        budget = parse_macs(args.budget)
-        if budget < config.exit_macs[0]:
-            raise InputError(f'a budget of {format_macs(budget)} MACs is below the first exit, which needs '
-                             f'{format_macs(config.exit_macs[0])}: give at least that')
-        last = max(k for k, macs in enumerate(config.exit_macs) if macs <= budget)
-    return ExitPolicy((NEVER,) * last + (ALWAYS,) * (config.num_exits - last), config.temperatures)
+        last = config.costs.deepest_within(parse_macs(args.budget))
+    return ExitPolicy.at_exit(last, config.num_exits, config.temperatures)
 
 
 def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths: Sequence[Path],

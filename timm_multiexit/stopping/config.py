@@ -134,6 +134,10 @@ class ExitConfig:
     def num_exits(self) -> int:
         return len(self.exit_macs)
 
+    @property
+    def costs(self) -> ExitCosts:
+        return ExitCosts(self.exit_macs, self.exit_params, self.input_size)
+
     def check_network(self, model, weights: str = '') -> None:
         """Checks that this config is of a network with these exits, classes and weights.
 
