@@ -85,7 +85,7 @@ def check_photo(path: str) -> None:
         with Image.open(path, formats=FORMATS) as image:
             pixels, format = image.width * image.height, image.format
     except Exception:  # Pillow raises many types for what is no image
-        raise InputError(f'not an image that is read here: send {", ".join(FORMATS)}') from None
+        raise InputError(f'this file is not an image that the app reads: send {", ".join(FORMATS)}') from None
     # JPEG is decoded at a fraction of its size.
     limit = 4 * MAX_PIXELS if format in ('JPEG', 'MPO') else MAX_PIXELS
     if pixels > limit:

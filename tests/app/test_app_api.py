@@ -60,8 +60,8 @@ def test_extreme_budgets(client, server):
     assert classify(client, IMAGES[1], server.names[0], str(first))['exit'] == 1
     assert classify(client, IMAGES[1], server.names[0], str(full))['exit'] == server.network.model.num_exits
     assert classify(client, IMAGES[1], server.names[0], '1e30')['exit'] == server.network.model.num_exits
-    for budget, message in [(str(first - 1), 'below the first exit'), ('1', 'below the first exit'),
-                            ('0', 'not a number of MACs'), ('-3M', 'not a number of MACs'),
+    for budget, message in [(str(first - 1), 'below the first exit'), ('1000', 'below the first exit'),
+                            ('1', 'did you mean 1M'), ('0', 'not a number of MACs'), ('-3M', 'not a number of MACs'),
                             ('nan', 'not a number of MACs'), ('a lot', 'not a number of MACs')]:
         with pytest.raises(AppError, match=message):
             classify(client, IMAGES[1], server.names[0], budget)
@@ -102,7 +102,7 @@ def test_policies(client, server):
     found = client.predict(network=server.names[0], average_budget=str(full / 2), api_name='/policy')
     assert found['thresholds'] == pytest.approx(server.network.config.policy_for(full / 2).thresholds)
     with pytest.raises(AppError, match='cannot be kept'):
-        client.predict(network=server.names[0], average_budget='1', api_name='/policy')
+        client.predict(network=server.names[0], average_budget='1M', api_name='/policy')
 
 
 def test_ten_visitors_at_once_get_their_own_answers(server):

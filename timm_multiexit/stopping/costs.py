@@ -115,7 +115,7 @@ def parse_milliseconds(text: Union[str, float]) -> float:
 
 
 def _parse(text: Union[str, float], units: Dict[str, float], hint: str) -> float:
-    match = re.fullmatch(r'\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*', str(text).lower())
+    match = re.fullmatch(r'([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)', str(text).strip().lower())
     number, unit = match.groups() if match else ('', '')
     try:
         value = float(number) * units[unit]

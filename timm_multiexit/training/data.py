@@ -50,7 +50,7 @@ def describe_data(args: argparse.Namespace, model: MultiExitNet, splits: Splits)
         InputError: images of different sizes without `--input-size`, or too small ones.
     """
     cfg = model.pretrained_cfg
-    transferred = starts_trained(args) or bool(args.initial_checkpoint)
+    transferred = starts_trained(args) or bool(args.initial_checkpoint or args.backbone_checkpoint)
     sizes, deep = image_sizes(splits.train)
     height, width = _input_size(args, cfg, sizes)
     least = min((cfg.get('min_input_size') or (3, 1, 1))[1:])
