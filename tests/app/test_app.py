@@ -1,27 +1,24 @@
 """The app's pure functions: which exit answers, positions in the pictures, and stored files."""
 import math
-import re
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 import yaml
+from app_pages import MACS, Tree, make_config
 from PIL import Image
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.evaluate import LabelledLogits
-from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.stopping.costs import ExitCosts
-from timm_multiexit.stopping.policy import ExitPolicy, confidence
+from timm_multiexit.stopping.policy import ExitPolicy
 from timm_multiexit.stopping.simulate import simulate
 
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
 
 import choose_examples  # noqa: E402
-import dataset_view  # noqa: E402
 import examples  # noqa: E402
 import gradio as gr  # noqa: E402
 import handlers  # noqa: E402
@@ -36,9 +33,6 @@ from answers import (  # noqa: E402
     status_text,
 )
 
-MACS = (10_000_000, 20_000_000, 24_000_000, 40_000_000)
-VOID = {'img', 'line', 'rect', 'circle', 'polyline', 'path'}
-
 
 def make_outputs(logits=None, **kwargs) -> ExitOutputs:
     if logits is None:  # predicts 0, 0, 1, 1, with rising confidence
@@ -49,33 +43,6 @@ def make_outputs(logits=None, **kwargs) -> ExitOutputs:
         milliseconds=(1., 2., 2.5, 4.), temperatures=(1., 1., 2., 0.5), input_image=Image.new('RGB', (32, 32), 'navy'),
         true_class='dog')
     return ExitOutputs(**{**values, **kwargs})
-
-
-class Tree(HTMLParser):
-    """Checks that every element is closed, and collects start tags and text."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ''
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def classes(self, tag):
-        return [attrs.get('class', '') for name, attrs in self.tags if name == tag]
 
 
 @pytest.mark.parametrize('budget, exit_index', [
@@ -232,66 +199,6 @@ def test_networks_without_weights_are_not_listed(name):
     assert name not in [n.partition('.')[0] for n in served.available_networks()]
     with pytest.raises(InputError):
         served.available_networks(name)
-
-
-def make_config():
-    """An exit config of four exits, of 400 made-up images."""
-    torch.manual_seed(3)
-    targets = torch.randint(3, (400,))
-    logits = torch.randn(4, 400, 3) + torch.tensor([1., 1.5, 2., 2.5]).view(4, 1, 1) * torch.eye(3)[targets]
-    return ExitConfig.fit(logits, targets, ExitCosts(MACS, (1, 2, 3, 4), (3, 32, 32)), ('cat', 'dog', 'pickup_truck'))
-
-
-def test_the_curve_interpolates_what_policies_give_on_the_validation_images():
-    config = make_config()
-    curve = examples.load_curve('no.results', config)
-    assert curve.images == 'the validation images'
-    first, last = config.policy_for(MACS[0]), config.policy_for(MACS[-1])
-    assert curve.at(1.).accuracy == first.expected_accuracy and curve.at(1e12).accuracy == last.expected_accuracy
-    low, high, between = curve.budgets[4], curve.budgets[5], curve.at((curve.budgets[4] + curve.budgets[5]) / 2)
-    ends = [config.policy_for(b) for b in (low, high)]
-    assert between.macs == pytest.approx(sum(p.expected_macs for p in ends) / 2)
-    assert between.shares == pytest.approx([sum(s) / 2 for s in zip(*(p.exit_shares for p in ends))])
-    low, high = dataset_view.accuracy_range(curve)
-    assert low < first.expected_accuracy < last.expected_accuracy < high
-
-
-def test_gallery_images_leave_where_the_policy_says():
-    torch.manual_seed(1)
-    logits, policy = torch.randn(4, 60, 3) * 2, make_config().policy_for(20e6)
-    confidences = torch.stack([confidence(x, temperature=t) for x, t in zip(logits, policy.temperatures)])
-    images = [examples.GalleryImage(i, 'cat', ('dog',) * 4, tuple(confidences[:, i].tolist())) for i in range(60)]
-    groups = dataset_view.gallery_by_exit(images, policy)
-    expected = simulate(policy, logits, MACS).exit_index
-    for k, group in enumerate(groups):
-        assert sorted(g.tile for g in group) == (expected == k).nonzero()[0].tolist()
-        assert [g.confidences[k] for g in group] == sorted((g.confidences[k] for g in group), reverse=True)
-
-
-def test_the_budget_view_is_complete():
-    config = make_config()
-    curve = examples.load_curve('no.results', config)
-    bins = dict(calibration_error=3., bins=[{'from': .9, 'to': 1., 'confidence': .95, 'accuracy': .9, 'share': 1.}])
-    assets = examples.Assets(
-        (), (examples.GalleryImage(0, 'cat', ('dog',) * 4, (.95, .9, .9, .9)),),
-        (dict(raw=bins, calibrated={**bins, 'calibration_error': 1.}),) * 4, 'data:image/png;base64,', 16)
-    for budget in (10e6, 15e6, 40e6):
-        tree = Tree(dataset_view.budget_view(curve, config, assets, budget))
-        assert len([c for c in tree.classes('div') if c == 'leaving']) == 4
-        assert f'{curve.at(budget).accuracy:.1f}%' in tree.text
-    assert 'error 3.0%' in Tree(dataset_view.reliability_diagrams(assets, False)).text
-    assert 'error 1.0%' in Tree(dataset_view.reliability_diagrams(assets, True)).text
-
-
-@pytest.mark.parametrize('budget', [MACS[0], 20e6, MACS[-1]])
-def test_thresholds_are_shown_for_the_exits_in_use(budget):
-    config = make_config()
-    policy = config.policy_for(budget)
-    used = policy.exits_in_use
-    shown = ['off' if k not in used else 'rest' if k == used[-1] else f'≥ {policy.confidence_at(k):.3f}'
-             for k in range(4)]
-    html = dataset_view.budget_view(examples.load_curve('no.results', config), config, examples.Assets(()), budget)
-    assert re.findall(r'class="cost" title="[^"]*">([^<]*)<', html) == shown
 
 
 def test_lessons_select_the_images_they_describe():

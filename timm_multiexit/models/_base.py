@@ -7,7 +7,7 @@ first. Stage k maps the state to the next one; the first stage receives `[image]
 map that the exit reads, and every other tensor is read by a later stage. So inference may stop after any exit, and may
 drop finished images by indexing every tensor of the state.
 """
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
@@ -16,20 +16,7 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices  # private, but used by every timm model with these methods
 from torch import nn
 
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch normalisation as in train mode, whose running statistics stay as they are."""
-    norms = [m for m in module.modules() if getattr(m, 'num_batches_tracked', None) is not None]
-    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.
-    try:
-        yield
-    finally:  # checkpointing leaves the block by an error when it has all that it needs
-        for norm, (momentum, count) in zip(norms, kept):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+from ._blocks import statistics_kept
 
 
 class Stage(nn.Module):
@@ -53,7 +40,7 @@ class Stage(nn.Module):
     @torch.jit.ignore
     def _contexts(self) -> Tuple[Any, Any]:
         """Those of the forward and of its repetition in the backward pass, where BN statistics must not move again."""
-        return nullcontext(), _statistics_kept(self)
+        return nullcontext(), statistics_kept(self)
 
     @torch.jit.ignore
     def keep_maps(self, kept: List[int]) -> List[int]:

@@ -1,6 +1,7 @@
 """Blocks shared by several architectures, where exits go in a plain chain, and the initialisation of weights."""
 import math
-from typing import List, Optional, Sequence, Set, Type
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Sequence, Set, Type
 
 import torch
 from timm.layers import ConvNormAct
@@ -136,3 +137,18 @@ def init_weights(module: nn.Module, name: Optional[str] = None) -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch normalisation as in train mode, whose running statistics stay as they are."""
+    norms = [m for m in module.modules() if getattr(m, 'num_batches_tracked', None) is not None]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.
+    try:
+        yield
+    finally:  # checkpointing leaves the block by an error when it has all that it needs
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)

@@ -9,6 +9,7 @@ from timm.models._hub import load_model_config_from_path  # private: timm export
 
 from ..datasets import DATASETS, find_dataset
 from ..errors import InputError
+from ..files import read_json
 from ..models import MultiExitNet
 from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE, first_line, hub_file
@@ -142,6 +143,7 @@ def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str)
 
     Args:
         model: Changed in place. Its BN statistics are averaged too, which does not give those of the mean weights.
+            Mean, deviation, interpolation and crop of its images become those of the first run.
         paths: Checkpoints as for `load_model`.
         name: Name of the network, for error messages.
 
@@ -155,6 +157,14 @@ def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str)
             part = value.double() / len(paths) if value.is_floating_point() else value.clone()
             mean[key] = mean[key] + part if key in mean and value.is_floating_point() else part
     model.load_state_dict(mean)
+    model.pretrained_cfg.update(_normalisation(Path(paths[0])))
+
+
+def _normalisation(checkpoint: Path) -> Dict[str, Any]:
+    """How weights saw their images, from the record beside them; empty where there is none."""
+    config = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
+    cfg = read_json(config, 'config').get('pretrained_cfg') or {} if config.is_file() else {}
+    return {name: cfg[name] for name in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if cfg.get(name)}
 
 
 def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
