@@ -12,7 +12,7 @@ from timm_multiexit import ExitCosts, ExitPolicy, InputError
 from timm_multiexit.stopping.costs import format_macs
 from timm_multiexit.stopping.simulate import simulate
 
-BY_BUDGET, BY_TIME, BY_CONFIDENCE = 'budget', 'time', 'confidence'
+BY_BUDGET, BY_TIME, BY_CONFIDENCE, BY_LOSS = 'budget', 'time', 'confidence', 'loss'
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence, Tuple
 from examples import Assets, Curve, GalleryImage
 from image_view import GAP, TEMPLATES, at_cost, exit_positions
 
-from timm_multiexit import ExitConfig, ExitPolicy
+from timm_multiexit import ExitPolicy
 from timm_multiexit.stopping.costs import format_macs
 
 
@@ -58,9 +58,17 @@ def gallery_by_exit(images: Sequence[GalleryImage], policy: ExitPolicy) -> List[
     return groups
 
 
-def budget_view(curve: Curve, config: ExitConfig, assets: Assets, budget: float) -> str:
-    """Everything that the average-budget slider changes, in one piece."""
-    policy, macs, now = config.policy_for(budget), config.exit_macs, curve.at(budget)
+def budget_view(curve: Curve, policy: ExitPolicy, macs: Sequence[int], assets: Assets, budget: float) -> str:
+    """Everything that the sliders change, in one piece.
+
+    Args:
+        curve: Accuracy against average cost.
+        policy: Its thresholds and what it promises.
+        macs: Cumulative multiply-adds of each exit.
+        assets: Images to group by the exit that answers.
+        budget: Average MACs per image that the policy was chosen for.
+    """
+    now = curve.at(budget)
     low, high = accuracy_range(curve)
     left, full = 0.9 * curve.points[0].macs, macs[-1]
     positions = exit_positions(macs, GAP / len(macs))
@@ -73,7 +81,7 @@ def budget_view(curve: Curve, config: ExitConfig, assets: Assets, budget: float)
         return 100 - 100 * (accuracy - low) / (high - low)
 
     return TEMPLATES.get_template('dataset.html.jinja').render(
-        curve=curve, now=now, budget=budget, full=full, assets=assets, x=x, y=y,
+        curve=curve, now=now, budget=budget, promise=policy.promise, full=full, assets=assets, x=x, y=y,
         versus='same as the full network' if abs(loss) < 0.05 else (
             f'{abs(loss):.1f} points {"below" if loss > 0 else "above"} the full network'),
         accuracies=_ticks(low, high), costs=_ticks(left / 1e6, full / 1e6, 5),

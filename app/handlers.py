@@ -10,6 +10,7 @@ import image_view
 from answers import (
     BY_BUDGET,
     BY_CONFIDENCE,
+    BY_LOSS,
     BY_TIME,
     Answer,
     ExitOutputs,
@@ -157,18 +158,37 @@ def switch_mode(mode: str):
     return [gr.update(visible=mode == shown) for shown in (BY_BUDGET, BY_BUDGET, BY_TIME, BY_CONFIDENCE)]
 
 
+def switch_data_mode(mode: str):
+    return [gr.update(visible=mode == shown) for shown in (BY_BUDGET, BY_BUDGET, BY_LOSS)]
+
+
+def may_promise(network: Network) -> bool:
+    """Whether scores of certification images are stored, with which a loss can be bounded."""
+    scores = None if network.config is None else network.config.scores
+    return scores is not None and bool(scores.certification.any())
+
+
 @clear_errors
-def budget_page(name: str, average_budget: Optional[float]):
-    """The dataset view at an average budget in millions of MACs, and its status text."""
+def data_page(name: str, mode: str, average_budget: Optional[float], max_loss: Optional[float]):
+    """The dataset view and its status text: at an average budget in millions of MACs, or at the cheapest policy that
+    surely loses at most so many points.
+    """
     network, assets, curve = stored_for(name)
     if curve is None:
         return ('<div class="mx"><p class="panel">No policies are stored with these weights. Create them with '
                 'timm-multiexit calibrate.</p></div>'), ''
+    if mode == BY_LOSS and may_promise(network):
+        if max_loss is None:
+            raise InputError('no loss given: enter one in points')
+        policy = network.config.policy_for(max_loss=max_loss)
+        return (dataset_view.budget_view(curve, policy, network.costs.macs, assets, policy.expected_macs),
+                dataset_view.status_text(curve, policy.expected_macs))
     if average_budget is None:
         raise InputError('no budget given: enter one in millions of MACs')
     macs = network.costs.macs
     budget = min(max(average_budget * MEGA, macs[0]), macs[-1])  # the slider's ends are rounded outwards
-    return dataset_view.budget_view(curve, network.config, assets, budget), dataset_view.status_text(curve, budget)
+    return (dataset_view.budget_view(curve, network.config.policy_for(budget), macs, assets, budget),
+            dataset_view.status_text(curve, budget))
 
 
 def reliability(name: str, calibrated: bool) -> str:
@@ -189,14 +209,16 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
     time = limit if mode == BY_TIME and limit is not None else round((first + last) / 2, 2)
     outputs = run_example(name, position)
     ruler = image_view.ruler(macs, low * MEGA, high * MEGA)
-    page, _ = budget_page(name, middle)
+    page, _ = data_page(name, BY_BUDGET, middle, None)
     return (
         name, outputs, cards(name, position), mode,
         gr.update(minimum=low, maximum=high, step=step, value=min(max(budget, low), high), visible=mode == BY_BUDGET),
         gr.update(value=ruler, visible=mode == BY_BUDGET),
         gr.update(minimum=first, maximum=last, value=min(max(time, first), last), visible=mode == BY_TIME),
         gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
+        gr.update(value=BY_BUDGET, visible=may_promise(network)),
         gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None), ruler,
+        gr.update(visible=False),
         page, dataset_view.sprite_style(assets), reliability(name, True),
         gr.update(value=True, visible=bool(assets.reliability)), None)
 

@@ -5,7 +5,7 @@ from typing import List
 
 import gradio as gr
 import handlers
-from answers import BY_BUDGET, BY_CONFIDENCE, BY_TIME
+from answers import BY_BUDGET, BY_CONFIDENCE, BY_LOSS, BY_TIME
 from handlers import CONFIDENCE
 from served import display_name
 
@@ -101,9 +101,15 @@ def build_page(names: List[str]) -> gr.Blocks:
                     status = _status()
             with gr.Tab('Whole dataset', id='data'):
                 with gr.Column(elem_classes='mx-controls'):
+                    data_mode = gr.Radio(
+                        [('Average budget', BY_BUDGET), ('Largest loss', BY_LOSS)], value=BY_BUDGET, label='Choose by',
+                        elem_id='data-mode', visible=False)
                     average = gr.Slider(
                         0, 100, 50, label='Average budget (million MACs per image)', buttons=[], elem_id='average')
                     average_ruler = _picture(elem_classes='mx-ruler')
+                    loss = gr.Slider(
+                        0.25, 5, 1, step=0.25, label='Lose at most (points of accuracy, with 95% certainty)',
+                        buttons=[], visible=False, elem_id='loss')
                 sprite = _picture(elem_classes='mx-sprite')
                 data_view = _picture(elem_id='data-view')
                 data_status = _status()
@@ -113,8 +119,8 @@ def build_page(names: List[str]) -> gr.Blocks:
 
         controls = [outputs, mode, budget, time, confidence, calibrated]
         everything = [
-            network, outputs, cards, mode, budget, ruler, time, confidence, average, average_ruler, data_view, sprite,
-            diagrams, scaled, image]
+            network, outputs, cards, mode, budget, ruler, time, confidence, data_mode, average,
+            average_ruler, loss, data_view, sprite, diagrams, scaled, image]
         quiet = dict(show_progress='hidden', api_visibility='private')
         refresh = dict(fn=handlers.update_view, inputs=controls, outputs=[view, status], **again)
 
@@ -135,7 +141,12 @@ def build_page(names: List[str]) -> gr.Blocks:
         mode.input(handlers.switch_mode, mode, [budget, ruler, time, confidence], **again)
         for control in (mode, budget, time, confidence, calibrated):
             control.input(**refresh)
-        average.input(handlers.budget_page, [network, average], [data_view, data_status], **again)
+        show_data = dict(
+            fn=handlers.data_page, inputs=[network, data_mode, average, loss], outputs=[data_view, data_status],
+            **again)
+        data_mode.input(handlers.switch_data_mode, data_mode, [average, average_ruler, loss], **again)
+        for control in (data_mode, average, loss):
+            control.input(**show_data)
         scaled.input(handlers.reliability, [network, scaled], diagrams, **again)
         _add_api(names)
     return page

@@ -37,9 +37,12 @@ class Tree(HTMLParser):
         return [attrs.get('class', '') for name, attrs in self.tags if name == tag]
 
 
-def make_config():
-    """An exit config of four exits, of 400 made-up images."""
+def make_config(certification: int = 0) -> ExitConfig:
+    """An exit config of four exits, of 400 made-up images and some for a guarantee."""
     torch.manual_seed(3)
-    targets = torch.randint(3, (400,))
-    logits = torch.randn(4, 400, 3) + torch.tensor([1., 1.5, 2., 2.5]).view(4, 1, 1) * torch.eye(3)[targets]
-    return ExitConfig.fit(logits, targets, ExitCosts(MACS, (1, 2, 3, 4), (3, 32, 32)), ('cat', 'dog', 'pickup_truck'))
+    images = 400 + certification
+    targets = torch.randint(3, (images,))
+    logits = torch.randn(4, images, 3) + torch.tensor([1., 1.5, 2., 2.5]).view(4, 1, 1) * torch.eye(3)[targets]
+    return ExitConfig.fit(
+        logits, targets, ExitCosts(MACS, (1, 2, 3, 4), (3, 32, 32)), ('cat', 'dog', 'pickup_truck'),
+        certification=torch.arange(images) >= 400 if certification else None)

@@ -1,10 +1,12 @@
 """The app's page on a whole data set: curve, gallery and thresholds under a budget."""
 import re
+import types
 
 import pytest
 import torch
 from app_pages import MACS, Tree, make_config
 
+from timm_multiexit.stopping.costs import format_macs
 from timm_multiexit.stopping.policy import confidence
 from timm_multiexit.stopping.simulate import simulate
 
@@ -12,6 +14,9 @@ pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-mu
 
 import dataset_view  # noqa: E402
 import examples  # noqa: E402
+import gradio as gr  # noqa: E402
+import handlers  # noqa: E402
+from answers import BY_BUDGET, BY_LOSS  # noqa: E402
 
 
 def test_the_curve_interpolates_what_policies_give_on_the_validation_images():
@@ -48,7 +53,7 @@ def test_the_budget_view_is_complete():
         (), (examples.GalleryImage(0, 'cat', ('dog',) * 4, (.95, .9, .9, .9)),),
         (dict(raw=bins, calibrated={**bins, 'calibration_error': 1.}),) * 4, 'data:image/png;base64,', 16)
     for budget in (10e6, 15e6, 40e6):
-        tree = Tree(dataset_view.budget_view(curve, config, assets, budget))
+        tree = Tree(dataset_view.budget_view(curve, config.policy_for(budget), config.exit_macs, assets, budget))
         assert len([c for c in tree.classes('div') if c == 'leaving']) == 4
         assert f'{curve.at(budget).accuracy:.1f}%' in tree.text
     assert 'error 3.0%' in Tree(dataset_view.reliability_diagrams(assets, False)).text
@@ -62,5 +67,31 @@ def test_thresholds_are_shown_for_the_exits_in_use(budget):
     used = policy.exits_in_use
     shown = ['off' if k not in used else 'rest' if k == used[-1] else f'≥ {policy.confidence_at(k):.3f}'
              for k in range(4)]
-    html = dataset_view.budget_view(examples.load_curve('no.results', config), config, examples.Assets(()), budget)
+    html = dataset_view.budget_view(
+        examples.load_curve('no.results', config), policy, config.exit_macs, examples.Assets(()), budget)
     assert re.findall(r'class="cost" title="[^"]*">([^<]*)<', html) == shown
+
+
+def test_a_largest_loss_is_offered_where_it_can_be_promised(monkeypatch):
+    """The page shows the policy that the guarantee chooses; a loss that cannot be promised is refused."""
+    assets = examples.Assets(())
+
+    def serve(config):
+        network = types.SimpleNamespace(config=config, costs=config.costs)
+        curve = examples.load_curve('no.results', config)
+        monkeypatch.setattr(handlers, 'stored_for', lambda name: (network, assets, curve))
+        return network
+
+    assert not handlers.may_promise(serve(make_config()))
+    network = serve(make_config(certification=2000))
+    assert handlers.may_promise(network)
+    policy = network.config.policy_for(max_loss=5.)
+    assert policy.exit_shares[0] > 0.1
+    html, status = handlers.data_page('any', BY_LOSS, None, 5.)
+    assert f'Guaranteed: {policy.promise}' in html and format_macs(policy.expected_macs) in status
+    for k in policy.exits_in_use[:-1]:
+        assert f'≥ {policy.confidence_at(k):.3f}' in html
+    with pytest.raises(gr.Error, match='0.05 points cannot be promised'):
+        handlers.data_page('any', BY_LOSS, None, 0.05)
+    by_budget, _ = handlers.data_page('any', BY_BUDGET, 20., 5.)
+    assert 'Guaranteed' not in by_budget
