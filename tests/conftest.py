@@ -108,25 +108,29 @@ class SkipCheck:
 
 
 class ResultsTable:
-    """Writes a Markdown table: each test with its outcome, duration and the property `measured` that it recorded."""
+    """Keeps a Markdown table: each test with its outcome, duration and the property `measured` that it recorded.
+
+    A row is written as soon as its test ends and replaces that of an earlier run, so a long tier may run in parts.
+    """
+
+    HEAD = ['| test | outcome | time | date | commit | measured |', '|---|---|---|---|---|---|']
 
     def __init__(self, path: str):
-        self.path, self.rows = Path(path), []
+        self.path = Path(path)
+        self.commit = subprocess.run(
+            ['git', 'rev-parse', '--short', 'HEAD'], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.when == 'call' or report.outcome != 'passed':
             measured = dict(report.user_properties).get('measured', '')
-            test = report.nodeid.partition('::')[2]
-            self.rows.append(f'| {test} | {report.outcome} | {report.duration:.0f} s | {measured} |')
-
-    def pytest_sessionfinish(self) -> None:
-        commit = subprocess.run(
-            ['git', 'rev-parse', '--short', 'HEAD'], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
-        head = [
-            f'{datetime.date.today()}, commit {commit or "unknown"}, torch {torch.__version__}, '
-            f'timm {timm.__version__}',
-            '', '| test | outcome | time | measured |', '|---|---|---|---|']
-        self.path.write_text('\n'.join([*head, *sorted(self.rows)]) + '\n', encoding='utf-8')
+            test = report.nodeid.removeprefix('tests/')
+            rows = {}
+            if self.path.is_file():
+                for line in self.path.read_text(encoding='utf-8').splitlines()[len(self.HEAD):]:
+                    rows[line.split(' | ')[0]] = line
+            rows[f'| {test}'] = (f'| {test} | {report.outcome} | {report.duration:.0f} s | {datetime.date.today()} | '
+                                 f'{self.commit or "unknown"} | {measured} |')
+            self.path.write_text('\n'.join([*self.HEAD, *sorted(rows.values())]) + '\n', encoding='utf-8')
 
 
 def pytest_configure(config):

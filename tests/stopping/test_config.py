@@ -184,3 +184,17 @@ def test_a_promise_is_kept_by_the_cheapest_policy_that_can_make_it():
             config.policy_for(max_loss=1., certainty=certainty)
     with pytest.raises(InputError, match="unknown risk 'regret'"):
         config.policy_for(max_loss=1., risk='regret')
+
+
+def test_budgets_are_texts_too(tmp_path):
+    """'25M', '2ms' and '50%' mean what they mean on the command line; a file of calibrate is loaded by its path."""
+    config = load_exit_config('msfuse_cifar')
+    assert config.policy_for('25M') == config.policy_for(25e6)
+    profile = StageCosts((1.,) * 7, (0.5,) * 7)
+    assert config.policy_for(average_ms='50%', profile=profile) == config.policy_for(average_ms=3.75, profile=profile)
+    assert config.policy_for(average_ms='3ms', profile=profile) == config.policy_for(average_ms=3., profile=profile)
+    for wrong in (dict(average_budget='lots'), dict(average_ms='soon', profile=profile)):
+        with pytest.raises(InputError, match='write it like'):
+            config.policy_for(**wrong)
+    config.save(tmp_path / 'mine.json')
+    assert load_exit_config(str(tmp_path / 'mine.json')).policy_for('25M') == config.policy_for('25M')

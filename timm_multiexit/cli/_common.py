@@ -14,7 +14,7 @@ from ..pretrained.load import load_model
 from ..pretrained.names import require_weights
 from ..pretrained.record import find_weights, trained_on, training_data
 from ..stopping.config import ExitConfig
-from ..stopping.costs import StageCosts, parse_macs, parse_milliseconds
+from ..stopping.costs import StageCosts
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import ExitPolicy
 
@@ -109,21 +109,6 @@ def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None
                              'right; consistency: answers that differ (default: %(default)s)')
 
 
-def policy_of_latency(config: ExitConfig, text: str, profile: Optional[StageCosts]) -> ExitPolicy:
-    """The policy for milliseconds, or for a share of the full network's time.
-
-    Raises:
-        InputError: not such a text, or a time that cannot be kept.
-    """
-    if profile is None or not text.strip().endswith('%'):
-        return config.policy_for(average_ms=parse_milliseconds(text), profile=profile)
-    try:
-        share = float(text.strip()[:-1]) / 100.
-    except ValueError:
-        raise InputError(f"'{text}' is not a share of the full network's time: write it like 50%") from None
-    return config.policy_for(average_ms=share * profile.full, profile=profile)
-
-
 def stored_exit_config(args: argparse.Namespace, model: MultiExitNet) -> ExitConfig:
     """The exit config of --exit-config, or that stored with the weights, checked to be of this network.
 
@@ -149,9 +134,9 @@ def requested_policy(args: argparse.Namespace, config: ExitConfig, profile: Opti
         InputError: a budget that cannot be kept or a promise that cannot be made.
     """
     if args.average_budget is not None:
-        return config.policy_for(parse_macs(args.average_budget))
+        return config.policy_for(args.average_budget)
     if args.average_latency is not None:
-        return policy_of_latency(config, args.average_latency, profile)
+        return config.policy_for(average_ms=args.average_latency, profile=profile)
     return config.policy_for(max_loss=parse_points(args.max_loss), certainty=args.certainty, risk=args.risk)
 
 

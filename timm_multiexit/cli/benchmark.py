@@ -28,7 +28,6 @@ from ._common import (
     network_name,
     open_data,
     parse_points,
-    policy_of_latency,
     stored_exit_config,
 )
 
@@ -85,7 +84,7 @@ def latency_policies(args: argparse.Namespace, config: ExitConfig, engine: Engin
         texts = [t for t in args.average_latency if size == 1 or t.endswith('%')]
         if texts:
             profile = measure_profile(engine, config.input_size, size)
-            policies.update((f'{t} at batch {size}', policy_of_latency(config, t, profile)) for t in texts)
+            policies.update((f'{t} at batch {size}', config.policy_for(average_ms=t, profile=profile)) for t in texts)
     return policies
 
 

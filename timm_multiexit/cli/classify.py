@@ -19,7 +19,7 @@ from ..inference.runner import image_paths
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.names import class_labels
 from ..stopping.config import ExitConfig
-from ..stopping.costs import ExitCosts, StageCosts, format_macs, parse_macs, parse_milliseconds
+from ..stopping.costs import ExitCosts, StageCosts, format_macs, parse_latency, parse_macs, parse_milliseconds
 from ..stopping.policy import ExitPolicy
 from ._common import (
     add_budget_options,
@@ -137,9 +137,14 @@ def exit_before_deadline(runner: AnytimeRunner, x: torch.Tensor, milliseconds: f
     """Runs one image (1, C, H, W) to the deepest exit that the deadline allows."""
     answer = runner.within_time(x, milliseconds)
     k = int(answer.exit_index[0])
-    deepest = k == runner.engine.num_exits - 1
-    return k, answer.logits, f'last exit, within {milliseconds:g} ms' if deepest else (
-        f'the next exit would end after {milliseconds:g} ms')
+    needed = runner.step_times[tuple(x.shape)][0]
+    if needed > milliseconds:
+        why = f'late: the first exit needs {needed:.2g} ms on this machine'
+    elif k == runner.engine.num_exits - 1:
+        why = f'last exit, within {milliseconds:g} ms'
+    else:
+        why = f'the next exit would end after {milliseconds:g} ms'
+    return k, answer.logits, why
 
 
 def steps_under_options(
@@ -158,6 +163,7 @@ def steps_under_options(
         deadline, runner = parse_milliseconds(args.deadline), AnytimeRunner(model, args.engine, costs, temperatures)
         return lambda x: [exit_before_deadline(runner, x, deadline)]
     if args.average_latency is not None and config is not None:
+        parse_latency(args.average_latency, 1.)  # refused before anything is measured
         engine = make_engine(model, args.engine)
         policy, reason = stopping(
             args, costs, config, temperatures, profile(model, engine, input_size=config.input_size))

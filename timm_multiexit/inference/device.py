@@ -17,7 +17,7 @@ from PIL import Image
 from ..errors import InputError
 from ..files import read_json, write_json
 from ..stopping.config import ExitConfig
-from ..stopping.costs import StageCosts, format_macs, parse_macs, parse_milliseconds
+from ..stopping.costs import StageCosts, format_macs, parse_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import ExitPolicy, scores
 from .batch_loop import gather_arrays, run_batch, segments_of
@@ -154,11 +154,11 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
     """
     last = config.num_exits - 1
     if args.average_budget:
-        return config.policy_for(parse_macs(args.average_budget))
+        return config.policy_for(args.average_budget)
     if args.average_latency:
         values = read_json(engine.folder / PROFILE_NAME, 'profile (run with --profile first)')
         profile = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
-        return config.policy_for(average_ms=parse_milliseconds(args.average_latency), profile=profile)
+        return config.policy_for(average_ms=args.average_latency, profile=profile)
     if args.max_loss is not None:
         return config.policy_for(max_loss=args.max_loss, certainty=args.certainty, risk=args.risk)
     if args.confidence is not None:

@@ -19,12 +19,15 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
     """The exit config stored with weights: what their exits cost, and when to stop for an average budget.
 
     Args:
-        name: 'arch' or 'arch.tag' (in the package), 'hf-hub:ORG/NAME[@REVISION]' or 'local-dir:PATH'.
+        name: 'arch' or 'arch.tag' (in the package), 'hf-hub:ORG/NAME[@REVISION]', 'local-dir:PATH', or a file that
+            `timm-multiexit calibrate --output` wrote.
         checkpoint: File with weights that replace the named ones; the config is read from the same folder.
 
     Raises:
         InputError: unknown name, or no config is stored with these weights.
     """
+    if name.endswith('.json'):
+        return ExitConfig.load(name)
     if not checkpoint:
         check_name(name)
     try:

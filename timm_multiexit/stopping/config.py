@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import read_json, write_json
-from .costs import ExitCosts, StageCosts
+from .costs import ExitCosts, StageCosts, parse_latency, parse_macs
 from .guarantee import certified, risk_losses, tightest
 from .policy import CALIBRATE_HINT, MEASURES, ExitPolicy
 from .scores import FILE_NAME as SCORES_NAME
@@ -161,9 +161,9 @@ class ExitConfig:
 
     def policy_for(
             self,
-            average_budget: Optional[float] = None,
+            average_budget: Optional[Union[str, float]] = None,
             *,
-            average_ms: Optional[float] = None,
+            average_ms: Optional[Union[str, float]] = None,
             max_loss: Optional[float] = None,
             certainty: float = 0.95,
             risk: str = 'accuracy',
@@ -174,9 +174,10 @@ class ExitConfig:
         It is solved on the development images (0.1 s for 7 exits) and kept. Give one of the first three.
 
         Args:
-            average_budget: Average MACs per image. Where the images cannot be split to meet it, the next cheaper
-                policy.
-            average_ms: Average milliseconds per image, with the `profile` of this machine.
+            average_budget: Average MACs per image, like 25e6 or '25M'. Where the images cannot be split to meet it, the
+                next cheaper policy.
+            average_ms: Average milliseconds per image, like 2 or '2ms', or a share of the full network's, like '50%';
+                with the `profile` of this machine.
             max_loss: Loss of accuracy against the full network, in points (0.5 is half a percent), on new images of the
                 same distribution (exchangeable with the certification images), with probability `certainty` over the
                 draw of those. See `guarantee`.
@@ -196,6 +197,10 @@ class ExitConfig:
         costs = StageCosts.of_macs(self.exit_macs) if profile is None or average_budget is not None else profile
         if len(costs.stages) != self.num_exits:
             raise InputError(f'a profile of {len(costs.stages)} exits does not fit a network with {self.num_exits}')
+        if isinstance(average_budget, str):
+            average_budget = parse_macs(average_budget)
+        if isinstance(average_ms, str):
+            average_ms = parse_latency(average_ms, costs.full)
         key = (average_budget, average_ms, max_loss, certainty, risk, costs)
         if key not in self._solved:
             if max_loss is not None:

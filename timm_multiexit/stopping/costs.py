@@ -114,8 +114,20 @@ def parse_milliseconds(text: Union[str, float]) -> float:
     return _parse(text, {'': 1., 'ms': 1.}, 'milliseconds: write it like 3ms')
 
 
+def parse_latency(text: Union[str, float], full: float) -> float:
+    """Milliseconds from '3ms' or a number, or from a share of the full network's `full` milliseconds, like '50%'.
+
+    >>> parse_latency('50%', full=8.)
+    4.0
+
+    Raises:
+        InputError: not a positive number.
+    """
+    return _parse(text, {'': 1., 'ms': 1., '%': full / 100.}, "milliseconds or a share: write it like 3ms or 50%")
+
+
 def _parse(text: Union[str, float], units: Dict[str, float], hint: str) -> float:
-    match = re.fullmatch(r'([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)', str(text).strip().lower())
+    match = re.fullmatch(r'([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z%]*)', str(text).strip().lower())
     number, unit = match.groups() if match else ('', '')
     try:
         value = float(number) * units[unit]
