@@ -158,6 +158,20 @@ def test_a_used_folder_is_not_started_anew(trainer, tmp_path):
     assert find_checkpoint('auto', tmp_path / 'new') == find_checkpoint('', tmp_path / 'new') == ''
 
 
+
+def test_overwrite_replaces_the_run(trainer, tmp_path, capsys):
+    record(trainer, tmp_path)
+    assert find_checkpoint('', tmp_path, overwrite=True) == ''
+    (first,) = History.read(tmp_path).steps
+    RunFolder(trainer, tmp_path, '', 0, {})
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir() or p.suffix == '.tar') == []
+    (second,) = History.read(tmp_path).steps
+    assert second.run != first.run
+    with pytest.raises(SystemExit):
+        parse_train_args('', ['--overwrite', '--resume', 'auto'])
+    assert 'choose one' in capsys.readouterr().err
+
+
 def test_a_run_goes_on_from_an_earlier_checkpoint(trainer, tmp_path):
     record(trainer, tmp_path)
     (tmp_path / 'final' / 'multiexit.json').write_text('{}')

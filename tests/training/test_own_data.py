@@ -8,15 +8,17 @@ import torch
 from conftest import SMALL
 from photos import make_photos, save_12_bits
 from PIL import Image
+from safetensors.torch import save_file
 
 from timm_multiexit.data.images import Images
 from timm_multiexit.errors import InputError
 from timm_multiexit.inference.preprocess import Preprocessing
-from timm_multiexit.pretrained.record import training_data
+from timm_multiexit.files import write_json
+from timm_multiexit.pretrained.record import TrainingData, config_of, describe, training_data
 from timm_multiexit.training.data import count_classes, describe_data, open_data
 from timm_multiexit.training.loader import InMemoryLoader, StreamedEvaluation, StreamingLoader, create_loaders
 from timm_multiexit.training.options import parse_train_args
-from timm_multiexit.training.trainer import seed_epoch
+from timm_multiexit.training.trainer import create_network, seed_epoch
 
 CLASSES = ('a b', 'ç')
 
@@ -53,6 +55,35 @@ def test_photos_of_different_sizes_need_a_size(tmp_path):
     args, splits, model = described(root, '--input-size', '48')
     train, held_out = create_loaders(args, splits, Preprocessing.of(model), torch.device('cpu'))
     assert next(iter(train))[0].shape == (8, 3, 48, 48) and next(iter(held_out))[0].shape == (2, 3, 48, 48)
+
+
+
+def test_weights_of_other_classes_start_a_run(tmp_path, caplog):
+    """All but the classifiers is loaded, and the images are normalised as for the run before."""
+    torch.manual_seed(0)
+    before = timm.create_model('msfuse_cifar', num_classes=5, **SMALL)
+    describe(before, TrainingData('folder'), None, mean=(.1, .2, .3), std=(.4, .5, .6))
+    final = tmp_path / 'final'
+    save_file(before.state_dict(), written(final / 'model.safetensors'))
+    write_json(final / 'config.json', config_of(before))
+    root = make_photos(tmp_path / 'photos', CLASSES, {'train': 10, 'test': 2}, (40, 40))
+    sizes = [f'{k}={v!r}'.replace(' ', '') for k, v in SMALL.items()]
+    args, splits, _ = described(root, '--initial-checkpoint', str(final), '--model-kwargs', *sizes)
+    with caplog.at_level(logging.WARNING):
+        model = create_network(args, 2)
+    assert [r.message for r in caplog.records] == [
+        f"'{final / 'model.safetensors'}' knows 5 classes, not 2: all of it is used but the classifiers of its exits"]
+    describe_data(args, model, splits)
+    assert model.pretrained_cfg['mean'] == (.1, .2, .3) and model.pretrained_cfg['std'] == (.4, .5, .6)
+    new = [k for k, v in model.state_dict().items() if not torch.equal(v, before.state_dict()[k])]
+    assert new == [f'exits.{k}.fc.{name}' for k in range(3) for name in ('weight', 'bias')]
+    with pytest.raises(InputError, match='does not fit'):
+        create_network(parse_train_args('', ['--model', 'msfuse_cifar', '--initial-checkpoint', str(final)]), 2)
+
+
+def written(path):
+    path.parent.mkdir()
+    return path
 
 
 def test_grey_scans_of_12_bits(tmp_path):

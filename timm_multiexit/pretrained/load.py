@@ -1,4 +1,5 @@
 """Loads networks with their weights by name. A bad name and unreadable or unsuitable weights are InputErrors."""
+import logging
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
@@ -15,6 +16,8 @@ from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE, first_line, hub_file
 from .names import LOAD_ERRORS, check_name, list_networks, require_weights
 from .record import TrainingData, describe, find_weights, read_training_data
+
+_logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -136,7 +139,12 @@ def _require_safetensors(name: str) -> None:
         'safetensors')
 
 
-def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str) -> None:
+def load_mean(
+        model: MultiExitNet,
+        paths: Sequence[Union[str, Path]],
+        name: str,
+        new_classes: bool = False,
+) -> None:
     """Loads the mean of the weights of several runs ("model soup", Wortsman et al., ICML 2022).
 
     It works where the runs share the beginning of their training.
@@ -146,13 +154,14 @@ def load_mean(model: MultiExitNet, paths: Sequence[Union[str, Path]], name: str)
             Mean, deviation, interpolation and crop of its images become those of the first run.
         paths: Checkpoints as for `load_model`.
         name: Name of the network, for error messages.
+        new_classes: Whether classifiers of another number of classes stay as they are, with a warning.
 
     Raises:
         InputError: weights that cannot be read or do not fit.
     """
     mean: Dict[str, torch.Tensor] = {}
     for path in paths:
-        _load_checkpoint(model, Path(path), name)
+        _load_checkpoint(model, Path(path), name, new_classes)
         for key, value in model.state_dict().items():
             part = value.double() / len(paths) if value.is_floating_point() else value.clone()
             mean[key] = mean[key] + part if key in mean and value.is_floating_point() else part
@@ -167,7 +176,7 @@ def _normalisation(checkpoint: Path) -> Dict[str, Any]:
     return {name: cfg[name] for name in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if cfg.get(name)}
 
 
-def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
+def _load_checkpoint(model: MultiExitNet, path: Path, name: str, new_classes: bool = False) -> None:
     if path.is_dir():
         path = path / WEIGHTS_FILE
     if not path.is_file():
@@ -177,6 +186,8 @@ def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
         if filter_fn := getattr(model, 'checkpoint_filter_fn', None):
             state = filter_fn(state, model)
         own = model.state_dict()
+        if new_classes:
+            _keep_classifiers(model, state, own, path)
         both = state.keys() & own.keys()
         if wrong := [k for k in both if state[k].is_floating_point() != own[k].is_floating_point()]:
             raise InputError(
@@ -189,6 +200,17 @@ def _load_checkpoint(model: MultiExitNet, path: Path, name: str) -> None:
                 f"checkpoint '{path}' does not fit {name} with {model.num_classes} classes: pass the --model and "
                 '--num-classes that it was trained with') from error
         raise InputError(f"checkpoint '{path}' cannot be read, it may be cut off: {first_line(error)}") from error
+
+
+def _keep_classifiers(model: MultiExitNet, state: Dict[str, Any], own: Dict[str, Any], path: Path) -> None:
+    """Replaces classifiers of another number of classes in a checkpoint's state dict by the network's own."""
+    layers = tuple(f'{layer}.' for layer in model.pretrained_cfg['classifier'])
+    other = [k for k in state.keys() & own.keys() if k.startswith(layers) and state[k].shape[:1] != own[k].shape[:1]]
+    if other:
+        classes = len(state[other[0]])
+        _logger.warning(f"'{path}' knows {classes} classes, not {model.num_classes}: all of it is used but the "
+                        'classifiers of its exits')
+        state.update((k, own[k]) for k in other)
 
 
 def _is_misfit(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """Options of `train_timm.py`: timm's names, with defaults from a YAML file that the command line overrides."""
 import argparse
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import List, Optional, Sequence
 
 import torch
@@ -10,6 +10,7 @@ from ..commands import BELOW_ONE, COUNT, HINT, NOT_NEGATIVE, POSITIVE, SHARE, TH
 from ..datasets import VALIDATION_IMAGES
 from ..errors import InputError
 from ..files import read_yaml
+from ..pretrained.hub_files import WEIGHTS_FILE
 from .regimes import REGIMES
 from .task import KD_EXITS
 
@@ -35,6 +36,8 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
     args = parser.parse_args(argv)
     _check(parser, args)
     args.config = config
+    args.initial_checkpoint = [
+        str(path / WEIGHTS_FILE) if path.is_dir() else str(path) for path in map(Path, args.initial_checkpoint)]
     args.sched_on_updates = True
     if args.decay_rate is None:
         args.decay_rate = 0.1 if args.sched in ('step', 'multistep') else 1.
@@ -97,8 +100,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
                        help='name of the network; its tag sets the mean and deviation of the images')
     group.add_argument('--num-classes', type=Number(int, 2), default=None, help="default: the data set's")
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_Kwargs)
-    group.add_argument('--initial-checkpoint', default=[], nargs='+', metavar='FILE',
-                       help='start from these weights; from their mean if there are several files')
+    group.add_argument('--initial-checkpoint', default=[], nargs='+', metavar='PATH',
+                       help='start from these weights, files or folders final/ of runs, from their mean if there are '
+                            'several; classifiers of another number of classes are left out')
     group.add_argument('--pretrained', action='store_true',
                        help="start from the pretrained weights of the network, or of multiexit's backbone")
     group.add_argument('--backbone-checkpoint', default='', metavar='FILE',
@@ -206,6 +210,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--experiment', default='', help='folder of the run in --output (default: model and data set)')
     group.add_argument('--resume', default='', metavar='FILE',
                        help="checkpoint to resume from; 'auto': the run's latest, if there is one")
+    group.add_argument('--overwrite', action='store_true', help='replace the run that the folder holds')
     group.add_argument('--log-interval', type=COUNT, default=50, metavar='STEPS')
     group.add_argument('--eval-interval', type=COUNT, default=1, metavar='EPOCHS')
     group.add_argument('--checkpoint-interval', type=COUNT, default=1, metavar='EPOCHS')
@@ -261,6 +266,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('--cuda-graph captures one kind of step: use another --regime')
     if args.cuda_graph and (torch.device(args.device).type != 'cuda' or args.kd_draw):
         parser.error('--cuda-graph needs --device cuda and excludes --kd-draw: a graph cannot draw')
+    if args.overwrite and args.resume:
+        parser.error('--overwrite starts anew, --resume goes on: choose one')
     if '..' in PurePath(args.experiment).parts or PurePath(args.experiment).is_absolute():
         parser.error(f"--experiment '{args.experiment}' leaves --output: give a name")
     if len(args.input_size or ()) == 2 or len(args.input_size or ()) > 3:

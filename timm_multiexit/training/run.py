@@ -49,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, path: Path, interruptions: 'Interruptions') -> None:
-    checkpoint = find_checkpoint(args.resume, path)
+    checkpoint = find_checkpoint(args.resume, path, args.overwrite)
     start_epoch, saved = 0, {}
     if checkpoint:
         saved = read_checkpoint(checkpoint)

@@ -37,7 +37,7 @@ WEIGHTS_NAME = 'model.safetensors'
 # Options that say where a run took place, not what it computed.
 _NOT_IN_RECIPE = (
     'config', 'data_dir', 'output', 'resume', 'rank', 'local_rank', 'distributed', 'device', 'experiment',
-    'sched_on_updates', 'dataset_download', 'threads', 'benchmark', 'run_id')
+    'sched_on_updates', 'dataset_download', 'threads', 'benchmark', 'run_id', 'overwrite')
 
 
 # What a checkpoint is a checkpoint of; a run that is resumed cannot change it.
@@ -70,7 +70,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def find_checkpoint(resume: str, folder: Path) -> str:
+def find_checkpoint(resume: str, folder: Path, overwrite: bool = False) -> str:
     """The file that `--resume` stands for; '' to start anew.
 
     Raises:
@@ -81,10 +81,10 @@ def find_checkpoint(resume: str, folder: Path) -> str:
         return str(last)
     used = [path.name for path in (*folder.glob('*.pth.tar'), *folder.glob('final'))]
     own = resume not in ('', 'auto') and Path(resume).resolve().parent == folder.resolve()
-    if used and not own:
+    if used and not own and not overwrite:
         advice = 'no checkpoint to go on from' if resume == 'auto' else 'add --resume auto to go on with it'
         raise InputError(f"'{folder}' holds a run ({', '.join(sorted(used)[:3])}): "
-                         f"{advice}, or choose another --experiment")
+                         f'{advice}, choose another --experiment, or --overwrite it')
     return '' if resume == 'auto' else resume
 
 
@@ -177,6 +177,9 @@ class RunFolder:
     def __init__(self, trainer: Trainer, path: Path, checkpoint: str, start_epoch: int, changed: Dict[str, Any]):
         self.trainer, self.path = trainer, path
         args = trainer.args
+        if not checkpoint:  # with --overwrite there may be another run
+            for old in (*path.glob('*.pth.tar'), *path.glob('final*')):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         self._begin_history(checkpoint, start_epoch, changed)
         write_json(path / CONFIG_FILE, trainer.config)
         with written_beside(path / RECIPE_NAME) as partial:
