@@ -145,8 +145,9 @@ def test_other_images_are_still_answered(capsys, tmp_path):
 def test_folders_and_quoted_patterns(capsys, tmp_path):
     """As a shell would expand them, where the shell does not."""
     (tmp_path / 'deep').mkdir()
+    (tmp_path / '.ipynb_checkpoints').mkdir()
     (tmp_path / '[a].png').write_bytes(SAMPLES.joinpath(IMAGES[0]).read_bytes())
-    for name in ('b.png', 'c.png', '._b.png', 'notes.txt', 'deep/d.jpg'):
+    for name in ('b.png', 'c.png', '._b.png', 'notes.txt', 'deep/d.jpg', '.ipynb_checkpoints/b.png'):
         (tmp_path / name).write_bytes((tmp_path / '[a].png').read_bytes())
     for given, names in [
         (tmp_path, '[a].png b.png c.png deep/d.jpg'), (tmp_path / '?.png', 'b.png c.png'),

@@ -162,6 +162,11 @@ def test_certification_images_make_a_promise(folder, tmp_path, capsys):
     assert main([*ask, '--max-loss', '10']) == 0
     assert main([*ask, '--max-loss', '0.01']) == 2
     assert 'cannot be promised from 150 certification images' in capsys.readouterr().err
+    misspelt = tmp_path / 'misspelt'
+    shutil.copytree(images, misspelt)
+    (misspelt / 'cat').rename(misspelt / 'cats')
+    assert main(['calibrate', NAME, '--certify', str(misspelt), '--output', str(output)]) == 2
+    assert "classes that the network was not trained on, 'cats'" in capsys.readouterr().err
     flat = tmp_path / 'flat'
     flat.mkdir()
     for number, path in enumerate(sorted(images.glob('*/*.png'))):

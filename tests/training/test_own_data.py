@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from timm_multiexit.data.images import Images
 from timm_multiexit.errors import InputError
-from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.files import write_json
+from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.record import TrainingData, config_of, describe, training_data
 from timm_multiexit.training.data import count_classes, describe_data, open_data
 from timm_multiexit.training.loader import InMemoryLoader, StreamedEvaluation, StreamingLoader, create_loaders

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..data.folders import map_classes, read_classes
 from ..errors import InputError
+from ..inference.images import image_paths
 from ..inference.preprocess import Preprocessing
-from ..inference.runner import image_paths
 from ..models import MultiExitNet
 from ..pretrained.exit_config import exit_config_of, weights_digest
 from ..pretrained.names import class_labels
@@ -82,8 +83,16 @@ def certification_scores(
         batch_size: int,
         device: str,
 ) -> ExitScores:
-    """Scores of the images of a folder, with the labels that their folders' names tell."""
+    """Scores of the images of a folder, labelled by class folders; those beside such folders have no label.
+
+    Raises:
+        InputError: no images, one that cannot be read, or a folder that is not named after a class.
+    """
     paths = image_paths(folder)
+    names = class_labels(model, config.class_names)
+    labelled = read_classes(Path(folder), f"'{folder}'")
+    map_classes([labelled], names)
+    label = {path: names.index(name) for name, files in labelled.files.items() for path in files}
     preprocess = Preprocessing.of(model)
     logits = []
     with torch.inference_mode(), tqdm(total=len(paths), desc='certify', unit='image', disable=None) as progress:
@@ -91,8 +100,7 @@ def certification_scores(
             x = torch.stack([preprocess(p)[0] for p in paths[i:i + batch_size]])
             logits.append(torch.stack(model.forward_exits(x.to(device))).float().cpu())
             progress.update(len(x))
-    number = {label: i for i, label in enumerate(class_labels(model, config.class_names))}
-    labels = np.array([number.get(path.parent.name, UNKNOWN) for path in paths])
+    labels = np.array([label.get(path, UNKNOWN) for path in paths])
     return ExitScores.from_logits(
         torch.cat(logits, 1).numpy(), labels, config.temperatures, config.measure, np.ones(len(paths), bool))
 
@@ -105,7 +113,7 @@ def print_config(config: ExitConfig) -> None:
     print_missing(config, held.labels)
     unknown = int((kept.labels == UNKNOWN).sum())
     if unknown:
-        print(f"note: {unknown:,} certification images lie in no folder named after a class: risk 'consistency' only")
+        print(f"note: {unknown:,} certification images lie in no class folder: risk 'consistency' only")
     print(f"policies solved from them, for example:\n{'expected':>9} {'top-1':>6}  share leaving at each exit")
     for budget in budget_grid(config.exit_macs[0], config.exit_macs[-1], 11):
         p = config.policy_for(budget)

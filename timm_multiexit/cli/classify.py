@@ -1,10 +1,8 @@
 """`timm-multiexit classify IMAGE...`: the answer for each image, exit by exit, under a budget if one is given."""
 import argparse
-import glob
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
@@ -13,9 +11,9 @@ from ..errors import InputError
 from ..inference.anytime import AnytimeRunner
 from ..inference.batch_loop import segments_of
 from ..inference.engine import ENGINES, Engine, make_engine
+from ..inference.images import named_images
 from ..inference.preprocess import Preprocessing
 from ..inference.profile import profile
-from ..inference.runner import image_paths
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.names import class_labels
 from ..stopping.config import ExitConfig
@@ -188,22 +186,6 @@ def stored_config(args: argparse.Namespace, model: MultiExitNet) -> Optional[Exi
         return None
 
 
-def image_files(given: Sequence[str]) -> List[str]:
-    """The files that arguments name: as a shell would expand patterns, and the images of folders.
-
-    What names nothing stays, for the reader to refuse.
-    """
-    files = []
-    for name in given:
-        if Path(name).is_dir():
-            files += map(str, image_paths(name))
-        elif Path(name).exists():  # also a file with brackets in its name
-            files.append(name)
-        else:
-            files += sorted(glob.glob(name, recursive=True)) or [name]
-    return files
-
-
 def run(args: argparse.Namespace) -> int:
     if not args.checkpoint:
         args.model = args.model or 'msfuse_cifar'
@@ -215,13 +197,13 @@ def run(args: argparse.Namespace) -> int:
     preprocess = Preprocessing.of(model)
     labels = class_labels(model)
     results, failed = [], False
-    for path in image_files(args.images):
+    for path in named_images(args.images):
         try:
             x, notes = preprocess(path)
         except InputError as error:
             failed = True
             print(f'timm-multiexit: error: {error}', file=sys.stderr)
-            results.append(dict(image=path, error=str(error)))
+            results.append(dict(image=str(path), error=str(error)))
             continue
         with torch.inference_mode():
             steps = steps_of(x[None].to(args.device))
@@ -229,10 +211,10 @@ def run(args: argparse.Namespace) -> int:
         why = steps[-1][2]
         share = rows[-1].macs / costs.macs[-1]
         results.append(dict(
-            image=path, label=rows[-1].top[0][0], probability=rows[-1].top[0][1], exit=rows[-1].exit, reason=why,
+            image=str(path), label=rows[-1].top[0][0], probability=rows[-1].top[0][1], exit=rows[-1].exit, reason=why,
             macs=rows[-1].macs, share_of_full_cost=share, notes=notes, exits=[asdict(r) for r in rows]))
         if not args.json:
-            print_table(path, rows, why, share, notes, model.num_exits)
+            print_table(str(path), rows, why, share, notes, model.num_exits)
     if args.json:
         print(json.dumps(results, indent=2))
     return 2 if failed else 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 from ..errors import InputError
-from ..inference.images import SUFFIXES, is_image_file
+from ..inference.images import SUFFIXES, image_files, is_hidden
 
 # Names of the folders of each split. Without any of them, the folders are the classes of a single set.
 SPLIT_FOLDERS = dict(train=('train', 'training'), validation=('validation', 'val', 'valid'), test=('test', 'testing'))
@@ -41,15 +41,15 @@ def find_splits(root: Path) -> Dict[str, ClassFolders]:
     found: Dict[str, ClassFolders] = {}
     for split, names in SPLIT_FOLDERS.items():
         # A folder with images right in it is a class of that name.
-        there = [name for name in names if any(p.is_dir() and not _is_hidden(p) for p in _entries(root / name))]
+        there = [name for name in names if any(p.is_dir() and not is_hidden(p.name) for p in _entries(root / name))]
         if len(there) > 1:
             raise InputError(f"'{root}' holds both {there[0]}/ and {there[1]}/: keep one of them")
         if there:
-            found[split] = _read_classes(root / there[0], f'{there[0]}/')
+            found[split] = read_classes(root / there[0], f'{there[0]}/')
     used = {s.title for s in found.values()}
-    unused = [p.name for p in _entries(root) if p.is_dir() and not _is_hidden(p) and f'{p.name}/' not in used]
+    unused = [p.name for p in _entries(root) if p.is_dir() and not is_hidden(p.name) and f'{p.name}/' not in used]
     if not found:
-        found['all'] = _read_classes(root, f'{root.name}/')
+        found['all'] = read_classes(root, f'{root.name}/')
     elif unused:
         next(iter(found.values())).notes.append(f"beside {', '.join(sorted(used))} are not read: {_some(unused)}")
     if not any(found.values()):
@@ -62,23 +62,18 @@ def _entries(folder: Path) -> List[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith('.') or path.name == '__MACOSX'
-
-
-def _read_classes(folder: Path, title: str) -> ClassFolders:
+def read_classes(folder: Path, title: str) -> ClassFolders:
+    """The images FOLDER/CLASS/**/IMAGE of one set, which reports call `title`."""
     classes = ClassFolders(title)
     hidden, empty, others = [], [], 0
     for entry in _entries(folder):
-        if _is_hidden(entry):
+        if is_hidden(entry.name):
             hidden.append(entry.name)
         elif not entry.is_dir():
             others += 1
         else:
-            below = [p for p in sorted(entry.rglob('*')) if p.is_file()]
-            files = [p for p in below if is_image_file(p) and not any(
-                _is_hidden(parent) for parent in p.relative_to(entry).parents if parent.name)]
-            others += sum(not p.name.startswith('.') for p in below) - len(files)
+            files = image_files(entry)
+            others += sum(p.is_file() and not is_hidden(p.name) for p in entry.rglob('*')) - len(files)
             if files:
                 classes.files.setdefault(unicodedata.normalize('NFC', entry.name), []).extend(files)
             else:

@@ -21,7 +21,7 @@ from ..stopping.costs import StageCosts, format_macs, parse_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import ExitPolicy, scores
 from .batch_loop import gather_arrays, run_batch, segments_of
-from .images import is_image_file, read_image
+from .images import named_images, read_image
 
 GRAPHS_NAME = 'graphs.json'
 PROFILE_NAME = 'profile.json'
@@ -197,7 +197,7 @@ def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths
 def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
     """The command of an exported folder; returns the exit code."""
     parser = argparse.ArgumentParser(prog='run.py', description='Classifies images, stopping early.')
-    parser.add_argument('images', nargs='*', metavar='IMAGE', help='files or folders')
+    parser.add_argument('images', nargs='*', metavar='IMAGE', help='files, folders or quoted patterns')
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument('--average-budget', metavar='MACS', help='average multiply-adds per image, like 30M')
     stop.add_argument('--average-latency', metavar='MS', help='average time per image, like 2ms; needs --profile once')
@@ -219,7 +219,7 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
                   file=sys.stderr)
         elif not args.images or args.batch_size < 1:
             raise InputError('give image files or folders, or --profile; and a --batch-size of 1 or more')
-        paths = [file for name in args.images for file in _files(Path(name))]
+        paths = named_images(args.images)
         results = list(classify(engine, config, policy_of(args, config, engine), paths, args.batch_size))
     except InputError as error:
         print(f'run.py: error: {error}', file=sys.stderr)
@@ -231,9 +231,3 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
             print(f"{r['image']}: " + (r['error'] if 'error' in r else f"{r['label']} {r['probability']:.3f}, exit "
                                        f"{r['exit']} of {config.num_exits}, {format_macs(r['macs'])} MACs"))
     return 2 if any('error' in r for r in results) else 0
-
-
-def _files(path: Path) -> List[Path]:
-    if not path.is_dir():
-        return [path]
-    return sorted(p for p in path.rglob('*') if is_image_file(p))

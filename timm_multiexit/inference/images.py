@@ -2,10 +2,11 @@
 
 What is unusual becomes a note or an error.
 """
+import glob
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,9 +21,49 @@ SUFFIXES = frozenset('.avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif 
 Source = Union[str, Path, Image.Image]
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether a file counts as an image of a data set: by its suffix, unless it is hidden ('._a.jpg' of a Mac)."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith('.')
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no part of a data set: '.ipynb_checkpoints', or '._a.jpg' of a Mac."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
+def image_files(folder: Path) -> List[Path]:
+    """The images in a folder and its subfolders, by their suffix and not hidden, sorted."""
+    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file()
+                  and not any(map(is_hidden, p.relative_to(folder).parts)))
+
+
+
+def image_paths(folder: Union[str, Path]) -> List[Path]:
+    """As `image_files`, of a folder that must hold some.
+
+    Raises:
+        InputError: no folder, or none in it.
+    """
+    if not Path(folder).is_dir():
+        raise InputError(f"'{folder}' is not a folder: give a folder of images")
+    paths = image_files(Path(folder))
+    if not paths:
+        raise InputError(f"'{folder}' holds no images: give a folder of {', '.join(sorted(SUFFIXES))} files")
+    return paths
+
+
+def named_images(given: Sequence[str]) -> List[Path]:
+    """The files that arguments name: as a shell would expand patterns, and the images of folders.
+
+    What names nothing stays, for the reader to refuse.
+
+    Raises:
+        InputError: a folder without images.
+    """
+    files: List[Path] = []
+    for name in given:
+        if Path(name).is_dir():
+            files += image_paths(name)
+        elif Path(name).exists():  # also a file with brackets in its name
+            files.append(Path(name))
+        else:
+            files += map(Path, sorted(glob.glob(name, recursive=True)) or [name])
+    return files
 
 
 def read_image(

@@ -18,7 +18,7 @@ from ..stopping.policy import StoppingRule, check_exits
 from ..stopping.simulate import Simulation
 from .batch_loop import Answers, run_batch, run_one, segments_of
 from .engine import Engine, make_engine
-from .images import SUFFIXES, is_image_file
+from .images import image_paths
 from .preprocess import Preprocessing
 
 # Images that run together. Their maps stay in a core's cache: on a CPU with 1 MB of it, 32 images took 10 to 20 % less
@@ -228,18 +228,3 @@ def _process() -> Tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def image_paths(folder: Union[str, Path]) -> List[Path]:
-    """The image files of a folder and its subfolders, by their suffix and not hidden, sorted.
-
-    Raises:
-        InputError: no folder, or none in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"'{folder}' is not a folder: give a folder of images")
-    paths = sorted(p for p in folder.rglob('*') if is_image_file(p))
-    if not paths:
-        raise InputError(f"'{folder}' holds no images: give a folder of {', '.join(sorted(SUFFIXES))} files")
-    return paths
