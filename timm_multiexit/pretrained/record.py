@@ -109,18 +109,6 @@ def read_training_data(path: Union[str, Path]) -> Optional[TrainingData]:
     return TrainingData(**{**stored, 'value_range': None if limits is None else tuple(limits)})
 
 
-def read_image_config(model: MultiExitNet, checkpoint: Union[str, Path]) -> None:
-    """Lets a network that starts from a checkpoint see its images as the record beside that says, if there is one.
-
-    Raises:
-        InputError: the record cannot be read.
-    """
-    path = Path(checkpoint).parent / CONFIG_FILE
-    if path.is_file():
-        cfg = read_json(path, 'config').get('pretrained_cfg', {})
-        model.pretrained_cfg.update((k, cfg[k]) for k in ('mean', 'std', 'interpolation', 'crop_pct') if k in cfg)
-
-
 def find_weights(name: str, checkpoint: Union[str, Path]) -> Tuple[str, str]:
     """What to load: a folder of weights is enough, since the record in it names the network.
 

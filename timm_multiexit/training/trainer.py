@@ -22,7 +22,7 @@ from ..models._fold import fold_batch_norm
 from ..pretrained.hub_files import first_line
 from ..pretrained.load import load_mean, load_teacher
 from ..pretrained.names import require_weights
-from ..pretrained.record import config_of, read_image_config
+from ..pretrained.record import config_of
 from .cpu_kernels import use_cpu_kernels
 from .cuda_graph import GraphedStep
 from .data import count_classes, describe_data, open_data
@@ -63,7 +63,6 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
         raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
         load_mean(model, args.initial_checkpoint, args.model, new_classes=True)
-        read_image_config(model, args.initial_checkpoint[0])
     prepare(args, model)
     return model
 
