@@ -1,5 +1,6 @@
 """The early-exit runner: batches, loaders and folders under a stopping rule, over threads and processes."""
 import itertools
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,7 +83,15 @@ class EarlyExitRunner:
         self.segments = segments_of(policy)
         self.engine.build(self.segments)
         self.macs = torch.tensor(self.costs.macs)
-        self.pool = ThreadPoolExecutor(self.engine.workers) if self.engine.workers > 1 else None
+        self._pool: Optional[ThreadPoolExecutor] = None
+        self._pool_process = 0
+
+    @property
+    def pool(self) -> Optional[ThreadPoolExecutor]:
+        """The worker threads; a forked process inherits none of them, so each process makes its own."""
+        if self.engine.workers > 1 and self._pool_process != os.getpid():
+            self._pool, self._pool_process = ThreadPoolExecutor(self.engine.workers), os.getpid()
+        return self._pool
 
     def __call__(self, data: Any, **kwargs) -> Run:
         """Runs a tensor, a folder (str or Path; the paths are `image_paths` of it), or an iterable of batches."""
@@ -119,7 +128,7 @@ class EarlyExitRunner:
         """Runs every batch of a loader.
 
         Args:
-            loader: Yields images (B, C, H, W), or (images, targets).
+            loader: Yields images (B, C, H, W), or (images, targets); targets may be a tensor, an array or a list.
             label: Of the progress bar, which appears on terminals only.
 
         Raises:
@@ -133,7 +142,7 @@ class EarlyExitRunner:
                 x, y = batch[:2] if isinstance(batch, (list, tuple)) else (batch, None)
                 self._check(x)
                 if i % world == rank:
-                    targets.append((i, y))
+                    targets.append((i, None if y is None else torch.as_tensor(y)))
                     yield x
 
         total = -(-len(loader) // world) if isinstance(loader, Sized) else None
@@ -169,23 +178,26 @@ class EarlyExitRunner:
             raise InputError('an empty batch: give at least one image')
         if not images.is_floating_point():
             raise InputError(f'images of {images.dtype}: normalise them to floats first, as the network was trained')
+        precision = getattr(self.engine, 'dtype', torch.float32)
+        if torch.finfo(images.dtype).bits < torch.finfo(precision).bits:  # what they lost moves images between exits
+            raise InputError(f'images of {images.dtype} for an engine of {precision}: give them in that precision')
 
     def _map(self, batches: Iterable[torch.Tensor]) -> Iterator[Answers]:
         """Answers for each batch, in order; one batch per worker at a time, and one waiting."""
-        batches = iter(batches)
-        if self.pool is None:
+        batches, pool = iter(batches), self.pool
+        if pool is None:
             yield from map(self._job, batches)
             return
         first = list(itertools.islice(batches, 2))
         if len(first) == 1:  # a single one: no thread has to wake up
             yield self._job(first[0])
             return
-        waiting = deque(self.pool.submit(self._job, batch) for batch in first)
+        waiting = deque(pool.submit(self._job, batch) for batch in first)
         try:
             for batch in batches:
                 if len(waiting) > self.engine.workers:
                     yield waiting.popleft().result()
-                waiting.append(self.pool.submit(self._job, batch))
+                waiting.append(pool.submit(self._job, batch))
             while waiting:
                 yield waiting.popleft().result()
         finally:

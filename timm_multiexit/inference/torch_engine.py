@@ -45,9 +45,10 @@ class TorchEngine:
 
     @torch.inference_mode()
     def run(self, first: int, last: int, state: State) -> Tuple[State, np.ndarray]:
-        for k in range(first, last + 1):
-            state = self.net.stages[k](state)
-        return state, self.net.exits[last](state[-1]).float().cpu().numpy()
+        with torch.autocast(self.device.type, enabled=False):  # the engine's precision decides, or exits would move
+            for k in range(first, last + 1):
+                state = self.net.stages[k](state)
+            return state, self.net.exits[last](state[-1]).float().cpu().numpy()
 
     @torch.inference_mode()
     def gather(self, pieces: Sequence[Tuple[State, Optional[np.ndarray]]]) -> State:
