@@ -2,6 +2,7 @@
 
 A file is written under another name in its folder and renamed: an interruption leaves the old one or the new one.
 """
+import csv
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import stat
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator, Tuple, Union
+from typing import Any, Iterator, Mapping, Sequence, Tuple, Union
 
 from .errors import InputError
 
@@ -90,6 +91,14 @@ def write_json(path: Union[str, Path], content: Any) -> None:
     """Writes JSON indented by two spaces, values that fit on one line of 120 columns unbroken."""
     with written_beside(path) as partial:
         partial.write_text(_format(content) + '\n', encoding='utf-8')
+
+
+def write_csv(path: Union[str, Path], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of the same columns, beside and renamed."""
+    with written_beside(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _format(value: Any, indent: str = '') -> str:

@@ -1,12 +1,11 @@
 """Accuracy class by class, and which classes are taken for which."""
-import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
 import torch
 
-from ..files import written_beside
+from ..files import write_csv
 
 CLASSES_NAME = 'classes.csv'
 
@@ -63,7 +62,4 @@ def write_classes(rows: Sequence[ClassResult], path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    with written_beside(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, ClassResult.__dataclass_fields__)
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv(path, [asdict(row) for row in rows])

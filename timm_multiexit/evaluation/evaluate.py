@@ -2,17 +2,16 @@
 
 Nothing is chosen on the test images: temperatures and thresholds come from the validation logits alone.
 """
-import csv
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
 
 from ..datasets import normalize
 from ..errors import InputError
-from ..files import written_beside
+from ..files import write_csv, written_beside
 from ..models import MultiExitNet
 from ..stopping.config import ExitConfig
 from ..stopping.costs import ExitCosts
@@ -152,7 +151,7 @@ def write_report(results: Results, folder: Path) -> List[Path]:
     from .figures import anytime_figure, budgeted_figure
     folder = Path(folder)
     results.save(folder / RESULTS_NAME)
-    _write_csv(folder / 'exits.csv', [asdict(e) for e in results.exits])
+    write_csv(folder / 'exits.csv', [asdict(e) for e in results.exits])
     rows = []
     for point in results.budgeted:
         row = asdict(point)
@@ -160,15 +159,8 @@ def write_report(results: Results, folder: Path) -> List[Path]:
             for k, value in enumerate(row.pop(name), 1):
                 row[f'{name[:-1]}_{k}'] = value
         rows.append(row)
-    _write_csv(folder / 'budgeted.csv', rows)
+    write_csv(folder / 'budgeted.csv', rows)
     for name, draw in (('anytime.png', anytime_figure), ('budgeted.png', budgeted_figure)):
         with written_beside(folder / name) as partial:
             draw(results).savefig(partial, dpi=150)
     return [folder / n for n in (RESULTS_NAME, 'exits.csv', 'budgeted.csv', 'anytime.png', 'budgeted.png')]
-
-
-def _write_csv(path: Path, rows: List[Dict[str, Any]]) -> None:
-    with written_beside(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

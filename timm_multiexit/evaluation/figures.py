@@ -1,12 +1,20 @@
-"""The two figures of a report: accuracy of each exit, and accuracy under average budgets."""
-from typing import Sequence, Tuple
+"""The figures of a report, accuracy of each exit and under average budgets, of one network or of several."""
+from typing import TYPE_CHECKING, Sequence, Tuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .published import PUBLISHED
 from .results import Results, curve
 
+if TYPE_CHECKING:
+    from .compare import Entry
+
 BLUE, GREY = '#0b5394', '#7a7a7a'
+# Apart for people with any colour vision (Okabe and Ito), and each with a mark of its own.
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#8a7a00')
+MARKS = 'osD^vPX*'
+DASHES = ((4, 2), (1, 1.5), (6, 2, 1, 2), (3, 1, 1, 1, 1, 1))
 
 
 def _style(ax: Axes) -> None:
@@ -48,6 +56,36 @@ def budgeted_figure(results: Results) -> Figure:
     ax.set_xlabel('average multiply-adds for one image (M)')
     ax.legend(frameon=False, fontsize=8, loc='lower right')
     _title(figure, 'Average budgets', results)
+    return figure
+
+
+def comparison_figure(entries: 'Sequence[Entry]', kind: str) -> Figure:
+    """Several networks in one figure, with the published curves for their data set as thin lines.
+
+    Args:
+        entries: Measured on the same images.
+        kind: 'anytime', each exit; 'budgeted', average multiply-adds; 'time', average milliseconds.
+    """
+    figure = Figure(figsize=(6.8, 4.8), layout='constrained')
+    ax = figure.add_subplot()
+    _style(ax)
+    published = [c for c in PUBLISHED.get(entries[0].results.dataset, ()) if c.mode == kind]
+    for work, dashes in zip(published, DASHES):
+        ax.plot(*zip(*work.points), color=GREY, linewidth=1, dashes=dashes, label=f'published: {work.work}')
+    for i, entry in enumerate(entries):
+        look = dict(color=COLOURS[i % len(COLOURS)], label=entry.name)
+        if kind == 'anytime':
+            ax.plot(*_exits(entry.results), marker=MARKS[i % len(MARKS)], markersize=5, **look)
+        else:
+            costs = entry.costs(kind == 'time') / (1. if kind == 'time' else 1e6)
+            ax.plot(costs, curve(entry.results.budgeted)[1], linewidth=2, **look)
+    ax.set_ylabel('top-1 accuracy (%)')
+    ax.set_xlabel({'anytime': 'multiply-adds for one image (M)', 'time': 'average milliseconds for one image'}.get(
+        kind, 'average multiply-adds for one image (M)'))
+    ax.legend(frameon=False, fontsize=8, loc='lower right')
+    first = entries[0].results
+    title = {'anytime': 'Anytime', 'budgeted': 'Average budgets', 'time': 'Average time on this machine'}[kind]
+    figure.suptitle(f'{title}: {first.dataset}, {first.test_images:,} test images', fontsize=10)
     return figure
 
 

@@ -31,8 +31,8 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
     if not checkpoint:
         check_name(name)
     try:
-        path = _beside_weights(name, checkpoint, FILE_NAME)
-        _beside_weights(name, checkpoint, SCORES_NAME)  # fetched, to lie beside it
+        path = stored_path(name, FILE_NAME, checkpoint)
+        stored_path(name, SCORES_NAME, checkpoint)  # fetched, to lie beside it
     except MissingFileError:
         raise InputError(f"'{name}' holds no {FILE_NAME} and {SCORES_NAME}: {CALIBRATE_HINT}") from None
     if not path.is_file() and (checkpoint or ':' in name):
@@ -83,15 +83,15 @@ def load_recipe(name: str, checkpoint: Union[str, Path] = '') -> Dict[str, Any]:
     if not checkpoint and ':' not in name:
         check_name(name)
     try:
-        path = _beside_weights(name, checkpoint, RECIPE_NAME)
+        path = stored_path(name, RECIPE_NAME, checkpoint)
     except MissingFileError:  # a repository filled by another tool
         return {}
     recipe = read_yaml(path, 'recipe') if path.is_file() else {}
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _beside_weights(name: str, checkpoint: Union[str, Path], filename: str) -> Path:
-    """Path of `filename` beside these weights; from a repository it is downloaded."""
+def stored_path(name: str, filename: str, checkpoint: Union[str, Path] = '') -> Path:
+    """Path of `filename` beside these weights, whether it is there or not; from a repository it is downloaded."""
     if checkpoint:
         path = Path(checkpoint)
         return (path if path.is_dir() else path.parent) / filename
