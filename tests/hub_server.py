@@ -27,7 +27,7 @@ class Fault:
     Attributes:
         pattern: Regular expression.
         status: HTTP status to answer with, and `headers`; or 'down' (the server stops), 'truncate' (half the body,
-            then the connection closes), 'corrupt' (one byte is flipped).
+            then the connection closes), 'corrupt' (one byte is flipped), 'hang' (no answer).
         times: How often.
     """
 
@@ -134,6 +134,8 @@ class HubServer:
         fault.times -= 1
         if fault.status == 'down':
             await self._go_down(scope)
+        elif fault.status == 'hang':
+            await asyncio.sleep(600)
         elif isinstance(fault.status, int):
             while (await receive()).get('more_body'):
                 pass

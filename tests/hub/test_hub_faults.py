@@ -114,6 +114,27 @@ def test_download_fails_then_succeeds(client, server, built, file, how, words):
     assert 'loaded 3' in client.load().ok().out
 
 
+HASTY = "import timm_multiexit.pretrained.hub_files as hub\nhub._silent.clear()\nhub.TIMEOUT = 0.3\n"
+LOAD = (f"from timm_multiexit import load_exit_config, load_model\nmodel = load_model('hf-hub:{REPO}')\n"
+        f"print('loaded', model.num_exits, load_exit_config('hf-hub:{REPO}').num_exits)\n")
+PATIENT = 'hub._silent.clear()\nhub.TIMEOUT = 10.\n'
+
+
+@pytest.mark.parametrize('how', ['hang', 'down'])
+def test_the_cache_answers_where_the_hub_does_not(client, server, built, how):
+    """A Hub that never answers costs one wait, not one a file; without a cache it is an error that says so."""
+    server.put(REPO, built)
+    assert 'loaded 3 3' in client.code(HASTY + LOAD + PATIENT).ok().out
+    server.faults.append(Fault('.', how))
+    server.requests.clear()
+    done = client.code(HASTY + LOAD + PATIENT).ok()
+    assert 'loaded 3 3' in done.out and len(server.requests) <= 1
+    client.clear_cache()
+    client.code(HASTY + LOAD).refused('config.json', 'cannot be reached', 'not in the cache', 'run this again')
+    server.recover()
+    assert 'loaded 3 3' in client.code(HASTY + LOAD + PATIENT).ok().out
+
+
 @pytest.mark.parametrize('how, words', [(500, ['500', 'later']), (404, ['no such repository']), ('down', ['reached'])])
 def test_recipe_that_cannot_be_fetched_is_not_taken_for_none(client, server, built, how, words):
     """Otherwise thresholds would be calibrated on images that the weights were trained on."""

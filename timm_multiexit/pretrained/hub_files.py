@@ -1,9 +1,13 @@
 """Files of Hub repositories: downloaded to the cache and checked against their hash; errors in one line each."""
 import hashlib
+import logging
 import re
+import time
 from pathlib import Path
-from typing import List, Optional
+from typing import Dict, List, Optional, Tuple
 
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -14,13 +18,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from timm.models._hub import download_from_hf  # private: it alone knows timm's 'ORG/NAME@REVISION'
+from huggingface_hub.utils import build_hf_headers, get_session
+from timm.models._hub import download_from_hf, hf_split  # private: they alone know timm's 'ORG/NAME@REVISION'
 
 from ..errors import InputError, MissingFileError
 
 WEIGHTS_FILE = 'model.safetensors'
 CONFIG_FILE = 'config.json'
 HUB_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, HTTPError, HFValidationError)
+TIMEOUT = 10.  # seconds that the Hub has to answer; its client would try six times as long, for each file
+REMEMBER = 60.  # seconds for which a Hub that let someone wait in vain is not asked again
+_logger = logging.getLogger(__name__)
+_silent: Dict[str, Tuple[float, str]] = {}  # by endpoint: when it did not answer, and the reason
 _LOGIN = 'log in with `hf auth login` or set HF_TOKEN'
 _REASONS = {
     401: f'the Hub does not accept the token (401): {_LOGIN}',
@@ -73,10 +82,32 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _silence(place: str, filename: str) -> str:
+    """Why the Hub does not answer at all, in a few words; empty if it does, whatever it says, or is not to be asked."""
+    endpoint, now = hub_constants.ENDPOINT, time.monotonic()
+    if hub_constants.HF_HUB_OFFLINE:
+        return ''
+    since, reason = _silent.get(endpoint, (-REMEMBER, ''))
+    if now - since < REMEMBER:
+        return reason
+    repository, revision = hf_split(place)
+    try:
+        get_session().head(hf_hub_url(repository, filename, revision=revision), headers=build_hf_headers(),
+                           timeout=TIMEOUT)
+    except HFValidationError:  # no name of a repository: the download says so
+        return ''
+    except (HTTPError, OSError) as error:
+        if time.monotonic() - now > TIMEOUT / 2:  # a refusal is quick, so that asking again costs nothing
+            _silent[endpoint] = now, first_line(error)
+        return first_line(error)
+    return ''
+
+
 def hub_file(place: str, filename: str) -> Path:
     """Path of a repository's file in the local cache, downloaded if necessary.
 
-    The client checks only its size. A damaged file would stay in the cache and be used from then on, so it is removed.
+    If the Hub does not answer within 10 s, the cached file serves, with a note. The client checks only a file's size. A
+    damaged one would stay in the cache and be used from then on, so it is removed.
 
     Args:
         place: 'ORG/NAME' or 'ORG/NAME@REVISION'.
@@ -86,6 +117,14 @@ def hub_file(place: str, filename: str) -> Path:
         MissingFileError: the repository lacks it.
         InputError: it cannot be downloaded, or the download was damaged.
     """
+    if reason := _silence(place, filename):
+        repository, revision = hf_split(place)
+        cached = try_to_load_from_cache(repository, filename, revision=revision)
+        if not isinstance(cached, str):
+            raise InputError(f"'hf-hub:{place}' cannot be read, {filename}: the Hub cannot be reached ({reason}), and "
+                             'the file is not in the cache: check the connection and HF_ENDPOINT, then run this again')
+        _logger.warning(f'the Hub cannot be reached ({reason}): {filename} of {place} is from the cache')
+        return Path(cached)
     try:
         path = Path(download_from_hf(place, filename))
     except HUB_ERRORS as error:

@@ -45,12 +45,11 @@ def load_model(
     check_name(name)
     if ':' not in name and name.partition('.')[0] not in list_networks():  # its weights need not be fetched to tell
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
-    if not checkpoint:
-        _require_safetensors(name)
+    source = name if checkpoint else _safe_source(name)
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
     try:
-        model = timm.create_model(name, pretrained=not checkpoint, **kwargs)
+        model = timm.create_model(source, pretrained=not checkpoint, **kwargs)
     except LOAD_ERRORS as error:
         if ':' in name and _is_misfit(error):
             raise InputError(f"the weights of '{name}' do not fit the network that its {CONFIG_FILE} names") from error
@@ -119,21 +118,23 @@ def load_teacher(
     return teacher
 
 
-def _require_safetensors(name: str) -> None:
-    """Checks that 'hf-hub:' and 'local-dir:' weights are safetensors: timm would fall back to a pickle.
+def _safe_source(name: str) -> str:
+    """What timm is to load, of which the weights are safetensors: it would fall back to a pickle.
+
+    A repository's files are fetched here, so that timm reads them from the cache and asks the Hub no more.
 
     Raises:
         InputError: they are not, or the download was damaged.
     """
     source, colon, place = name.partition(':')
     if not colon or (source == 'local-dir' and (Path(place) / WEIGHTS_FILE).is_file()):
-        return
+        return name
     if source == 'hf-hub':
         cfg = load_model_config_from_path(hub_file(place, CONFIG_FILE).parent)[0]
         filename = cfg.get('hf_hub_filename') or WEIGHTS_FILE
         if filename.endswith('.safetensors'):
-            hub_file(place, filename)
-            return
+            weights = hub_file(place, filename)
+            return f'local-dir:{weights.parent}' if filename == WEIGHTS_FILE else name
     raise InputError(
         f"'{name}' holds no {WEIGHTS_FILE}: pickled weights are not loaded, since they can run code; ask its owner for "
         'safetensors')
