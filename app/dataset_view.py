@@ -3,7 +3,7 @@
 The elements are in templates/, as for `image_view`.
 """
 import math
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 from examples import Assets, Curve, GalleryImage
 from image_view import GAP, TEMPLATES, at_cost, exit_positions
@@ -12,9 +12,9 @@ from timm_multiexit import ExitPolicy
 from timm_multiexit.stopping.costs import format_macs
 
 
-def accuracy_range(curve: Curve) -> Tuple[float, float]:
+def accuracy_range(curve: Curve, *others: Curve) -> Tuple[float, float]:
     """Ends of the accuracy axis in percent, whole numbers around all points."""
-    values = [p.accuracy for p in curve.points] + [a for _, a in curve.exits]
+    values = [p.accuracy for c in (curve, *others) for p in c.points] + [a for _, a in curve.exits]
     low, high = min(values), max(values)
     margin = max(0.08 * (high - low), 0.1)
     return float(math.floor(low - margin)), float(math.ceil(high + margin))
@@ -58,7 +58,14 @@ def gallery_by_exit(images: Sequence[GalleryImage], policy: ExitPolicy) -> List[
     return groups
 
 
-def budget_view(curve: Curve, policy: ExitPolicy, macs: Sequence[int], assets: Assets, budget: float) -> str:
+def budget_view(
+        curve: Curve,
+        policy: ExitPolicy,
+        macs: Sequence[int],
+        assets: Assets,
+        budget: float,
+        others: Mapping[str, Curve] = {},
+) -> str:
     """Everything that the sliders change, in one piece.
 
     Args:
@@ -67,15 +74,18 @@ def budget_view(curve: Curve, policy: ExitPolicy, macs: Sequence[int], assets: A
         macs: Cumulative multiply-adds of each exit.
         assets: Images to group by the exit that answers.
         budget: Average MACs per image that the policy was chosen for.
+        others: Curves of other networks, by name, to draw behind.
     """
     now = curve.at(budget)
-    low, high = accuracy_range(curve)
-    left, full = 0.9 * curve.points[0].macs, macs[-1]
+    low, high = accuracy_range(curve, *others.values())
+    full = macs[-1]
+    left = 0.9 * min(c.points[0].macs for c in (curve, *others.values()))
+    right = max([full, *(c.points[-1].macs for c in others.values())])
     positions = exit_positions(macs, GAP / len(macs))
     loss = curve.points[-1].accuracy - now.accuracy
 
     def x(macs: float) -> float:
-        return 100 * (macs - left) / (full - left)
+        return 100 * (macs - left) / (right - left)
 
     def y(accuracy: float) -> float:
         return 100 - 100 * (accuracy - low) / (high - low)
@@ -84,8 +94,10 @@ def budget_view(curve: Curve, policy: ExitPolicy, macs: Sequence[int], assets: A
         curve=curve, now=now, budget=budget, promise=policy.promise, full=full, assets=assets, x=x, y=y,
         versus='same as the full network' if abs(loss) < 0.05 else (
             f'{abs(loss):.1f} points {"below" if loss > 0 else "above"} the full network'),
-        accuracies=_ticks(low, high), costs=_ticks(left / 1e6, full / 1e6, 5),
-        line=[(x(p.macs), y(p.accuracy)) for p in curve.points], exits=_exits(policy, now.shares),
+        accuracies=_ticks(low, high), costs=_ticks(left / 1e6, right / 1e6, 5),
+        line=[(x(p.macs), y(p.accuracy)) for p in curve.points],
+        others={name: [(x(p.macs), y(p.accuracy)) for p in c.points] for name, c in others.items()},
+        exits=_exits(policy, now.shares),
         positions=[100 * p for p in positions], average_x=100 * at_cost(now.macs, macs, positions),
         groups=gallery_by_exit(assets.gallery, policy))
 

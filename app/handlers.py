@@ -22,9 +22,9 @@ from answers import (
 from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position
 from PIL import Image
-from served import Network, get_network
+from served import Network, display_name, get_network, served_names
 
-from timm_multiexit import InputError
+from timm_multiexit import InputError, load_exit_config
 from timm_multiexit.inference.images import read_image
 from timm_multiexit.stopping.costs import parse_macs
 
@@ -52,6 +52,23 @@ def stored_for(name: str) -> Tuple[Network, Assets, Optional[Curve]]:
     network = get_network(name)
     curve = None if network.config is None else load_curve(name, network.config)
     return network, load_assets(name, network.labels), curve
+
+
+@functools.cache
+def other_curves(name: str) -> Dict[str, Curve]:
+    """Curves of the other networks served for the same classes and measured on the same images, by name."""
+    network, _, curve = stored_for(name)
+    others = {}
+    for other in served_names():
+        try:
+            config = load_exit_config(other)
+        except InputError:  # none is stored
+            continue
+        if other != name and config.class_names == network.config.class_names:
+            theirs = load_curve(other, config)
+            if theirs is not None and theirs.images == curve.images:
+                others[display_name(other)] = theirs
+    return others
 
 
 def slider_range(macs: Tuple[int, ...]) -> Tuple[float, float, float]:
@@ -181,13 +198,15 @@ def data_page(name: str, mode: str, average_budget: Optional[float], max_loss: O
         if max_loss is None:
             raise InputError('no loss given: enter one in points')
         policy = network.config.policy_for(max_loss=max_loss)
-        return (dataset_view.budget_view(curve, policy, network.costs.macs, assets, policy.expected_macs),
+        return (dataset_view.budget_view(
+                    curve, policy, network.costs.macs, assets, policy.expected_macs, other_curves(name)),
                 dataset_view.status_text(curve, policy.expected_macs))
     if average_budget is None:
         raise InputError('no budget given: enter one in millions of MACs')
     macs = network.costs.macs
     budget = min(max(average_budget * MEGA, macs[0]), macs[-1])  # the slider's ends are rounded outwards
-    return (dataset_view.budget_view(curve, network.config.policy_for(budget), macs, assets, budget),
+    return (dataset_view.budget_view(
+                curve, network.config.policy_for(budget), macs, assets, budget, other_curves(name)),
             dataset_view.status_text(curve, budget))
 
 

@@ -120,6 +120,11 @@ def available_networks(extra: str = '') -> List[str]:
     return names
 
 
+def served_names() -> List[str]:
+    """Names of the networks that are served."""
+    return list(_served)
+
+
 def display_name(name: str) -> str:
     """'CIFAR-10 · msfuse_cifar' for 'msfuse_cifar.cifar10'."""
     arch, dot, tag = name.partition('.')

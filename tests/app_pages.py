@@ -7,7 +7,7 @@ from timm_multiexit.stopping.config import ExitConfig
 from timm_multiexit.stopping.costs import ExitCosts
 
 MACS = (10_000_000, 20_000_000, 24_000_000, 40_000_000)
-VOID = {'img', 'line', 'rect', 'circle', 'polyline', 'path'}
+VOID = {'img', 'line', 'rect', 'circle', 'path'}
 
 
 class Tree(HTMLParser):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from app_pages import MACS, Tree, make_config
 
+from timm_multiexit import load_exit_config
 from timm_multiexit.stopping.costs import format_macs
 from timm_multiexit.stopping.policy import confidence
 from timm_multiexit.stopping.simulate import simulate
@@ -16,6 +17,7 @@ import dataset_view  # noqa: E402
 import examples  # noqa: E402
 import gradio as gr  # noqa: E402
 import handlers  # noqa: E402
+import served  # noqa: E402
 from answers import BY_BUDGET, BY_LOSS  # noqa: E402
 
 
@@ -95,3 +97,30 @@ def test_a_largest_loss_is_offered_where_it_can_be_promised(monkeypatch):
         handlers.data_page('any', BY_LOSS, None, 0.05)
     by_budget, _ = handlers.data_page('any', BY_BUDGET, 20., 5.)
     assert 'Guaranteed' not in by_budget
+
+
+def test_other_networks_are_drawn_behind():
+    config = make_config()
+    curve, policy = examples.load_curve('no.results', config), config.policy_for(20e6)
+    other = examples.Curve(curve.images, (5e6, 50e6), (
+        examples.CurvePoint(5e6, 20., (1., 0.)), examples.CurvePoint(50e6, 99., (0., 1.))))
+    html = dataset_view.budget_view(curve, policy, config.exit_macs, examples.Assets(()), 20e6, {'a <rival>': other})
+    tree = Tree(html)
+    lines = [attrs for name, attrs in tree.tags if name == 'polyline']
+    assert [line['class'] for line in lines] == ['line other', 'line'] and 'a <rival>' in tree.text
+    points = [[float(v) for v in p.split(',')] for p in lines[0]['points'].split()]
+    low, high = dataset_view.accuracy_range(curve, other)
+    assert low < 20. and high >= 99. and points[0][0] == pytest.approx(100 * 0.5 / 45.5, abs=0.1)
+    assert points[1] == pytest.approx([100., 100 * (high - 99.) / (high - low)], abs=0.1)
+
+
+@pytest.mark.parametrize('name', ['msfuse_cifar.cifar10', 'msfuse_cifar_budgeted.cifar100'])
+def test_the_other_networks_of_a_data_set(name, monkeypatch):
+    names = served.available_networks()
+    monkeypatch.setattr(handlers, 'stored_for', lambda name: (
+        types.SimpleNamespace(config=load_exit_config(name)), None, examples.load_curve(name, load_exit_config(name))))
+    handlers.other_curves.cache_clear()
+    tag = name.partition('.')[2]
+    assert list(handlers.other_curves(name)) == [
+        served.display_name(n) for n in names if n.endswith('.' + tag) and n != name]
+    handlers.other_curves.cache_clear()
