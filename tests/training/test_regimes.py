@@ -5,7 +5,6 @@ import torch
 import yaml
 from backbone_support import photos
 from safetensors.torch import load_file
-from timm.models._hub import save_for_hf
 
 from timm_multiexit import InputError, load_model
 from timm_multiexit.cli import main
@@ -29,18 +28,9 @@ def options(data, output, *extra, kwargs=KWARGS):
 def backbone(folder_dataset, tmp_path_factory):
     """A folder with a backbone that tells the two classes apart, trained without exits."""
     folder = tmp_path_factory.mktemp('backbone')
-    torch.manual_seed(0)
-    trainer = Trainer(options(folder_dataset, folder))
-    trainer.task.last_exit_only = True
-    model = trainer.task.get_trainable_module().backbone.train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for epoch in range(4):
-        trainer.begin_epoch(epoch)
-        for images, targets in trainer.loader:
-            torch.nn.functional.cross_entropy(model(images), targets).backward()
-            optimizer.step(), optimizer.zero_grad()
-    save_for_hf(model.eval(), folder, safe_serialization=True)
-    return folder
+    train(options(folder_dataset, folder, '--regime', 'mixed', '--epochs', '6', '--backbone-epochs', '6'))
+    assert main(['detach', str(folder / 'run' / 'final'), '--output', str(folder / 'plain')]) == 0
+    return folder / 'plain'
 
 
 def test_heads_leave_the_last_exit_as_it_was(folder_dataset, backbone, tmp_path):
@@ -52,7 +42,7 @@ def test_heads_leave_the_last_exit_as_it_was(folder_dataset, backbone, tmp_path)
     with torch.no_grad():
         assert torch.equal(net(x), own(x))
     reached = yaml.safe_load((final / 'history.yaml').read_text())[-1]['reached']
-    assert all(reached[f'top1_exit{k}'] > 55 for k in (1, 2, 3)), reached  # two classes: chance is 50
+    assert all(reached[f'top1_exit{k}'] > 70 for k in (1, 2, 3)), reached  # two classes: chance is 50
     assert yaml.safe_load((final / 'recipe.yaml').read_text())['distill_weight'] == 1.
     # detach: the plain model again
     assert main(['detach', str(final), '--output', str(tmp_path / 'plain')]) == 0
