@@ -98,9 +98,6 @@ def test_the_command_measures_stored_policies_and_files(cifar_root, tmp_path, ca
 @needs_weights
 @pytest.mark.parametrize('options, words', [
     (['--average-budget', '25M'], 'pass --data-dir'),
-    (['--images', '0'], '--images 0: give 1 or more'),
-    (['--rounds', '-1'], '--rounds -1: give 1 or more'),
-    (['--threads', '0'], '--threads 0: give 1 or more'),
     (['--data-dir', '/nowhere'], "cannot be read from '/nowhere'"),
     (['--data-dir', '/nowhere', '--average-budget', '1M'], 'cannot be kept'),
     (['--data-dir', '/nowhere', '--policy', '/nowhere.json'], "policy '/nowhere.json' cannot be read"),
@@ -109,6 +106,15 @@ def test_options_that_cannot_be_used_are_refused(options, words, capsys):
     assert main(['benchmark', 'msfuse_cifar', *options]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('option, value', [
+    ('--images', '0'), ('--batch-size', '0'), ('--rounds', '-1'), ('--threads', '0')])
+def test_amounts_start_at_one(option, value, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(['benchmark', 'msfuse_cifar', option, value])
+    assert caught.value.code == 2
+    assert f"argument {option}: '{value}' is not a whole number from 1" in capsys.readouterr().err
 
 
 def test_a_network_without_weights_is_refused(capsys):

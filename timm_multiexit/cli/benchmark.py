@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 
-from ..commands import Number
+from ..commands import COUNT, Number
 from ..data.images import Images
 from ..datasets import normalize
 from ..errors import InputError
@@ -31,6 +31,9 @@ from ._common import (
     stored_exit_config,
 )
 
+# At 224 pixels an image costs tens of times as much as at 32, and minutes would become hours.
+IMAGES, BATCH_SIZE, FULL_LOAD = 2000, 256, 150e6
+
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
@@ -48,14 +51,26 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--engine', choices=ENGINES, default='auto',
                         help='onnx: onnxruntime, CPU only; auto: that if it is installed, else torch '
                              '(default: %(default)s)')
-    parser.add_argument('--images', type=int, default=2000, metavar='N', help='test images (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=256, metavar='N', help='the large batch')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='measurements of each')
-    parser.add_argument('--threads', type=Number(int, high=os.cpu_count() or 1), default=None, metavar='N',
+    parser.add_argument('--images', type=COUNT, default=None, metavar='N',
+                        help=f'test images (default: {IMAGES}, fewer if one costs over {FULL_LOAD / 1e6:g} M MACs)')
+    parser.add_argument('--batch-size', type=COUNT, default=None, metavar='N',
+                        help=f'the large batch (default: {BATCH_SIZE}, smaller in the same way)')
+    parser.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='measurements of each')
+    parser.add_argument('--threads', type=Number(int, 1, os.cpu_count() or 1), default=None, metavar='N',
                         help='CPU threads (default: all cores)')
     parser.add_argument('--json', action='store_true', help='for programs: one object')
     parser.add_argument('--output', default='', metavar='FILE', help='also write that object to a file')
     parser.set_defaults(run=run)
+
+
+def default_amounts(macs: int) -> Tuple[int, int]:
+    """Test images and batch size for a network of so many MACs.
+
+    >>> default_amounts(75_000_000), default_amounts(4_000_000_000)
+    ((2000, 256), (75, 9))
+    """
+    share = min(1., FULL_LOAD / macs)
+    return max(50, int(share * IMAGES)), max(8, int(share * BATCH_SIZE))
 
 
 def named_policies(args: argparse.Namespace, config: Optional[ExitConfig], num_exits: int) -> Dict[str, ExitPolicy]:
@@ -96,15 +111,12 @@ def test_images(args: argparse.Namespace, model) -> Tuple[torch.Tensor, torch.Te
 
 
 def run(args: argparse.Namespace) -> None:
-    for name in ('images', 'batch_size', 'rounds'):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: give 1 or more")
-    if args.threads is not None and args.threads < 1:
-        raise InputError(f'--threads {args.threads}: give 1 or more')
     if not args.data_dir and (args.policy or asks_for_policy(args)):
         raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
     model = load_network(args)
     costs, config, policies = exit_costs(model), None, {}
+    images, batch_size = default_amounts(costs.macs[-1])
+    args.images, args.batch_size = args.images or images, args.batch_size or batch_size
     if args.data_dir:
         if not args.policy and not asks_for_policy(args):
             half = costs.macs[-1] / 2
