@@ -16,8 +16,9 @@ os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # no network access,
 if importlib.util.find_spec('gradio') is None:
     sys.exit("the app needs gradio: pip install 'timm-multiexit[app]'")
 
-from layout import STYLE, build_page, theme  # noqa: E402 - gradio must see the setting above
-from served import available_networks, get_network  # noqa: E402
+from handlers import run_example  # noqa: E402 - gradio must see the setting above
+from layout import STYLE, build_page, theme  # noqa: E402
+from served import available_networks  # noqa: E402
 
 from timm_multiexit import InputError  # noqa: E402
 
@@ -44,7 +45,7 @@ def main(argv=None) -> None:
             # gradio would start without it and say nothing.
             raise InputError("--mcp needs an extra package: pip install 'gradio[mcp]'")
         names = available_networks(args.model)
-        get_network(names[0])  # load it before the first visitor arrives
+        run_example(names[0], 0)  # load it before the first visitor arrives
         page = build_page(names).queue(max_size=200)
         page.launch(server_port=args.port, share=args.share, mcp_server=args.mcp, **launch_options())
     except (InputError, OSError) as error:  # OSError: the port is taken

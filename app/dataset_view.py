@@ -114,4 +114,5 @@ def reliability_diagrams(assets: Assets, calibrated: bool) -> str:
     if not assets.reliability:
         return ''
     exits = [row['calibrated' if calibrated else 'raw'] for row in assets.reliability]
-    return TEMPLATES.get_template('reliability.html.jinja').render(exits=exits, calibrated=calibrated)
+    return TEMPLATES.get_template('reliability.html.jinja').render(
+        exits=exits, calibrated=calibrated, split=assets.split)

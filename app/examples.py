@@ -1,4 +1,4 @@
-"""What the app shows without a dataset: a network's stored results and the test images chosen for it."""
+"""What the app shows without a dataset: a network's stored results and the images chosen for it."""
 import base64
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,23 +6,24 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
+from timm.layers import to_2tuple
 
 import timm_multiexit
-from timm_multiexit import ExitConfig, ExitPolicy
+from timm_multiexit import ExitConfig, ExitPolicy, InputError
 from timm_multiexit.evaluation.results import RESULTS_NAME, Results
 from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
+from timm_multiexit.pretrained.hub_files import EXAMPLES_FILE, SPRITE_FILE, hub_file
 from timm_multiexit.stopping.policy import leaves, log_odds
 from timm_multiexit.stopping.solve import budget_grid
 
 ASSETS = Path(__file__).resolve().parent / 'assets'
 SAMPLES = Path(timm_multiexit.__file__).resolve().parent / 'samples'
-EXAMPLES_FILE, SPRITE_FILE = 'examples.json', 'images.png'
 
 
 @dataclass(frozen=True)
 class Example:
-    """A test image to choose; `lesson` is what it illustrates ('Correct from the start', ...), '' if unknown."""
+    """An image to choose; `lesson` is what it illustrates ('Correct from the start', ...), '' if unknown."""
 
     image: Image.Image
     true_class: str
@@ -32,7 +33,7 @@ class Example:
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A test image of the gallery."""
+    """An image of the gallery."""
 
     tile: int  # position in the sprite
     true_class: str
@@ -47,19 +48,26 @@ class GalleryImage:
 
 @dataclass(frozen=True)
 class Assets:
-    """Test images and reliability of one network."""
+    """Images and reliability of one network."""
 
     examples: Tuple[Example, ...]  # for the view of one image
     gallery: Tuple[GalleryImage, ...] = ()  # for the dataset view
     reliability: Tuple[Dict[str, Any], ...] = ()  # per exit the bins, raw and calibrated; empty if not stored
     sprite: str = ''  # the gallery's images in rows, as a data URI, or ''
     columns: int = 1  # images in a row of the sprite
+    split: str = 'test'  # which images they are, 'validation' for networks of one's own
 
 
 def assets_folder(name: str) -> Path:
-    """Where the images chosen for a network lie: in the app, or beside a user's own weights, which no push sends."""
+    """Where the images chosen for a network lie: in the app, or beside a user's own weights."""
     source, _, place = name.partition(':')
-    return Path(place) if source == 'local-dir' else ASSETS / name
+    if source == 'hf-hub':
+        try:
+            hub_file(place, SPRITE_FILE)
+            return hub_file(place, EXAMPLES_FILE).parent
+        except InputError:  # pushed without --with-images, or out of reach
+            pass
+    return Path(place) if source == 'local-dir' else ASSETS / name.replace(':', '_')
 
 
 def load_assets(name: str, labels: Sequence[str]) -> Assets:
@@ -68,19 +76,20 @@ def load_assets(name: str, labels: Sequence[str]) -> Assets:
     if not (folder / EXAMPLES_FILE).is_file():
         return Assets(_samples(labels))
     values = read_json(folder / EXAMPLES_FILE, 'examples')
-    size, columns = values['size'], values['columns']
+    (width, height), columns = to_2tuple(values['size']), values['columns']
     with Image.open(folder / SPRITE_FILE) as image:
         sprite = image.convert('RGB')
 
     def tile(i: int) -> Image.Image:
-        x, y = size * (i % columns), size * (i // columns)
-        return sprite.crop((x, y, x + size, y + size))
+        x, y = width * (i % columns), height * (i // columns)
+        return sprite.crop((x, y, x + width, y + height))
 
     examples = tuple(Example(tile(e['tile']), e['true_class'], e['lesson'], e['index']) for e in values['examples'])
     gallery = tuple(GalleryImage(g['tile'], g['true_class'], tuple(g['predictions']), tuple(g['confidences']))
                     for g in values['gallery'])
     encoded = base64.b64encode((folder / SPRITE_FILE).read_bytes()).decode()
-    return Assets(examples, gallery, tuple(values['reliability']), f'data:image/png;base64,{encoded}', columns)
+    return Assets(examples, gallery, tuple(values['reliability']), f'data:image/png;base64,{encoded}', columns,
+                  values['split'])
 
 
 def _samples(labels: Sequence[str]) -> Tuple[Example, ...]:

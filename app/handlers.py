@@ -25,7 +25,6 @@ from PIL import Image
 from served import Network, display_name, get_network, served_names
 
 from timm_multiexit import InputError, load_exit_config
-from timm_multiexit.inference.images import read_image
 from timm_multiexit.stopping.costs import parse_macs
 
 MEGA = 1e6
@@ -89,8 +88,7 @@ def run_file(name: str, path: str) -> ExitOutputs:
     network = get_network(name)
     with _decoding:
         check_photo(path)
-        image, notes = read_image(path, network.size)
-    return network.run(image, notes=notes)
+        return network.run(path)
 
 
 def check_photo(path: str) -> None:
@@ -122,7 +120,8 @@ def run_example(name: str, position: int) -> ExitOutputs:
     network, assets, _ = stored_for(name)
     if not assets.examples:
         raise InputError(
-            f"there are no example images for '{name}': create them with python app/tools/choose_examples.py")
+            f"there are no example images for '{name}': choose some with python app/tools/choose_examples.py {name} "
+            '--data-dir DIR')
     example = assets.examples[position]
     return network.run(example.image, example.true_class, example=position)
 

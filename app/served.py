@@ -2,16 +2,16 @@
 import statistics
 import threading
 import time
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from answers import ExitOutputs
-from PIL import Image
-from timm.data import create_transform, resolve_data_config
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from timm_multiexit import ExitConfig, InputError, exit_costs, list_networks, load_exit_config, load_model
-from timm_multiexit.datasets import DATASETS
+from timm_multiexit.datasets import DATASETS, normalize
+from timm_multiexit.inference.images import Source
+from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.names import class_labels, require_weights
 
 TIMED_RUNS = 9
@@ -49,10 +49,7 @@ class Network:
             self.costs = exit_costs(self.model)
             self.temperatures = (1.,) * self.model.num_exits
         self.labels = class_labels(self.model, self.config.class_names if self.config else None)
-        data = resolve_data_config(model=self.model)
-        self.size: int = data['input_size'][-1]
-        self._transform = create_transform(**data)
-        self._mean, self._std = (torch.tensor(data[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+        self.preprocess = Preprocessing.of(self.model)
         self.milliseconds = self._measure()
 
     def _measure(self) -> Tuple[float, ...]:
@@ -72,18 +69,21 @@ class Network:
 
     def run(
             self,
-            image: Image.Image,
+            image: Source,
             true_class: Optional[str] = None,
-            notes: Sequence[str] = (),
             example: Optional[int] = None,
     ) -> ExitOutputs:
-        """Runs all exits once on one RGB image."""
-        x = self._transform(image)
+        """Runs all exits once on one image, a file or an example."""
+        image, notes = self.preprocess.open(image)
+        height, width = self.preprocess.input_size[1:]
+        # An example of the network's size is what it saw already; resized and cropped again it would be another.
+        seen = example is not None and image.size == (width, height)
+        pixels = pil_to_tensor(image) if seen else self.preprocess.pixels(image)
+        x = normalize(pixels[None], self.preprocess.mean, self.preprocess.std)[0]
         logits = torch.stack([out[0] for out in self._timed_exits(x.unsqueeze(0))[0]]).float().clone()
-        input_image = to_pil_image((x * self._std + self._mean).clamp(0., 1.))
         return ExitOutputs(
-            self.name, logits, self.labels, self.costs, self.milliseconds, tuple(self.temperatures), input_image,
-            true_class, tuple(notes), example)
+            self.name, logits, self.labels, self.costs, self.milliseconds, tuple(self.temperatures),
+            to_pil_image(pixels), true_class, tuple(notes), example)
 
 
 def get_network(name: str) -> Network:

@@ -15,7 +15,7 @@ from timm_multiexit import InputError, load_exit_config
 from timm_multiexit.evaluation.results import RESULTS_NAME
 from timm_multiexit.files import write_json
 from timm_multiexit.optional import require_extra
-from timm_multiexit.pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE, explain
+from timm_multiexit.pretrained.hub_files import CONFIG_FILE, EXAMPLES_FILE, SPRITE_FILE, WEIGHTS_FILE, explain
 from timm_multiexit.pretrained.record import config_of
 from timm_multiexit.stopping.config import FILE_NAME, RECIPE_NAME, SCORES_NAME
 from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable
@@ -23,25 +23,30 @@ from timm_multiexit.training.history import LOG_NAME, STEPS_NAME, portable
 CARD = 'README.md'
 
 
-def build_folder(network: Network, folder: Path, organisation: str) -> Path:
+def build_folder(network: Network, folder: Path, organisation: str, with_images: bool = False) -> Path:
     """Writes the repository of a network. The output is deterministic, so pushing it again changes nothing.
 
     Args:
         network: What to publish.
         folder: Where to write; created if missing.
         organisation: Owner of the repository, for the snippets in the card.
+        with_images: Whether to include the images beside the weights, which come from the data set.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: matplotlib, which draws the figures, is not installed.
+        InputError: images are wanted and there are none; or matplotlib, which draws the figures, is not installed.
     """
     require_extra('plots', 'a model repository')
     from timm_multiexit.evaluation.figures import anytime_figure, budgeted_figure  # not on top: the Space needs none
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(network.weights, folder / WEIGHTS_FILE)
     for name in (STEPS_NAME, LOG_NAME):
+        shutil.copyfile(network.folder / name, folder / name)
+    for name in (EXAMPLES_FILE, SPRITE_FILE) if with_images else ():
+        if not (network.folder / name).is_file():
+            raise InputError(f"'{network.folder}' has no {name}: choose images with app/tools/choose_examples.py")
         shutil.copyfile(network.folder / name, folder / name)
     text, recipe = (network.folder / RECIPE_NAME).read_text(encoding='utf-8'), portable(network.recipe)
     (folder / RECIPE_NAME).write_text(

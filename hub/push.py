@@ -35,6 +35,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--org', default=ORGANISATION, metavar='O', help='organisation or user (default: %(default)s)')
     parser.add_argument('--name', default='', metavar='ARCH.TAG',
                         help="repository name for a folder (default: the recipe's architecture and dataset)")
+    parser.add_argument('--with-images', action='store_true',
+                        help='also send the images that app/tools/choose_examples.py chose from the data set')
     parser.add_argument('--space', action='store_true', help='push the app, and networks only if named')
     parser.add_argument('--dry-run', action='store_true', help='show what would be uploaded, upload nothing')
     parser.add_argument('--revision', default=None, metavar='R', help='branch, created if missing (default: main)')
@@ -98,7 +100,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         api = HfApi(library_name='timm-multiexit', library_version=__version__)
         for network in networks:
             with TemporaryDirectory() as scratch:
-                folder = build_folder(network, Path(scratch) / network.name, args.org)
+                folder = build_folder(network, Path(scratch) / network.name, args.org, args.with_images)
                 push(args, api, folder, check_folder(network, folder), network)
         if args.space:
             with TemporaryDirectory() as scratch:

@@ -3,6 +3,8 @@ import errno
 import os
 import resource
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -82,3 +84,26 @@ def test_files_that_cannot_be_read_are_input_errors(tmp_path, text):
             with pytest.raises(InputError, match='cannot be read') as raised:
                 read(path, 'file')
             assert '\n' not in str(raised.value)
+
+
+def test_letters_of_other_alphabets_under_a_locale_without_them(tmp_path):
+    """Files are UTF-8 everywhere; a terminal that lacks a letter shows its number."""
+    (tmp_path / 'config.yaml').write_text('experiment: Äpfel 猫\n', encoding='utf-8')
+    script = f"""
+import locale, sys
+from timm_multiexit.commands import run_command
+from timm_multiexit.files import read_json, write_json
+from timm_multiexit.training.options import parse_train_args
+
+def run(argv):
+    args = parse_train_args('', ['--config', r'{tmp_path}/config.yaml'])
+    write_json(r'{tmp_path}/a.json', args.experiment)
+    assert read_json(r'{tmp_path}/a.json', 'file') == args.experiment
+    print(locale.getpreferredencoding(False), args.experiment)
+
+sys.exit(run_command('test', run))
+"""
+    env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'PYTHONIOENCODING': ''}
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [b'ANSI_X3.4-1968', b'\\xc4pfel', b'\\u732b']

@@ -1,5 +1,6 @@
 """What the commands share: options whose values are checked, and errors as one line."""
 import argparse
+import io
 import math
 import os
 import signal
@@ -31,6 +32,8 @@ def run_command(
         The exit status: 0, `bad_input`, 1 for an unexpected error, 128 + the number of the signal that ended it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack letters of class names
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         return run([arg for arg in argv if arg != '--traceback']) or 0
     except InputError as error:

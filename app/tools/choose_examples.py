@@ -1,14 +1,16 @@
-"""Chooses the test images that the app shows, from a trained network's predictions, and stores them in assets/.
+"""Chooses the images that the app shows, from a trained network's predictions.
 
-    python app/tools/choose_examples.py --data-dir D [MODEL ...]
+    python app/tools/choose_examples.py --data-dir DATA                                # the package's networks
+    python app/tools/choose_examples.py local-dir:output/mine/final --data-dir PHOTOS  # your own, once calibrated
 
-For every network with weights and stored policies (or those named): `assets/ARCH.TAG/examples.json` and `images.png`.
-Needs the dataset; the app itself does not.
+Writes `examples.json` and `images.png`: test images into `assets/ARCH.TAG/`, and for a network of your own images that
+its run held out for choices, beside its weights, from where no push sends them without `--with-images`. The app itself
+needs no data set.
 """
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torchvision.transforms.functional import to_pil_image
@@ -21,13 +23,14 @@ from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error
 from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.exit_config import list_stored
+from timm_multiexit.pretrained.hub_files import EXAMPLES_FILE, SPRITE_FILE
 from timm_multiexit.pretrained.names import class_labels
 from timm_multiexit.pretrained.record import trained_on, training_data
 from timm_multiexit.stopping.policy import confidence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from examples import EXAMPLES_FILE, SPRITE_FILE, assets_folder  # noqa: E402
+from examples import assets_folder  # noqa: E402
 
 PER_LESSON = 2
 GALLERY = 64  # images
@@ -36,7 +39,7 @@ BINS = 10
 
 
 def lessons(probabilities: torch.Tensor, targets: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """How well each test image illustrates each lesson.
+    """How well each image illustrates each lesson.
 
     Args:
         probabilities: Calibrated, float32 (num_exits, N, num_classes).
@@ -111,7 +114,8 @@ def make_assets(
         labels: Sequence[str],
         config: ExitConfig,
         images: torch.Tensor,
-        test: LabelledLogits,
+        outputs: LabelledLogits,
+        split: str = 'test',
 ) -> None:
     """Writes the images and reliability of one network for the app.
 
@@ -119,19 +123,20 @@ def make_assets(
         name: 'arch.tag'.
         labels: Class names.
         config: The stored policies.
-        images: Test images uint8 (N, 3, H, W).
-        test: Their logits and targets.
+        images: uint8 (N, C, H, W).
+        outputs: Their logits and targets.
+        split: What they are called, 'test' or 'validation'.
     """
-    by_exit = list(zip(test.logits, config.temperatures))
-    examples = choose(lessons(torch.stack([(x / t).softmax(1) for x, t in by_exit]), test.targets), test.targets)
+    by_exit = list(zip(outputs.logits, config.temperatures))
+    examples = choose(lessons(torch.stack([(x / t).softmax(1) for x, t in by_exit]), outputs.targets), outputs.targets)
     confidences = torch.stack([confidence(x, config.measure, t) for x, t in by_exit])
     picks = choose_gallery(confidences)
-    predictions = test.logits.argmax(2)
+    predictions = outputs.logits.argmax(2)
     for tile, example in enumerate(examples):
-        example.update(tile=tile, true_class=labels[test.targets[example['index']]])
+        example.update(tile=tile, true_class=labels[outputs.targets[example['index']]])
     gallery = [
         dict(
-            tile=len(examples) + i, index=index, true_class=labels[test.targets[index]],
+            tile=len(examples) + i, index=index, true_class=labels[outputs.targets[index]],
             predictions=[labels[c] for c in predictions[:, index].tolist()],
             confidences=[round(c, 5) for c in confidences[:, index].tolist()])
         for i, index in enumerate(picks)]
@@ -139,27 +144,29 @@ def make_assets(
     folder = assets_folder(name)
     with written_beside(folder / SPRITE_FILE) as partial:
         to_pil_image(make_grid(tiles, COLUMNS, padding=0)).save(partial, optimize=True)
-    bins = [dict(raw=reliability(x, test.targets, 1.), calibrated=reliability(x, test.targets, t)) for x, t in by_exit]
+    bins = [{name: reliability(x, outputs.targets, value) for name, value in (('raw', 1.), ('calibrated', t))}
+            for x, t in by_exit]
     write_json(folder / EXAMPLES_FILE, dict(
-        network=name, split='test', size=images.shape[-1], columns=COLUMNS, examples=examples, gallery=gallery,
+        split=split, size=tuple(images.shape[:1:-1]), columns=COLUMNS, examples=examples, gallery=gallery,
         reliability=bins))
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', metavar='MODEL',
                         help='arch.tag, or local-dir:FOLDER for your own, whose images lie beside the weights '
                              '(default: all with weights and policies)')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
         model, config = load_model(name), load_exit_config(name)
         config.check_network(model)
         labels = class_labels(model, config.class_names)
         splits = open_splits(trained_on(model), args.data_dir, labels, held_out=training_data(model).held_out)
-        data = Images(splits['test'], Preprocessing.of(model), label=name)
-        images, test = data.stack()[0], exit_logits(model, data)
-        make_assets(name, labels, config, images, test)
+        packaged = ':' not in name
+        data = Images(splits['test' if packaged else 'development'], Preprocessing.of(model), label=name)
+        make_assets(name, labels, config, data.stack()[0], exit_logits(model, data),
+                    'test' if packaged else 'validation')
         print(f'{assets_folder(name)}: {EXAMPLES_FILE}, {SPRITE_FILE}')
 
 

@@ -175,6 +175,7 @@ def cut_checkpoint(tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['--budget', '3M'], '15.26 M'),
     (['--budget', 'many'], "'many' is not a number of MACs"),
+    (['--budget', '30'], 'did you mean 30M?'),
     (['--confidence', '1.5'], 'above 0 and up to 1'),
     (['--confidence', 'nan'], 'above 0 and up to 1'),
     (['--model', 'msfuse_cifr'], 'did you mean msfuse_cifar'),

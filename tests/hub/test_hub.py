@@ -318,6 +318,18 @@ def test_a_published_recipe_names_files_without_their_folders(final, tmp_path):
         '0.safetensors', '1.safetensors', 'c.safetensors']
 
 
+
+def test_images_of_the_data_set_are_published_on_request_alone(final, tmp_path):
+    folder = copy_of(final, tmp_path)
+    with pytest.raises(InputError, match='has no examples.json: choose images'):
+        build_folder(read_network(str(folder)), tmp_path / 'none', 'me', with_images=True)
+    for name in ('examples.json', 'images.png'):
+        (folder / name).write_text(name)
+    for wanted in (False, True):
+        built = build_folder(read_network(str(folder)), tmp_path / f'{wanted}', 'me', with_images=wanted)
+        assert {(built / name).exists() for name in ('examples.json', 'images.png')} == {wanted}
+
+
 def test_options_are_published_without_paths():
     options = dict(
         lr=0.1, dataset='torch/cifar10', initial_checkpoint=['runs/a/model.safetensors'], kd_checkpoint='b.pt',

@@ -2,9 +2,10 @@
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
-import timm_multiexit  # noqa: F401  (registers the networks)
 from timm_multiexit.errors import InputError
+from timm_multiexit.pretrained.load import load_teacher
 from timm_multiexit.training.task import MultiExitTask
 
 
@@ -36,6 +37,17 @@ def test_distillation_into_all_exits():
     assert all(p.grad is not None for p in student.parameters())
     # Checkpoints hold the student only.
     assert task.get_checkpoint_state()['state_dict'].keys() == student.state_dict().keys()
+
+
+
+def test_a_teacher_of_another_image_size_is_refused(tmp_path):
+    shape = dict(depth=1, embed_dim=32, num_heads=2)
+    vit = timm.create_model('vit_tiny_patch16_224', num_classes=2, **shape)
+    save_file(vit.state_dict(), tmp_path / 'vit.safetensors')
+    arguments = ('vit_tiny_patch16_224', str(tmp_path / 'vit.safetensors'), 2, shape)
+    assert load_teacher(*arguments, (3, 224, 224)).num_classes == 2
+    with pytest.raises(InputError, match='does not take images of 3 x 32 x 32 .*choose another, or --input-size'):
+        load_teacher(*arguments, (3, 32, 32))
 
 
 def test_several_teachers_are_averaged():

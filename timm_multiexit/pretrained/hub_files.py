@@ -23,6 +23,7 @@ from timm.models._hub import download_from_hf, hf_split  # private: they alone k
 
 from ..errors import InputError, MissingFileError
 
+EXAMPLES_FILE, SPRITE_FILE = 'examples.json', 'images.png'  # images that the app shows
 WEIGHTS_FILE = 'model.safetensors'
 CONFIG_FILE = 'config.json'
 HUB_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, HTTPError, HFValidationError)
