@@ -21,6 +21,7 @@ RUNS = [(name, []) for name in (
     'msfuse_cifar_budgeted.cifar10', 'msfuse_cifar_budgeted.cifar100')]
 RUNS += [('comparison', ['--model', f'{name}.cifar10', '--dataset', 'torch/cifar10']) for name in (
     'msdnet_cifar', 'ranet_cifar', 'resnet62_mc_cifar', 'densenet52_mc_cifar')]
+RUNS.append(('finetune', ['--dataset', 'torch/cifar10', '--experiment', 'finetune']))
 TRAIN_ALL = """
 import json, sys
 from timm_multiexit.training.options import parse_train_args
@@ -61,13 +62,25 @@ def test_it_trains(runs, recipe, extra):
     final = runs / args.experiment / 'final'
     (step,) = History.read(final).steps
     settings = yaml.safe_load((FOLDER / f'{recipe}.yaml').read_text())
-    changed = {'dataset', 'epochs', 'warmup_epochs', 'batch_size', 'validation_images', *(['model'] if extra else [])}
+    changed = {'dataset', 'epochs', 'warmup_epochs', 'batch_size', 'validation_images',
+               *(['model'] if '--model' in extra else [])}
     changed.add('amp')  # off on a CPU without bfloat16 instructions
     assert {k: step.options[k] for k in settings if k not in changed} == {
         k: v for k, v in portable(settings).items() if k not in changed}
-    state, initial = load_file(final / 'model.safetensors'), timm.create_model(args.model, **args.model_kwargs)
+    state = load_file(final / 'model.safetensors')
+    initial = timm.create_model(args.model, num_classes=len(state['exits.0.fc.weight']), **args.model_kwargs)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in initial.state_dict().items()}
     assert all(torch.isfinite(v).all() for v in state.values())
+
+
+
+def test_finetuning_starts_from_the_included_weights(runs):
+    args = parse_train_args('', ['--config', str(FOLDER / 'finetune.yaml')])
+    tuned, included = (load_file(folder / 'model.safetensors') for folder in (
+        runs / 'finetune' / 'final', WEIGHTS_DIR / args.model))
+    for name, before in included.items():
+        if name.startswith('stages') and before.ndim == 4:
+            assert 0 < (tuned[name].float() - before.float()).norm() < 0.1 * before.float().norm(), name
 
 
 def test_all_recipes_are_run():
@@ -79,9 +92,11 @@ def test_all_recipes_are_run():
 @pytest.mark.parametrize('recipe', sorted(FOLDER.glob('*.yaml')), ids=lambda path: path.stem)
 def test_it_names_its_network_and_is_listed(recipe):
     args = parse_train_args('', ['--config', str(recipe)])
+    assert f'recipes/{recipe.name}' in recipe.read_text()  # the command in its header
+    assert f'`{recipe.stem.partition(".")[0]}' in (FOLDER / 'README.md').read_text()
+    if args.dataset == 'folder':  # any
+        return
     # The tag matters: it sets the mean and deviation that evaluation of these weights will use.
     assert args.model.endswith(f".{args.dataset.split('/')[1]}")
     assert timm.is_model(args.model)
     assert recipe.stem in (args.model, 'comparison') and args.experiment == args.model
-    assert f'recipes/{recipe.name}' in recipe.read_text()  # the command in its header
-    assert f'`{recipe.stem.partition(".")[0]}' in (FOLDER / 'README.md').read_text()

@@ -82,7 +82,7 @@ def require_weights(name: str) -> None:
     trained = list_networks(pretrained=True)
     if not any(t == name or (not tag and t.partition('.')[0] == arch) for t in trained):
         raise InputError(
-            f"there are no trained weights for '{name}' yet: pass --checkpoint FILE, or choose one of "
+            f"there are no trained weights for '{name}' yet: give a checkpoint of your own, or choose one of "
             f"{', '.join(trained) or 'none so far'}")
 
 
