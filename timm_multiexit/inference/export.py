@@ -3,7 +3,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import List, Union
+from typing import Any, Dict, List, Union
 
 import onnx
 import onnxruntime
@@ -14,7 +14,7 @@ from ..models import MultiExitNet
 from ..pretrained.record import training_data
 from ..stopping.config import FILE_NAME, ExitConfig
 from .device import GRAPHS_NAME
-from .onnx_engine import export_graph
+from .onnx_engine import cut, export_graph
 from .preprocess import Preprocessing
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -68,30 +68,36 @@ def export_folder(model: MultiExitNet, config: ExitConfig, folder: Union[str, Pa
     return [folder / name for name in graphs]
 
 
-def _write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
-    preprocessing = Preprocessing.of(model)
-    cfg = model.pretrained_cfg
+def preprocessing_of(model: MultiExitNet) -> Dict[str, Any]:
+    """How a device prepares images, see `device.preprocess`.
+
+    Raises:
+        InputError: images are cropped in a way that a device does not know.
+    """
+    preprocessing, cfg = Preprocessing.of(model), model.pretrained_cfg
     if cfg.get('crop_mode', 'center') != 'center':
         raise InputError(f"images cropped by '{cfg['crop_mode']}': a device crops the centre only")
-    states, graph = export_graph(model, preprocessing.input_size[1:])
+    return dict(
+        input_size=list(preprocessing.input_size), mean=list(preprocessing.mean), std=list(preprocessing.std),
+        interpolation=preprocessing.interpolation, crop_pct=float(cfg.get('crop_pct') or 1.),
+        value_range=training_data(model).value_range)
+
+
+def _write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
+    preprocessing = preprocessing_of(model)
+    states, graph = export_graph(model, preprocessing['input_size'][1:])
     extractor = onnx.utils.Extractor(graph)
     digests = {}
     for k in range(model.num_exits):
         made = [name for name in states[k + 1] if name not in states[k]]
         for name, inputs, outputs in (
                 (f'stage_{k + 1}.onnx', states[k], made), (f'head_{k + 1}.onnx', states[k + 1][-1:], [f'logits{k}'])):
-            part = extractor.extract_model(inputs, outputs)
-            for node in part.graph.node:  # older exporters read the batch size off the images, at every head
-                if node.op_type == 'Shape' and node.input[0] == states[0][0]:
-                    node.input[0] = inputs[0]
+            part = cut(extractor, states[0][0], inputs, outputs)
             part.ir_version = IR_VERSION
             data = part.SerializeToString()
             (folder / name).write_bytes(data)
             digests[name] = hashlib.sha256(data).hexdigest()
     write_json(folder / GRAPHS_NAME, dict(
         states=states, num_classes=model.num_classes, onnxruntime=onnxruntime.__version__, sha256=digests,
-        preprocessing=dict(
-            input_size=list(preprocessing.input_size), mean=list(preprocessing.mean), std=list(preprocessing.std),
-            interpolation=preprocessing.interpolation, crop_pct=float(cfg.get('crop_pct') or 1.),
-            value_range=training_data(model).value_range)))
+        preprocessing=preprocessing))
     return list(digests)

@@ -75,10 +75,7 @@ class OnnxEngine:
     def _session(self, first: int, last: int) -> Tuple[onnxruntime.InferenceSession, List[str]]:
         """A session for a segment, and the names of the maps that it makes; it gives the logits before them."""
         made = [name for name in self.state_names[last + 1] if name not in self.state_names[first]]
-        graph = self.extractor.extract_model(self.state_names[first], [f'logits{last}', *made])
-        for node in graph.graph.node:  # older exporters read the batch size off the images, at every head
-            if node.op_type == 'Shape' and node.input[0] == self.state_names[0][0]:
-                node.input[0] = self.state_names[first][0]
+        graph = cut(self.extractor, self.state_names[0][0], self.state_names[first], [f'logits{last}', *made])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -138,3 +135,12 @@ def export_graph(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List
         read.append([next(given) for _ in state])
         next(given)  # the logits
     return read, program.model_proto
+
+
+def cut(extractor: onnx.utils.Extractor, images: str, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
+    """The part of the graph between some maps; `images` is the name of the network's input."""
+    part = extractor.extract_model(list(inputs), list(outputs))
+    for node in part.graph.node:  # older exporters read the batch size off the images, at every head
+        if node.op_type == 'Shape' and node.input[0] == images:
+            node.input[0] = inputs[0]
+    return part
