@@ -5,6 +5,7 @@
 import argparse
 import hashlib
 import json
+import platform
 import statistics
 import sys
 import time
@@ -20,11 +21,14 @@ from ..stopping.config import ExitConfig
 from ..stopping.costs import StageCosts, format_macs, parse_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.policy import ExitPolicy, scores
+from ..stopping.scores import UNKNOWN, ExitScores
 from .batch_loop import gather_arrays, run_batch, segments_of
-from .images import named_images, read_image
+from .images import image_paths, named_images, read_image
 
 GRAPHS_NAME = 'graphs.json'
 PROFILE_NAME = 'profile.json'
+SAMPLES_NAME = 'samples'
+SAMPLE_SCORES_NAME = 'samples.safetensors'
 _PASSES = 30
 
 
@@ -46,10 +50,8 @@ class FolderEngine:
         self.folder = Path(folder)
         self.graphs: Dict[str, Any] = read_json(self.folder / GRAPHS_NAME, 'list of graphs')
         try:
-            for name, digest in self.graphs['sha256'].items():
-                path = self.folder / name
-                if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                    raise InputError(f"'{path}' is {'damaged' if path.is_file() else 'missing'}: export again")
+            for name in self.graphs['sha256']:
+                self._read(name)
             self.states: List[List[str]] = self.graphs['states']
             self.num_exits, self.num_classes = len(self.states) - 1, int(self.graphs['num_classes'])
             self.in_chans = int(self.graphs['preprocessing']['input_size'][0])
@@ -62,15 +64,23 @@ class FolderEngine:
             for name in (*(f'stage_{k + 1}.onnx' for k in range(first, last + 1)), f'head_{last + 1}.onnx'):
                 self._session(name)
 
+    def _read(self, name: str) -> bytes:
+        path = self.folder / name
+        data = path.read_bytes() if path.is_file() else b''
+        if hashlib.sha256(data).hexdigest() != self.graphs['sha256'][name]:
+            raise InputError(f"'{path}' is {'damaged' if path.is_file() else 'missing'}: export again")
+        return data
+
     def _session(self, name: str) -> Any:
         if name not in self.sessions:
             import onnxruntime
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
+            data = self._read(name)  # checked again: the folder may have been replaced since
             try:
                 self.sessions[name] = onnxruntime.InferenceSession(
-                    str(self.folder / name), options, providers=['CPUExecutionProvider'])
+                    data, options, providers=['CPUExecutionProvider'])
             except Exception as error:  # onnxruntime's own types, which it does not document
                 reason = str(error).strip().splitlines()[0]
                 raise InputError(f'onnxruntime {onnxruntime.__version__} cannot run {name} ({reason}): '
@@ -146,6 +156,45 @@ def measure_profile(engine: FolderEngine) -> StageCosts:
     return StageCosts(tuple(stages), tuple(heads))
 
 
+def processor() -> str:
+    """Family of this machine's processor, and its name where Linux tells it; last digits of logits depend on it."""
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text(errors='replace').splitlines() if info.is_file() else []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return ' '.join([platform.machine(), *names[:1]])
+
+
+def sample_scores(engine: FolderEngine, config: ExitConfig) -> ExitScores:
+    """What each exit answers to the sample images of the folder, on this machine."""
+    how = engine.graphs['preprocessing']
+    state = engine.start(np.stack([preprocess(path, how)[0] for path in image_paths(engine.folder / SAMPLES_NAME)]))
+    logits = []
+    for k in range(engine.num_exits):
+        state, x = engine.run(k, k, state)
+        logits.append(x)
+    return ExitScores.from_logits(logits, np.full(len(logits[0]), UNKNOWN), config.temperatures, config.measure)
+
+
+def check(engine: FolderEngine, config: ExitConfig) -> Tuple[bool, str]:
+    """Whether the sample images leave here where they left at export, under the policies of all budgets, and a report.
+
+    Raises:
+        InputError: samples or their answers are missing.
+    """
+    there, here = ExitScores.load(engine.folder / SAMPLE_SCORES_NAME)[0], sample_scores(engine, config)
+    if there.scores.shape != here.scores.shape:
+        raise InputError(
+            f"'{engine.folder / SAMPLES_NAME}' holds other images than {SAMPLE_SCORES_NAME}: export again")
+    moved = there.predictions[-1] != here.predictions[-1]
+    for policy in config.path():
+        moved |= there.exits(policy.thresholds) != here.exits(policy.thresholds)
+    import onnxruntime
+    return not moved.any(), (
+        f'{moved.sum()} of {len(moved)} sample images are answered otherwise on {processor()} with onnxruntime '
+        f'{onnxruntime.__version__} than on {engine.graphs["processor"]} with {engine.graphs["onnxruntime"]}; '
+        f'scores differ by up to {abs(there.scores - here.scores).max():.1e}')
+
+
 def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine) -> ExitPolicy:
     """The policy that the options ask for.
 
@@ -208,6 +257,8 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--risk', choices=RISKS, default='accuracy', help='of --max-loss')
     parser.add_argument('--batch-size', type=int, default=32, metavar='N')
     parser.add_argument('--profile', action='store_true', help='measure this device and keep it in the folder')
+    parser.add_argument('--check', action='store_true',
+                        help='whether sample images are answered here as where the folder was made; status 1 if not')
     parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
     args = parser.parse_args(argv)
     try:
@@ -217,8 +268,13 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
             times = measure_profile(engine)
             print(f'{times.full:.3f} ms for the full network, {times.cheapest:.3f} ms for the first exit',
                   file=sys.stderr)
-        elif not args.images or args.batch_size < 1:
-            raise InputError('give image files or folders, or --profile; and a --batch-size of 1 or more')
+        if args.check:
+            same, report = check(engine, config)
+            print(f'run.py: {"check" if same else "warning"}: {report}', file=sys.stderr)
+            if not same:
+                return 1
+        if not (args.images or args.profile or args.check) or args.batch_size < 1:
+            raise InputError('give image files or folders, --profile or --check; and a --batch-size of 1 or more')
         paths = named_images(args.images)
         results = list(classify(engine, config, policy_of(args, config, engine), paths, args.batch_size))
     except InputError as error:

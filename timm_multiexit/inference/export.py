@@ -13,7 +13,7 @@ from ..files import write_json
 from ..models import MultiExitNet
 from ..pretrained.record import training_data
 from ..stopping.config import FILE_NAME, ExitConfig
-from .device import GRAPHS_NAME
+from .device import GRAPHS_NAME, SAMPLE_SCORES_NAME, SAMPLES_NAME, FolderEngine, processor, sample_scores
 from .onnx_engine import cut, export_graph
 from .preprocess import Preprocessing
 
@@ -62,6 +62,8 @@ def export_folder(model: MultiExitNet, config: ExitConfig, folder: Union[str, Pa
                 shutil.copyfile(source, target)
         (made / 'timm_multiexit' / '__init__.py').write_text('"""The part of timm-multiexit that a device runs."""\n')
         (made / 'run.py').write_text(RUN, encoding='utf-8')
+        shutil.copytree(PACKAGE / 'samples', made / SAMPLES_NAME)
+        sample_scores(FolderEngine(made), config).save(made / SAMPLE_SCORES_NAME)
         if folder.exists():
             folder.rename(Path(scratch) / 'before')
         made.rename(folder)
@@ -98,6 +100,6 @@ def _write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
             (folder / name).write_bytes(data)
             digests[name] = hashlib.sha256(data).hexdigest()
     write_json(folder / GRAPHS_NAME, dict(
-        states=states, num_classes=model.num_classes, onnxruntime=onnxruntime.__version__, sha256=digests,
-        preprocessing=preprocessing))
+        states=states, num_classes=model.num_classes, onnxruntime=onnxruntime.__version__, processor=processor(),
+        sha256=digests, preprocessing=preprocessing))
     return list(digests)
