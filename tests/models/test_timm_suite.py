@@ -18,7 +18,8 @@ from conftest import PROJECT
 
 from timm_multiexit.pretrained.names import list_networks
 
-NAMES = [*list_networks(), *BACKBONES]
+LARGE = [name for name in list_networks() if '_imagenet' in name]
+SMALL = [*(name for name in list_networks() if name not in LARGE), *BACKBONES]
 # timm skips its own densenet in the tests that script a model, by this pattern; ours is scripted below.
 UNSCRIPTED = 'densenet*'
 PER_NAME = """
@@ -56,18 +57,18 @@ def timm_tests() -> Path:
     return path
 
 
-def names_with_tags(pretrained: bool = False):
-    return [n for arch in NAMES for n in timm.list_models(f'{arch}.*', include_tags=True, pretrained=pretrained)]
+def names_with_tags(names, pretrained: bool = False):
+    return [n for arch in names for n in timm.list_models(f'{arch}.*', include_tags=True, pretrained=pretrained)]
 
 
-def expected_tests():
+def expected_tests(names):
     """Every test and network that must have passed, as pytest names them: 'test[batch size-network]'."""
-    scripted = [name for name in NAMES if not fnmatch.fnmatch(name, UNSCRIPTED)]
+    scripted = [name for name in names if not fnmatch.fnmatch(name, UNSCRIPTED)]
     return {
-        *((test, name) for test in PER_NAME for name in NAMES),
+        *((test, name) for test in PER_NAME for name in names),
         *((test, name) for test in PER_SCRIPTED_NAME for name in scripted),
-        *((test, name) for test in PER_TAG for name in names_with_tags()),
-        *((test, name) for test in PER_PRETRAINED_TAG for name in names_with_tags(pretrained=True)),
+        *((test, name) for test in PER_TAG for name in names_with_tags(names)),
+        *((test, name) for test in PER_PRETRAINED_TAG for name in names_with_tags(names, pretrained=True)),
     }
 
 
@@ -82,12 +83,16 @@ def outcomes(junit: Path):
     return results
 
 
-@pytest.mark.exhaustive('timm\'s own tests over all networks, those for ImageNet included, and exits on four backbones')
 @pytest.mark.timeout(1500)
-def test_timms_tests_pass_for_every_network(timm_tests, tmp_path):
+@pytest.mark.parametrize('names', [
+    pytest.param(SMALL, marks=pytest.mark.slow('4 minutes of CPU time: nine networks, and exits on four backbones'),
+                 id='small'),
+    pytest.param(LARGE, marks=pytest.mark.exhaustive('24 to 131 M parameters, images of 224 pixels'), id='imagenet'),
+])
+def test_timms_tests_pass_for_every_network(names, timm_tests, tmp_path):
     junit = tmp_path / 'junit.xml'
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(
-        [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])]))
+    path = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = dict(os.environ, NETWORKS=' '.join(names), PYTHONPATH=os.pathsep.join(path))
     environment.pop('GITHUB_ACTIONS', None)  # timm runs fewer tests there
     run = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-n', '2', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-c',
@@ -96,11 +101,11 @@ def test_timms_tests_pass_for_every_network(timm_tests, tmp_path):
     assert junit.is_file(), run.stdout[-2000:] + run.stderr[-2000:]
     results = outcomes(junit)
     assert {key: message for key, message in results.items() if message} == {}
-    assert set(results) == expected_tests()
+    assert set(results) == expected_tests(names)
     assert run.returncode == 0, run.stdout[-2000:]
 
 
-@pytest.mark.parametrize('name', fnmatch.filter(NAMES, UNSCRIPTED))
+@pytest.mark.parametrize('name', fnmatch.filter([*SMALL, *LARGE], UNSCRIPTED))
 def test_scripting_where_timm_skips_it(name):
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
