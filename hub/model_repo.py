@@ -23,9 +23,9 @@ _MADE_BY = {
     **dict.fromkeys(
         (WEIGHTS_FILE, CONFIG_FILE, RECIPE_NAME, STEPS_NAME, LOG_NAME),
         'give the folder final/ of a run of train_timm.py'),
-    FILE_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
-    SCORES_NAME: 'create it with timm-multiexit calibrate MODEL --checkpoint FOLDER/model.safetensors',
-    RESULTS_NAME: 'create it with timm-multiexit evaluate MODEL --checkpoint FOLDER/model.safetensors --output FOLDER',
+    FILE_NAME: 'create it with timm-multiexit calibrate --checkpoint {folder} --data-dir IMAGES',
+    SCORES_NAME: 'create it with timm-multiexit calibrate --checkpoint {folder} --data-dir IMAGES',
+    RESULTS_NAME: 'create it with timm-multiexit evaluate --checkpoint {folder} --data-dir IMAGES',
 }
 
 
@@ -74,7 +74,7 @@ def read_network(given: str, name: str = '') -> Network:
     for required, remedy in _MADE_BY.items():
         registered = packaged and required == CONFIG_FILE
         if not registered and not (folder / required).is_file():
-            raise InputError(f"'{folder}' has no {required}: {remedy}")
+            raise InputError(f"'{folder}' has no {required}: {remedy.format(folder=folder)}")
     recipe = read_yaml(folder / RECIPE_NAME, 'recipe')
     if not isinstance(recipe, dict) or not {'model', 'dataset'} <= recipe.keys():
         raise InputError(
