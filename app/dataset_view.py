@@ -74,7 +74,7 @@ def budget_view(
         macs: Cumulative multiply-adds of each exit.
         assets: Images to group by the exit that answers.
         budget: Average MACs per image that the policy was chosen for.
-        others: Curves of other networks, by name, to draw behind.
+        others: Curves of other networks by name, drawn behind this one's.
     """
     now = curve.at(budget)
     low, high = accuracy_range(curve, *others.values())

@@ -59,11 +59,13 @@ def other_curves(name: str) -> Dict[str, Curve]:
     network, _, curve = stored_for(name)
     others = {}
     for other in served_names():
+        if other == name:
+            continue
         try:
             config = load_exit_config(other)
         except InputError:  # none is stored
             continue
-        if other != name and config.class_names == network.config.class_names:
+        if config.class_names == network.config.class_names:
             theirs = load_curve(other, config)
             if theirs is not None and theirs.images == curve.images:
                 others[display_name(other)] = theirs

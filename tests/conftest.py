@@ -167,6 +167,16 @@ def small_msfuse():
     return timm.create_model('msfuse_cifar', **SMALL).eval()
 
 
+def calibrated_network():
+    """A small MSFuse in eval mode, with an exit config of noisy logits."""
+    torch.manual_seed(0)
+    model = timm.create_model('msfuse_cifar', **SMALL).eval()
+    targets = torch.randint(10, (300,))
+    logits = torch.randn(3, 300, 10) + 2. * torch.eye(10)[targets]
+    return model, timm_multiexit.ExitConfig.fit(
+        logits, targets, timm_multiexit.exit_costs(model), [f'k{k}' for k in range(10)])
+
+
 @pytest.fixture(params=NETWORKS)
 def network(request):
     """Every registered network of the package, with fixed random weights, in eval mode."""

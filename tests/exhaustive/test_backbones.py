@@ -54,7 +54,7 @@ REFUSED = dict(gemma4_vit_167m='control flow', gemma4_vit_167m_enc='control flow
 TIME = '10 minutes of CPU time for all'
 
 
-class _Asked(Exception):
+class _Built(Exception):
     """Of a model: its class."""
 
 
@@ -62,15 +62,15 @@ class _Asked(Exception):
 def class_of(monkeypatch):
     """The class of a model's name, without building the model."""
     def ask(model_cls, *args, **kwargs):
-        raise _Asked(model_cls)
+        raise _Built(model_cls)
     for name, module in list(sys.modules.items()):
         if name.startswith('timm.models.') and hasattr(module, 'build_model_with_cfg'):
             monkeypatch.setattr(module, 'build_model_with_cfg', ask)
 
     def class_of(name):
-        with pytest.raises(_Asked) as asked:
+        with pytest.raises(_Built) as built:
             timm.models.model_entrypoint(name)(pretrained=False)
-        return asked.value.args[0]
+        return built.value.args[0]
     return class_of
 
 

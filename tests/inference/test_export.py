@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SAMPLES, SMALL
+from conftest import SAMPLES, SMALL, calibrated_network
 from PIL import Image
 
 onnx, onnxruntime = map(pytest.importorskip, ('onnx', 'onnxruntime'))
 
-from timm_multiexit import EarlyExitRunner, InputError, exit_costs, load_exit_config, load_model  # noqa: E402
+from timm_multiexit import EarlyExitRunner, InputError, load_exit_config, load_model  # noqa: E402
 from timm_multiexit.cli import main  # noqa: E402
 from timm_multiexit.files import sha256  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, preprocess, processor, resized  # noqa: E402
 from timm_multiexit.inference.export import COPIED, PACKAGE, export_folder  # noqa: E402
 from timm_multiexit.inference.preprocess import Preprocessing  # noqa: E402
-from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
 from timm_multiexit.stopping.scores import ExitScores  # noqa: E402
 
 BLOCKED = """
@@ -44,12 +43,7 @@ def on_device(folder, *args):
 
 @pytest.fixture(scope='module')
 def network():
-    """A small network with an exit config of noisy logits."""
-    torch.manual_seed(0)
-    model = timm.create_model('msfuse_cifar', **SMALL).eval()
-    targets = torch.randint(10, (300,))
-    logits = torch.randn(3, 300, 10) + 2. * torch.eye(10)[targets]
-    return model, ExitConfig.fit(logits, targets, exit_costs(model), [f'k{k}' for k in range(10)])
+    return calibrated_network()
 
 
 @pytest.fixture(scope='module')

@@ -4,9 +4,7 @@ import time
 
 import numpy as np
 import pytest
-import timm
-import torch
-from conftest import SMALL
+from conftest import calibrated_network
 
 onnx, onnxruntime = map(pytest.importorskip, ('onnx', 'onnxruntime'))
 
@@ -53,11 +51,7 @@ def compare(file, model, policy, images, engine):
 
 @pytest.fixture(scope='module')
 def network():
-    """A small network with an exit config of noisy logits."""
-    model = timm.create_model('msfuse_cifar', **SMALL).eval()
-    targets = torch.randint(10, (300,))
-    logits = torch.randn(3, 300, 10) + 2. * torch.eye(10)[targets]
-    return model, ExitConfig.fit(logits, targets, exit_costs(model), [f'k{k}' for k in range(10)])
+    return calibrated_network()
 
 
 @pytest.fixture(scope='module')
@@ -76,9 +70,10 @@ def test_it_answers_as_the_runner_does(path, network, images):
     model, config = network
     engine = make_engine(model, 'onnx')
     policies = [ExitPolicy.at_exit(k, 3, config.temperatures) for k in range(3)]
-    sure = np.sort(EarlyExitRunner(engine, policies[0], costs=exit_costs(model)).run(images).confidence)
+    confidences = np.sort(EarlyExitRunner(engine, policies[0], costs=exit_costs(model)).run(images).confidence)
     policies += [
-        ExitPolicy.at_confidence(float((sure[i] + sure[i + 1]) / 2), config.temperatures) for i in (15, 40)]
+        ExitPolicy.at_confidence(float((confidences[i] + confidences[i + 1]) / 2), config.temperatures)
+        for i in (15, 40)]
     file = session(path)
     left = [set(compare(file, model, policy, images, engine)) for policy in policies]
     assert left[:3] == [{1}, {2}, {3}] and min(map(len, left[3:])) > 1
@@ -159,7 +154,7 @@ def test_an_image_that_leaves_first_takes_the_time_of_the_first_exit(shipped, ci
     times = np.zeros((2, 500))
     for turn in range(500):
         for i, run in enumerate(runs):
-            run()  # caches are warm, whatever ran before
+            run()  # warms the caches
             start = time.perf_counter()
             run()
             times[i, turn] = time.perf_counter() - start

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import List, Sequence
 
+from ..commands import device
 from ..errors import InputError
 from ..evaluation.compare import (
     LOGITS_HELP,
@@ -36,7 +37,7 @@ def add_parser(subparsers) -> None:
                         help=f'name in the registry, hf-hub:... or local-dir:...; a {RESULTS_NAME}; or a .npz file '
                              f'with {LOGITS_HELP}, of a network of any kind. The first is compared with each other one')
     add_data_options(parser, required=False)
-    parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
+    parser.add_argument('--device', type=device, default='cpu', help='torch device (default: %(default)s)')
     parser.add_argument('--time', action='store_true', help='also against milliseconds, profiled on this machine')
     parser.add_argument('--engine', choices=ENGINES, default='auto', help='for --time (default: %(default)s)')
     parser.add_argument('--output', metavar='DIR', default='comparison', help='default: %(default)s')

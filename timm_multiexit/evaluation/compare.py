@@ -38,19 +38,19 @@ class Entry:
 
     def accuracy_at(self, cost: float, time: bool = False) -> float:
         """The best accuracy in percent at an average cost of at most `cost`, interpolated; NaN below the cheapest."""
-        x, y = self._front(time)
+        x, y = self.front(time)
         return float(np.interp(cost, x, y, left=np.nan))
 
     def cost_at(self, accuracy: float, time: bool = False) -> float:
         """The least average cost that reaches an accuracy, interpolated; NaN if none does."""
-        x, y = self._front(time)
+        x, y = self.front(time)
         if accuracy > y[-1]:
             return float('nan')
         k = int(np.argmax(y >= accuracy))
         return float(x[0] if k == 0 else np.interp(accuracy, y[k - 1:k + 1], x[k - 1:k + 1]))
 
-    def _front(self, time: bool) -> np.ndarray:
-        """Costs and accuracies, rising: what is better at a lower cost serves at a higher one too."""
+    def front(self, time: bool) -> np.ndarray:
+        """Costs and accuracies (2, budgets), rising: what is better at a lower cost serves at a higher one too."""
         x, y = self.costs(time), curve(self.results.budgeted)[1]
         order = np.argsort(x)
         return np.array([x[order], np.maximum.accumulate(y[order])])
@@ -123,8 +123,8 @@ def comparison_rows(entries: Sequence[Entry], time: bool = False) -> List[dict]:
 
 
 def saved(entry: Entry, other: Entry, time: bool = False) -> List[dict]:
-    """Where `entry` needs less than `other` for the same accuracy: rows with both costs, at whole and half percent."""
-    (_, ours), (_, theirs) = entry._front(time), other._front(time)
+    """What both cost for the same accuracy, at each half percent that both reach."""
+    (_, ours), (_, theirs) = entry.front(time), other.front(time)
     low, high = max(ours[0], theirs[0]), min(ours[-1], theirs[-1])
     rows = []
     for accuracy in np.arange(np.ceil(2 * low) / 2, high + 1e-9, 0.5):

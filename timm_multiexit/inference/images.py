@@ -32,7 +32,6 @@ def image_files(folder: Path) -> List[Path]:
                   and not any(map(is_hidden, p.relative_to(folder).parts)))
 
 
-
 def image_paths(folder: Union[str, Path]) -> List[Path]:
     """As `image_files`, of a folder that must hold some.
 
