@@ -78,6 +78,18 @@ def test_the_folder_answers_as_the_runner_does(folder, network, photos, batch_si
     assert [r['macs'] for r in results] == run.macs.tolist()
 
 
+def test_a_monitor_reports_and_caps(folder, network, photos):
+    """All twelve would run to the end; after the first four the average is above the limit, so the next leave at once."""
+    macs = network[1].exit_macs
+    limit = ['--batch-size', 4, '--max-average', (macs[0] + macs[-1]) / 2]
+    free, capped = (on_device(folder, photos, '--json', '--monitor', *extra) for extra in ([], limit))
+    spent = [[r['macs'] for r in json.loads(done.stdout)] for done in (free, capped)]
+    assert spent[0] == [macs[-1]] * 12 and spent[1][:8] == [macs[-1]] * 4 + [macs[0]] * 4
+    assert '12 images left at exits 1 to 3: 0 0 100 %, expected 0 0 100 %' in free.stderr
+    refused = on_device(folder, photos, '--max-average', '1k')
+    assert refused.returncode == 2 and 'the first exit costs' in refused.stderr
+
+
 def test_its_profile_answers_in_time(folder, photos):
     done = on_device(folder, '--profile')
     assert done.returncode == 0 and 'ms for the full network' in done.stderr

@@ -20,6 +20,7 @@ from ..files import read_json, write_json
 from ..stopping.config import ExitConfig
 from ..stopping.costs import StageCosts, format_macs, parse_macs
 from ..stopping.guarantee import RISKS
+from ..stopping.monitor import ExitMonitor
 from ..stopping.policy import ExitPolicy, scores
 from ..stopping.scores import UNKNOWN, ExitScores
 from .batch_loop import gather_arrays, run_batch, segments_of
@@ -218,11 +219,12 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
 
 
 def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths: Sequence[Path],
-             batch_size: int) -> Iterator[Dict[str, Any]]:
-    """One record for each file, in order, with its answer or the reason why it has none."""
+             batch_size: int, monitor: Optional[ExitMonitor] = None) -> Iterator[Dict[str, Any]]:
+    """One record for each file, in order, with its answer or the reason why it has none.
+
+    A monitor is told where images leave, batch by batch; the next batches run under its policy.
+    """
     names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
-    segments = segments_of(policy)
-    engine.build(segments)
     for start in range(0, len(paths), batch_size):
         records: List[Dict[str, Any]] = []
         images, places = [], []
@@ -235,11 +237,14 @@ def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths
             except InputError as error:
                 records.append(dict(image=str(path), error=str(error)))
         if images:
-            answers = run_batch(engine, policy, segments, np.stack(images), batch_size)
+            answers = run_batch(engine, policy, segments_of(policy), np.stack(images), batch_size)
             for place, k, label, confidence in zip(
                     places, answers.exit_index, answers.prediction, answers.confidence.tolist()):
                 records[place].update(label=names[label], probability=confidence, exit=int(k) + 1,
                                       macs=config.exit_macs[k])
+            if monitor is not None:
+                monitor.update(answers.exit_index)
+                policy = monitor.policy
         yield from records
 
 
@@ -259,6 +264,10 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--profile', action='store_true', help='measure this device and keep it in the folder')
     parser.add_argument('--check', action='store_true',
                         help='whether sample images are answered here as where the folder was made; status 1 if not')
+    parser.add_argument('--monitor', action='store_true',
+                        help='report where images left against what is expected, and warn beyond chance')
+    parser.add_argument('--max-average', metavar='MACS',
+                        help='stop earlier while the average since start is above this, like 30M')
     parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
     args = parser.parse_args(argv)
     try:
@@ -276,7 +285,12 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
         if not (args.images or args.profile or args.check) or args.batch_size < 1:
             raise InputError('give image files or folders, --profile or --check; and a --batch-size of 1 or more')
         paths = named_images(args.images)
-        results = list(classify(engine, config, policy_of(args, config, engine), paths, args.batch_size))
+        policy, monitor = policy_of(args, config, engine), None
+        if args.monitor or args.max_average:
+            monitor = ExitMonitor(config, policy, args.max_average)
+        results = list(classify(engine, config, policy, paths, args.batch_size, monitor))
+        if monitor is not None and monitor.images:
+            print(f"run.py: {'warning: ' + monitor.warning if monitor.warning else monitor}", file=sys.stderr)
     except InputError as error:
         print(f'run.py: error: {error}', file=sys.stderr)
         return 2

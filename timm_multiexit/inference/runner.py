@@ -5,7 +5,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional, Sized, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Sized, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..models import MultiExitNet, exit_costs
 from ..stopping.costs import ExitCosts
+from ..stopping.monitor import ExitMonitor
 from ..stopping.policy import StoppingRule, check_exits
 from ..stopping.simulate import Simulation
-from .batch_loop import Answers, run_batch, run_one, segments_of
+from .batch_loop import Answers, Segment, run_batch, run_one, segments_of
 from .engine import Engine, make_engine
 from .images import image_paths
 from .preprocess import Preprocessing
@@ -56,6 +57,7 @@ class EarlyExitRunner:
         engine: Engine to make, see `engine.make_engine`.
         costs: Of the exits; None to count them at the input size in the network's pretrained cfg.
         chunk_size: Images that run together.
+        monitor: Told where images leave, batch by batch; the next batches run under its policy.
 
     Raises:
         InputError: a policy for another number of exits, or an engine that is not available.
@@ -68,6 +70,7 @@ class EarlyExitRunner:
             engine: str = 'torch',
             costs: Optional[ExitCosts] = None,
             chunk_size: Optional[int] = None,
+            monitor: Optional[ExitMonitor] = None,
     ):
         check_exits(policy, model.num_exits)
         self.model = model if isinstance(model, MultiExitNet) else None
@@ -78,13 +81,28 @@ class EarlyExitRunner:
         self.costs = costs
         check_exits(policy, len(self.costs.macs))
         self.engine: Engine = make_engine(model, engine) if isinstance(model, MultiExitNet) else model
-        self.policy = policy
+        self.monitor = monitor
         self.chunk_size = chunk_size or (CHUNK_SIZE if self.engine.device.type == 'cpu' else CHUNK_SIZE_GPU)
-        self.segments = segments_of(policy)
-        self.engine.build(self.segments)
+        self.policy = policy
         self.macs = torch.tensor(self.costs.macs)
         self._pool: Optional[ThreadPoolExecutor] = None
         self._pool_process = 0
+
+    @property
+    def policy(self) -> StoppingRule:
+        """When to stop."""
+        return self._stopping[0]
+
+    @policy.setter
+    def policy(self, policy: StoppingRule) -> None:
+        segments = segments_of(policy)
+        self.engine.build(segments)
+        self._stopping = policy, segments  # in one step: other threads may be about to start a batch
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """Runs of stages (first, last) between the exits in use."""
+        return self._stopping[1]
 
     @property
     def pool(self) -> Optional[ThreadPoolExecutor]:
@@ -116,7 +134,7 @@ class EarlyExitRunner:
             raise InputError(f'batch_size {batch_size}: give 1 or more')
         rank, world = _process()
         if len(images) == 1 and world == 1:  # nothing to share or put in order
-            return self._result(self._job(images), None)
+            return self._result(self._watched(self._job(images)), None)
         if self.pool is not None:  # a share for each worker, also of a single batch
             batch_size = min(batch_size, -(-len(images) // (world * self.engine.workers)))
         batches = images.split(batch_size)
@@ -186,28 +204,36 @@ class EarlyExitRunner:
         """Answers for each batch, in order; one batch per worker at a time, and one waiting."""
         batches, pool = iter(batches), self.pool
         if pool is None:
-            yield from map(self._job, batches)
+            yield from map(self._watched, map(self._job, batches))
             return
         first = list(itertools.islice(batches, 2))
         if len(first) == 1:  # a single one: no thread has to wake up
-            yield self._job(first[0])
+            yield self._watched(self._job(first[0]))
             return
         waiting = deque(pool.submit(self._job, batch) for batch in first)
         try:
             for batch in batches:
                 if len(waiting) > self.engine.workers:
-                    yield waiting.popleft().result()
+                    yield self._watched(waiting.popleft().result())
                 waiting.append(pool.submit(self._job, batch))
             while waiting:
-                yield waiting.popleft().result()
+                yield self._watched(waiting.popleft().result())
         finally:
             for future in waiting:
                 future.cancel()
 
     def _job(self, images: torch.Tensor) -> Answers:
+        policy, segments = self._stopping
         if len(images) == 1:
-            return run_one(self.engine, self.policy, self.segments, images)
-        return run_batch(self.engine, self.policy, self.segments, images, self.chunk_size)
+            return run_one(self.engine, policy, segments, images)
+        return run_batch(self.engine, policy, segments, images, self.chunk_size)
+
+    def _watched(self, answers: Answers) -> Answers:
+        if self.monitor is not None:
+            self.monitor.update(answers.exit_index)
+            if self.monitor.policy is not self.policy:
+                self.policy = self.monitor.policy
+        return answers
 
     def _finish(self, answers: Iterable[Tuple[int, Optional[torch.Tensor], Answers]]) -> Run:
         """One result of numbered batches: from all processes, in the order of the numbers."""
