@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import SAMPLES, SMALL, calibrated_network
+from killer import Killer
 from PIL import Image
 
 onnx, onnxruntime = map(pytest.importorskip, ('onnx', 'onnxruntime'))
@@ -137,6 +138,33 @@ def test_a_folder_is_replaced_whole_and_no_other(folder, network, tmp_path):
     (tmp_path / 'mine' / 'notes.txt').write_text('mine')
     with pytest.raises(InputError, match='holds something else than an export'):
         export_folder(*network, tmp_path / 'mine')
+
+
+@pytest.mark.slow('30 s of CPU time: eight exports')
+def test_a_kill_leaves_the_export_before_or_the_new_one(folder, network, tmp_path):
+    """Killed before some operations on files, and before each of the last four, where the folder changes its name."""
+    place = shutil.copytree(folder, tmp_path / 'device')
+    before = (place / 'graphs.json').read_text()
+    torch.manual_seed(1)
+    other = timm.create_model('msfuse_cifar', **SMALL).eval()
+    with Killer(tmp_path) as operations:
+        export_folder(other, network[1], place)
+    after = (place / 'graphs.json').read_text()
+    count = len(operations.done)
+    renames = [k for k, done in enumerate(operations.done) if done[0] == 'os.rename' and done[1].endswith('device')]
+    assert after != before and len(renames) == 1
+    for k in (0, count // 3, *range(count - 4, count)):
+        shutil.rmtree(tmp_path)
+        shutil.copytree(folder, place)
+        with Killer(tmp_path, k):
+            export_folder(other, network[1], place)
+        if k == renames[0] + 1:  # between its two renames there is none, never half of one
+            assert not place.exists()
+        else:
+            assert (place / 'graphs.json').read_text() == (before if k <= renames[0] else after)
+            FolderEngine(place).build([(0, 2)])
+    export_folder(other, network[1], place)
+    assert (place / 'graphs.json').read_text() == after
 
 
 def replace_operator(folder, name):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 from conftest import SMALL
+from killer import Killer
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.models._costs import exit_costs
@@ -59,6 +60,28 @@ def test_scores_of_other_weights_are_refused(tmp_path):
     small_config().scores.save(tmp_path / SCORES_NAME, 'others')
     with pytest.raises(InputError, match='are of other weights than'):
         ExitConfig.load(tmp_path / FILE_NAME)
+
+
+def test_a_kill_leaves_a_calibration_whole_or_is_noticed(tmp_path):
+    """Killed before each operation on files in turn, over an earlier calibration, and then made again."""
+    old, new = small_config(), small_config(temperatures=(1., 2., 3.))
+    with Killer(tmp_path) as operations:
+        old.save(tmp_path / FILE_NAME)
+    assert len(operations.done) >= 4
+    found = []
+    for k in range(len(operations.done)):
+        with Killer(tmp_path, k):
+            new.save(tmp_path / FILE_NAME)
+        try:
+            found.append(ExitConfig.load(tmp_path / FILE_NAME).temperatures)
+        except InputError as error:  # scores come first: they are of the new temperatures, those beside them of the old
+            assert 'are of another calibration than' in str(error)
+            found.append(())
+        assert found[-1] in (old.temperatures, ())
+        new.save(tmp_path / FILE_NAME)
+        assert ExitConfig.load(tmp_path / FILE_NAME).temperatures == new.temperatures
+        old.save(tmp_path / FILE_NAME)
+    assert found[0] == old.temperatures and found[-1] == ()
 
 
 @pytest.mark.parametrize('spoil', [

@@ -187,8 +187,8 @@ def test_unlabelled_images_are_solved_by_their_confidence(validation):
 
 def test_scores_take_few_bytes_and_come_back(config, tmp_path):
     config.scores.save(tmp_path / 'scores.safetensors', 'abc')
-    scores, weights = ExitScores.load(tmp_path / 'scores.safetensors')
-    assert weights == 'abc'
+    scores, made_of = ExitScores.load(tmp_path / 'scores.safetensors')
+    assert made_of['weights'] == 'abc'
     assert set(load_file(tmp_path / 'scores.safetensors')) == {'predictions', 'scores', 'labels', 'certification'}
     for name in ('predictions', 'scores', 'labels', 'certification'):
         np.testing.assert_array_equal(getattr(scores, name), getattr(config.scores, name))

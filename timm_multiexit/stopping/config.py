@@ -4,6 +4,7 @@ With it a user needs a budget and no data. Two files beside the weights: `multie
 module alone knows the schema of the first, `scores` that of the second; .github/FORMAT.md documents both.
 """
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +283,7 @@ class ExitConfig:
     def save(self, path: Union[str, Path]) -> None:
         """Writes JSON, and the scores beside it."""
         if self.scores is not None:
-            self.scores.save(Path(path).with_name(SCORES_NAME), self.weights)
+            self.scores.save(Path(path).with_name(SCORES_NAME), self.weights, self.temperatures)
         write_json(path, self.to_dict())
 
     @classmethod
@@ -295,8 +296,12 @@ class ExitConfig:
         place = Path(path).with_name(SCORES_NAME)
         if not place.is_file():
             return cls.from_dict(read_json(path, 'exit config'))
-        scores, weights = ExitScores.load(place)
+        scores, made_of = ExitScores.load(place)
         config = cls.from_dict(read_json(path, 'exit config'), scores)
-        if weights != config.weights:
+        if made_of.get('weights', '') != config.weights:
             raise InputError(f"the scores '{place}' are of other weights than '{path}': {CALIBRATE_HINT}")
+        # A kill between the two files leaves one of each calibration. Scores of earlier versions do not name theirs.
+        own = json.dumps(list(config.temperatures))
+        if made_of.get('temperatures', own) != own:
+            raise InputError(f"the scores '{place}' are of another calibration than '{path}': {CALIBRATE_HINT}")
         return config

@@ -138,13 +138,14 @@ class ExitScores:
             exit_index[leaves(self.scores[k], thresholds[k])] = k
         return exit_index
 
-    def save(self, path: Union[str, Path], digest: str = '') -> None:
-        """Writes safetensors, by NumPy alone, with the digest of the weights that they are of.
+    def save(self, path: Union[str, Path], digest: str = '', temperatures: Sequence[float] = ()) -> None:
+        """Writes safetensors, by NumPy alone, with the digest of the weights and the temperatures that they are of.
 
         Raises:
             InputError: the file cannot be written.
         """
-        header: Dict[str, Any] = {'__metadata__': {'weights': digest}}
+        header: Dict[str, Any] = {
+            '__metadata__': dict(weights=digest, temperatures=json.dumps(list(temperatures)))}
         data = b''
         for name, kind in _NAMES.items():
             array = np.ascontiguousarray(getattr(self, name), _DTYPES[kind])
@@ -156,8 +157,8 @@ class ExitScores:
             partial.write_bytes(len(text).to_bytes(8, 'little') + text + data)
 
     @classmethod
-    def load(cls, path: Union[str, Path]) -> Tuple['ExitScores', str]:
-        """Reads what `save` wrote, with NumPy alone, and the digest of the weights.
+    def load(cls, path: Union[str, Path]) -> Tuple['ExitScores', Dict[str, str]]:
+        """Reads what `save` wrote, with NumPy alone: the scores, and the texts of what they are of.
 
         Raises:
             InputError: no such file, or not scores.
@@ -181,4 +182,4 @@ class ExitScores:
             reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
             raise InputError(f"scores '{path}' cannot be read ({reason}): {CALIBRATE_HINT}") from error
         arrays['certification'] = arrays['certification'].astype(bool)
-        return cls(**arrays), str(header.get('__metadata__', {}).get('weights', ''))
+        return cls(**arrays), dict(header.get('__metadata__', {}))
