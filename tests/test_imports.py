@@ -13,7 +13,7 @@ ORDER = (
     'errors files optional commands stopping datasets models pretrained inference data evaluation training __init__ '
     'cli __main__ users').split()
 PURE = [p for p in sorted((PACKAGE / 'stopping').glob('*.py')) if p.stem != '__init__']
-PURE += [PACKAGE / 'inference' / f'{name}.py' for name in ('batch_loop', 'device', 'images')]
+PURE += [PACKAGE / 'inference' / f'{name}.py' for name in ('batch_loop', 'device', 'images', 'traffic')]
 
 
 def place(path):

@@ -80,7 +80,7 @@ def test_the_folder_answers_as_the_runner_does(folder, network, photos, batch_si
 
 
 def test_a_monitor_reports_and_caps(folder, network, photos):
-    """All twelve would run to the end; after the first four the average is above the limit, so the next leave at once."""
+    """All twelve would run to the end; four carry the average above the limit, so the next leave at once."""
     macs = network[1].exit_macs
     limit = ['--batch-size', 4, '--max-average', (macs[0] + macs[-1]) / 2]
     free, capped = (on_device(folder, photos, '--json', '--monitor', *extra) for extra in ([], limit))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +17,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.inference.anytime import AnytimeRunner
 from timm_multiexit.inference.engine import make_engine
 from timm_multiexit.inference.runner import EarlyExitRunner, Run
+from timm_multiexit.inference.traffic import ExpectedTraffic
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.load import load_model
@@ -198,6 +200,15 @@ def test_heads_at_which_no_image_may_leave_do_not_run(small, photos):
     images = photos[0][:8]
     with torch.inference_mode():
         torch.testing.assert_close(full.run(images).logits, small[0](images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('batch_size', [1, 7, 200])
+def test_expected_traffic_leaves_in_the_shares_that_are_expected(engine, small, photos, batch_size):
+    policy = ExitPolicy((0., NEVER, 0.), (1.,) * 3, exit_shares=(0.6, 0., 0.4))
+    runner = EarlyExitRunner(engine, ExpectedTraffic(policy), costs=small[1])
+    exits = runner.run(photos[0][:200], batch_size).exit_index
+    assert np.bincount(exits, minlength=3).tolist() == [120, 0, 80]
+    assert runner.segments == ((0, 0), (1, 2)) and len(set(exits[:20].tolist())) == 2
 
 
 def test_loader_tensor_and_folder_give_the_same(engine, small, photos, tmp_path):

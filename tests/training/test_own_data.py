@@ -48,7 +48,7 @@ def test_size_and_statistics_of_the_images(tmp_path):
 
 def test_photos_of_different_sizes_need_a_size(tmp_path):
     root = make_photos(tmp_path, CLASSES, {'train': 10, 'test': 2}, (40, 60))
-    with pytest.raises(InputError, match='the images have .* sizes.*like --input-size 224'):
+    with pytest.raises(InputError, match='the images have .* sizes.*like --input-size 32'):
         described(root)
     with pytest.raises(InputError, match='needs 32 or more'):
         described(root, '--input-size', '16')

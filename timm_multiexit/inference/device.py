@@ -9,8 +9,9 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -21,10 +22,11 @@ from ..stopping.config import ExitConfig
 from ..stopping.costs import StageCosts, format_macs, parse_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.monitor import ExitMonitor
-from ..stopping.policy import ExitPolicy, scores
+from ..stopping.policy import ExitPolicy, StoppingRule, scores
 from ..stopping.scores import UNKNOWN, ExitScores
-from .batch_loop import gather_arrays, run_batch, segments_of
+from .batch_loop import gather_arrays, run_batch, run_one, segments_of
 from .images import image_paths, named_images, read_image
+from .traffic import share_of_full_time
 
 GRAPHS_NAME = 'graphs.json'
 PROFILE_NAME = 'profile.json'
@@ -207,7 +209,15 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
         return config.policy_for(args.average_budget)
     if args.average_latency:
         values = read_json(engine.folder / PROFILE_NAME, 'profile (run with --profile first)')
-        profile = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
+        times = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
+        image = np.zeros((1, *engine.graphs['preprocessing']['input_size']), np.float32)
+
+        def prepare(rule: StoppingRule) -> Callable[[], Any]:
+            segments = segments_of(rule)
+            engine.build(segments)
+            return lambda: run_one(engine, rule, segments, image)
+
+        profile = replace(times, measure=lambda policy: times.full * share_of_full_time(prepare, policy))
         return config.policy_for(average_ms=args.average_latency, profile=profile)
     if args.max_loss is not None:
         return config.policy_for(max_loss=args.max_loss, certainty=args.certainty, risk=args.risk)

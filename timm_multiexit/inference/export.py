@@ -20,7 +20,7 @@ from .preprocess import Preprocessing
 PACKAGE = Path(__file__).resolve().parent.parent
 # What a device runs, copied as it is.
 COPIED = ('errors.py', 'files.py', 'stopping/*.py', 'inference/__init__.py', 'inference/batch_loop.py',
-          'inference/device.py', 'inference/images.py')
+          'inference/device.py', 'inference/images.py', 'inference/traffic.py')
 RUN = '''"""Classifies images with the network of this folder: python run.py IMAGE... [--average-budget 25M]."""
 import sys
 from pathlib import Path

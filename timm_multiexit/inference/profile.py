@@ -1,7 +1,8 @@
 """What each stage and each head takes on this machine, measured once and kept in the user's cache folder.
 
 The time of a head is what evaluating it adds to a run of the whole network: the head, a stop between two stages, and
-the decision. What dropping images from a batch costs is not in it.
+the decision. What dropping images from a batch costs, and what is left in the cache, is not in it: `traffic` measures
+a policy with both.
 """
 import hashlib
 import importlib.metadata
@@ -10,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
@@ -21,9 +23,10 @@ from ..files import read_json, write_json
 from ..models import MultiExitNet
 from ..pretrained.exit_config import weights_digest
 from ..stopping.costs import ExitCosts, StageCosts
-from ..stopping.policy import ALWAYS, NEVER, ExitPolicy
+from ..stopping.policy import ALWAYS, NEVER, ExitPolicy, StoppingRule
 from .engine import Engine, make_engine
 from .runner import EarlyExitRunner
+from .traffic import share_of_full_time
 
 _SECONDS = 6.  # to spend in all
 _ROUNDS = 30
@@ -79,9 +82,8 @@ def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size
     for k in range(last):  # the whole network, with the head of exit k evaluated on the way
         never_reached = (*(NEVER / 2 if j == k else NEVER for j in range(last)), ALWAYS)
         policies['past', k] = ExitPolicy(never_reached, (1.,) * count)
-    costs = ExitCosts(tuple(range(1, count + 1)), tuple(range(1, count + 1)), input_size)  # reports only
-    runners = {name: EarlyExitRunner(engine, policy, costs=costs) for name, policy in policies.items()}
-    images = torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(engine.device)
+    runners = {name: EarlyExitRunner(engine, policy, costs=_no_costs(count)) for name, policy in policies.items()}
+    images = _noise(engine, input_size, batch_size)
     once = min(_timed(runners['to', last], images) for _ in range(3))
     rounds = int(min(max(_SECONDS / (once * len(runners)), _LEAST_ROUNDS), _ROUNDS))
     passes = max(1, int(_SECONDS / (once * len(runners) * rounds)))
@@ -90,7 +92,27 @@ def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size
     ms = {name: 1e3 * statistics.median(t) / passes / batch_size for name, t in times.items()}
     heads = [max(ms['past', k] - ms['to', last], 0.) for k in range(last)] + [0.]
     reached = np.maximum.accumulate([max(ms['to', k] - heads[k], 0.) for k in range(count)])  # noise: rising at least
-    return StageCosts(tuple(np.diff(reached, prepend=0.).tolist()), tuple(heads))
+    times = StageCosts(tuple(np.diff(reached, prepend=0.).tolist()), tuple(heads))
+    return replace(times, measure=_measure_policies(engine, images, times.full))
+
+
+def _measure_policies(engine: Engine, images: torch.Tensor, full_ms: float) -> Callable[[ExitPolicy], float]:
+    """A function that measures a policy under expected traffic, against the full network, in milliseconds."""
+    def prepare(rule: StoppingRule) -> Callable[[], Any]:
+        runner = EarlyExitRunner(engine, rule, costs=_no_costs(engine.num_exits))
+        return lambda: runner.run(images, len(images))
+
+    return lambda policy: full_ms * share_of_full_time(prepare, policy, len(images))
+
+
+def _no_costs(num_exits: int) -> ExitCosts:
+    """Which nobody reads."""
+    numbers = tuple(range(1, num_exits + 1))
+    return ExitCosts(numbers, numbers, (1, 1, 1))
+
+
+def _noise(engine: Engine, input_size: Tuple[int, int, int], batch_size: int) -> torch.Tensor:
+    return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(engine.device)
 
 
 def _timed(runner: EarlyExitRunner, images: torch.Tensor) -> float:
@@ -116,7 +138,8 @@ def profile(
         again: Measure even if a profile is kept.
 
     Returns:
-        Milliseconds per image, for `ExitConfig.policy_for(average_ms=..., profile=...)`.
+        Milliseconds per image, for `ExitConfig.policy_for(average_ms=..., profile=...)`, which also measures the
+        policies that it tries and keeps their times.
 
     Raises:
         InputError: an engine that is not available, or the cache folder cannot be written to.
@@ -124,13 +147,22 @@ def profile(
     engine = make_engine(model, engine) if isinstance(engine, str) else engine
     input_size = input_size or (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     path, conditions = kept_profile(model, engine, batch_size, input_size)
-    if path.is_file() and not again:
-        values = read_json(path, 'profile')
-        if isinstance(values, dict) and values.get('conditions') == conditions:
-            return StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
-    costs = measure_profile(engine, input_size, batch_size)
-    write_json(path, dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads)))
-    return costs
+    kept: Any = read_json(path, 'profile') if path.is_file() and not again else None
+    if not isinstance(kept, dict) or kept.get('conditions') != conditions or 'policies_ms' not in kept:
+        costs = measure_profile(engine, input_size, batch_size)
+        kept = dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads), policies_ms={})
+        write_json(path, kept)
+    costs = StageCosts(tuple(kept['stages_ms']), tuple(kept['heads_ms']))
+    measure = _measure_policies(engine, _noise(engine, input_size, batch_size), costs.full)
+
+    def measure_once(policy: ExitPolicy) -> float:
+        key = json.dumps([policy.exits_in_use, policy.exit_shares])
+        if key not in kept['policies_ms']:
+            kept['policies_ms'][key] = measure(policy)
+            write_json(path, kept)
+        return kept['policies_ms'][key]
+
+    return replace(costs, measure=measure_once)
 
 
 def kept_profile(

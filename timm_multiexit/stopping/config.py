@@ -25,6 +25,8 @@ from .temperature import fit_temperature
 VERSION = 2
 FILE_NAME = 'multiexit.json'
 RECIPE_NAME = 'recipe.yaml'
+# A policy in time is tried so often, until its logarithm is so close.
+_TRIALS, _CLOSE = 4, 0.04
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +180,7 @@ class ExitConfig:
             average_budget: Average MACs per image, like 25e6 or '25M'. Where the images cannot be split to meet it, the
                 next cheaper policy.
             average_ms: Average milliseconds per image, like 2 or '2ms', or a share of the full network's, like '50%';
-                with the `profile` of this machine.
+                with the `profile` of this machine; within 10 %, if the profile can measure.
             max_loss: Loss of accuracy against the full network, in points (0.5 is half a percent), on new images of the
                 same distribution (exchangeable with the certification images), with probability `certainty` over the
                 draw of those. See `guarantee`.
@@ -206,10 +208,45 @@ class ExitConfig:
         if key not in self._solved:
             if max_loss is not None:
                 self._solved[key] = self._promised(costs, max_loss, certainty, risk)
+            elif average_ms is not None and costs.measure is not None:
+                self._solved[key] = self._measured(costs, float(average_ms))
             else:
                 solver = self._solver(costs)
                 self._solved[key] = solver.policy(solver.best(average_budget or average_ms or 0.))
         return self._solved[key]
+
+    def _measured(self, costs: StageCosts, target: float) -> ExitPolicy:
+        """The policy whose measured time is nearest to `target`, within the 10 % that a measurement may be off.
+
+        What is solved from times of stages and heads is tried, and asked for again by as much as it was off.
+        """
+        assert costs.measure is not None
+        solver = self._solver(costs)
+        if target > costs.full:
+            solver.checked(target)
+        tried: Dict[float, Tuple[float, ExitPolicy]] = {}  # milliseconds and policy of what was asked for
+        ask = target
+        while len(tried) < _TRIALS:
+            ask = min(max(ask, costs.cheapest), costs.full)
+            if ask in tried:
+                break
+            policy = solver.policy(solver.best(ask))
+            ms = costs.measure(policy)
+            tried[ask] = ms, dataclasses.replace(policy, expected_ms=ms)
+            if abs(math.log(ms / target)) < _CLOSE:
+                break
+            below = [(a, x) for a, (x, _) in sorted(tried.items()) if x <= target]
+            above = [(a, x) for a, (x, _) in sorted(tried.items()) if x > target]
+            if below and above:  # in between, in proportion
+                (a, x), (b, y) = below[-1], above[0]
+                ask = a + (b - a) * (target - x) / (y - x)
+            else:
+                ask *= (target / ms) ** 1.5  # a little further: time moves less than what was asked for
+        ms, policy = min(tried.values(), key=lambda found: abs(math.log(found[0] / target)))
+        if costs.cheapest in tried and ms > 1.1 * target:
+            raise InputError(f'an average of {target:.3f} ms cannot be kept: the cheapest policy takes {ms:.3f} ms on '
+                             'this machine')
+        return policy
 
     def path(self, profile: Optional[StageCosts] = None) -> List[ExitPolicy]:
         """Policies from the most to the least expensive, in MACs or in the profile's time, without the full network."""

@@ -1,7 +1,7 @@
 """Costs of exits as numbers, and multiply-adds and milliseconds as people write them."""
 import re
-from dataclasses import dataclass
-from typing import Dict, Sequence, Tuple, Union
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class StageCosts:
         stages: Of each stage.
         heads: Of each head.
         unit: 'MACs' or 'ms'.
+        measure: Gives the milliseconds of a policy on this machine, measured; None if they cannot be.
 
     Raises:
         InputError: not one cost of 0 or more for each stage and head, the first together above 0.
@@ -53,6 +54,7 @@ class StageCosts:
     stages: Tuple[float, ...]
     heads: Tuple[float, ...]
     unit: str = 'ms'
+    measure: Optional[Callable[[Any], float]] = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         stages, heads = np.asarray(self.stages, float), np.asarray(self.heads, float)

@@ -91,8 +91,9 @@ def _input_size(args: argparse.Namespace, cfg: Dict[str, Any], sizes: Sequence[T
     if not sizes:
         raise InputError(f"no image in '{args.data_dir}' can be read")
     sides = [min(size) for size in sizes]
+    usual = max(side for side in (32, 64, 96, 128, 160, 224) if side <= max(min(sides), 32))
     raise InputError(f'the images have {len(sizes)} sizes, with a shorter side of {min(sides)} to {max(sides)} pixels: '
-                     'say which size the network is to see, like --input-size 224')
+                     f'say which size the network is to see, like --input-size {usual}')
 
 
 def _statistics(split: Split, preprocess: Preprocessing) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
