@@ -5,8 +5,8 @@ from conftest import OLD_TIMM
 import timm_multiexit
 
 NAMES = """
-    AnytimeRunner EarlyExitRunner ExitConfig ExitCosts ExitPolicy InputError MultiExitNet MultiExitTask __version__
-    add_exits exit_costs export_programs list_networks load_exit_config load_model profile
+    AnytimeRunner EarlyExitRunner ExitConfig ExitCosts ExitMonitor ExitPolicy InputError MultiExitNet MultiExitTask
+    __version__ add_exits exit_costs export_programs list_networks load_exit_config load_model profile
 """.split()
 
 

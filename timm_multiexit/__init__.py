@@ -25,6 +25,7 @@ from .pretrained.load import load_model
 from .pretrained.names import list_networks
 from .stopping.config import ExitConfig
 from .stopping.costs import ExitCosts
+from .stopping.monitor import ExitMonitor
 from .stopping.policy import ExitPolicy
 
 if TYPE_CHECKING:
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = '0.1.0'
 __all__ = [
-    'AnytimeRunner', 'EarlyExitRunner', 'ExitConfig', 'ExitCosts', 'ExitPolicy', 'InputError', 'MultiExitNet',
-    'MultiExitTask', '__version__', 'add_exits', 'exit_costs', 'export_programs', 'list_networks', 'load_exit_config',
-    'load_model', 'profile',
+    'AnytimeRunner', 'EarlyExitRunner', 'ExitConfig', 'ExitCosts', 'ExitMonitor', 'ExitPolicy', 'InputError',
+    'MultiExitNet', 'MultiExitTask', '__version__', 'add_exits', 'exit_costs', 'export_programs', 'list_networks',
+    'load_exit_config', 'load_model', 'profile',
 ]
 
 
