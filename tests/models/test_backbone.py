@@ -32,7 +32,7 @@ EDGE = [
 IDS = [name for name, _, _ in EDGE]
 # Several tensors alive at a cut, or sizes that cross it.
 AWKWARD = [('xception41p', 64, {}), ('pit_ti_224', 224, {}), ('crossvit_tiny_240', 240, {}),
-           ('twins_svt_small', 224, {})]
+           ('twins_svt_small', 224, {}), ('mvitv2_tiny', 64, dict(img_size=64))]
 
 
 def make(case):
@@ -218,6 +218,7 @@ def test_options_of_timm_reach_the_backbone():
     ('resnet18', {}, ['layer2', 'layer2.1'], "'layer2' and 'layer2.1' are the same place"),
     ('resnet18', dict(features_only=True), 3, 'FeatureListNet is no timm classifier'),
     ('msfuse_cifar', {}, 3, 'MSFuse has exits already'),
+    ('mobilenetv5_300m_enc', dict(channel_multiplier=0.25), 3, 'MobileNetV5Encoder is an encoder without a classifier'),
 ])
 def test_bad_use_is_refused_in_one_line(model, kwargs, at, message):
     with pytest.raises(InputError, match=re.escape(message)) as caught:

@@ -46,7 +46,7 @@ class Trace(NamedTuple):
 
     Attributes:
         nodes: Its graph in the order in which it runs, from the image to the features.
-        outputs: The node that a module, by name, returned last.
+        outputs: The node that a module, by name, returned last, of several the last tensor.
         shapes: Shape of each tensor at the two batch sizes, and the value of everything else.
         macs: Multiply-adds up to and including each node, for one image.
     """
@@ -83,7 +83,7 @@ class _Tracer(fx.Tracer):
         # torch looks for these functions where a forward is defined; forward_features may be elsewhere.
         self._autowrap_search += [sys.modules[cls.__module__] for cls in type(backbone).__mro__]
         self.leaves = (*get_notrace_modules(), DropPath)
-        self.outputs: Dict[str, fx.Node] = {}
+        self.outputs: Dict[str, List[fx.Node]] = {}
         self.last = ''  # the module that it is in
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -92,9 +92,9 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable, args: Tuple, kwargs: Dict[str, Any]) -> Any:
         self.last = self.path_of_module(m)
         out = super().call_module(m, forward, args, kwargs)
-        last = out[-1] if isinstance(out, (list, tuple)) and out else out
-        if isinstance(last, fx.Proxy):
-            self.outputs[self.path_of_module(m).removeprefix('backbone.')] = last.node
+        made = [x.node for x in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(x, fx.Proxy)]
+        if made:
+            self.outputs[self.path_of_module(m).removeprefix('backbone.')] = made
         return out
 
 
@@ -176,7 +176,10 @@ def trace(root: Root, image_size: Tuple[int, int, int]) -> Tuple[Trace, Trace]:
                 probe.probe(batch, *image_size)
             shapes = {node: tuple(probe.seen[node] for probe in probes) for node in graph.nodes}
             macs = {node: count // _BATCHES[0] for node, count in probes[0].macs.items()}
-            traces.append(Trace(list(graph.nodes), tracer.outputs, shapes, macs))
+            # Beside its map a block may return the size of it.
+            outputs = {name: next((node for node in made[::-1] if isinstance(shapes[node][0], _Shape)), made[-1])
+                       for name, made in tracer.outputs.items()}
+            traces.append(Trace(list(graph.nodes), outputs, shapes, macs))
     except Exception as error:  # whatever the model's own code raises on a proxy or a size
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(

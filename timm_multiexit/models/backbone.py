@@ -232,6 +232,13 @@ def _check(model: nn.Module, head: str) -> None:
         raise InputError(f'{name} has exits already: give a plain timm model')
     if not all(hasattr(model, part) for part in ('forward_features', 'forward_head', 'num_classes')):
         raise InputError(f'{name} is no timm classifier: build it with timm.create_model, without features_only')
+    if not model.num_classes:  # of some models timm has the image encoder alone
+        try:
+            model.forward_head(torch.zeros(1))
+        except NotImplementedError:
+            raise InputError(f'{name} is an encoder without a classifier: give a model that has one') from None
+        except Exception:  # it would take real features
+            pass
     if head not in HEADS:
         raise InputError(f"unknown head '{head}': choose one of {', '.join(HEADS)}")
 
