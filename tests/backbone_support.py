@@ -41,6 +41,7 @@ def lively(name, size=None, **kwargs):
     """A backbone and the size (C, H, W) of images for it."""
     model = timm.create_model(name, **kwargs)
     size = size or tuple(model.pretrained_cfg['input_size'])
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=size)  # for which it is cut
     return enliven(model, size), size
 
 

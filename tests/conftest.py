@@ -46,7 +46,9 @@ try:
     OLD_TIMM = False
 except InputError:
     OLD_TIMM = True
-    collect_ignore += ['training', 'hub', 'hub_support.py', 'test_datasets.py']
+    collect_ignore += [
+        'app/test_own_network.py', 'exhaustive', 'hub', 'hub_support.py', 'models/test_multiexit_name.py',
+        'pretrained/test_record.py', 'test_backbone_journey.py', 'test_datasets.py', 'test_own_images.py', 'training']
 
 
 def pytest_addoption(parser):

@@ -38,7 +38,11 @@ class OwnHead(nn.Module):
         return self.root.backbone.get_classifier()
 
     def reset(self, num_classes: int, pool_type: Optional[str] = None, **kwargs: Any) -> None:
-        self.root.backbone.reset_classifier(num_classes, **({} if pool_type is None else dict(global_pool=pool_type)))
+        model = self.root.backbone
+        model.reset_classifier(num_classes, **({} if pool_type is None else dict(global_pool=pool_type)))
+        made = model.get_classifier()
+        for layer in made if isinstance(made, (list, tuple)) else [made]:
+            layer.to(**kwargs)  # timm before 1.0.31 makes it in float32
 
     def prune_convs(self) -> None:
         self.reset(0, '')
