@@ -137,3 +137,12 @@ def test_classes_of_torch_data_sets_go_by_name_too(cifar_root):
     assert torch.equal(splits.test.targets, 9 - torch.from_numpy(targets))
     with pytest.raises(InputError, match="data set 'torch/cifar10' holds classes that the network was not trained on"):
         open_splits('torch/cifar10', cifar_root, ('airplane', 'dog'))
+
+
+def test_a_split_is_divided_without_loss(tmp_path):
+    split = open_splits('folder', folder(tmp_path, {'train': 20, 'test': 3})).train
+    some, others = split.divided(10)
+    assert len(some) == 10 and not set(some.sources) & set(others.sources)
+    assert set(some.sources) | set(others.sources) == set(split.sources)
+    label = dict(zip(split.sources, split.targets.tolist()))
+    assert [label[s] for s in others.sources] == others.targets.tolist()

@@ -54,15 +54,20 @@ def add_parser(subparsers) -> None:
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Options that name the images and the confidence measure."""
-    parser.add_argument('--data-dir', required=required, default='', metavar='DIR', help='folder of the data set')
+    add_image_options(parser, required=required, help='folder of the data set')
+    parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
+                        help='confidence measure (default: %(default)s)')
+
+
+def add_image_options(parser: argparse.ArgumentParser, **kwargs) -> None:
+    """Options that `open_data` reads; keyword arguments are those of --data-dir."""
+    parser.add_argument('--data-dir', default='', metavar='DIR', **kwargs)
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: that of the weights)")
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download it')
     parser.add_argument('--validation-images', type=int, default=None, metavar='N',
                         help='training images on which thresholds are set, held out as in train_timm.py (default: '
                              'those that the run held out)')
-    parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
-                        help='confidence measure (default: %(default)s)')
     parser.add_argument('--batch-size', type=COUNT, default=256, metavar='N')
 
 

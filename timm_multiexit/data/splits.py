@@ -64,9 +64,17 @@ class Split:
 
     def some(self, count: int) -> 'Split':
         """At most so many of the images, evenly spaced: files are in the order of their classes."""
-        chosen = torch.linspace(0, len(self) - 1, min(count, len(self))).long()
-        return Split(self.title, [self.sources[i] for i in chosen.tolist()], self.targets[chosen],
-                     None if self.pixels is None else self.pixels[chosen])
+        return self._of(torch.linspace(0, len(self) - 1, min(count, len(self))).long())
+
+    def divided(self, count: int) -> Tuple['Split', 'Split']:
+        """`some(count)`, and the images that are not among them."""
+        others = torch.ones(len(self), dtype=torch.bool)
+        others[torch.linspace(0, len(self) - 1, min(count, len(self))).long()] = False
+        return self.some(count), self._of(others.nonzero().flatten())
+
+    def _of(self, index: torch.Tensor) -> 'Split':
+        return Split(self.title, [self.sources[i] for i in index.tolist()], self.targets[index],
+                     None if self.pixels is None else self.pixels[index])
 
 
 @dataclass(frozen=True)

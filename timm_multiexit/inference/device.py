@@ -167,14 +167,20 @@ def processor() -> str:
     return ' '.join([platform.machine(), *names[:1]])
 
 
-def sample_scores(engine: FolderEngine, config: ExitConfig) -> ExitScores:
-    """What each exit answers to the sample images of the folder, on this machine."""
-    how = engine.graphs['preprocessing']
-    state = engine.start(np.stack([preprocess(path, how)[0] for path in image_paths(engine.folder / SAMPLES_NAME)]))
-    logits = []
+def all_logits(engine: FolderEngine, images: np.ndarray) -> np.ndarray:
+    """Logits of every exit, float32 (num_exits, N, num_classes), of images (N, C, H, W)."""
+    state, logits = engine.start(images), []
     for k in range(engine.num_exits):
         state, x = engine.run(k, k, state)
         logits.append(x)
+    return np.stack(logits)
+
+
+def sample_scores(engine: FolderEngine, config: ExitConfig) -> ExitScores:
+    """What each exit answers to the sample images of the folder, on this machine."""
+    how = engine.graphs['preprocessing']
+    logits = all_logits(
+        engine, np.stack([preprocess(path, how)[0] for path in image_paths(engine.folder / SAMPLES_NAME)]))
     return ExitScores.from_logits(logits, np.full(len(logits[0]), UNKNOWN), config.temperatures, config.measure)
 
 

@@ -2,8 +2,9 @@
 import hashlib
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, Iterator, List, Union
 
 import onnx
 import onnxruntime
@@ -46,28 +47,48 @@ def export_folder(model: MultiExitNet, config: ExitConfig, folder: Union[str, Pa
     Raises:
         InputError: the folder holds something else, or images are cropped in a way that a device does not know.
     """
+    with replaced(folder, GRAPHS_NAME) as made:
+        graphs = write_graphs(model, made)
+        add_runner(made, config)
+    return [Path(folder) / name for name in graphs]
+
+
+@contextmanager
+def replaced(folder: Union[str, Path], mark: str) -> Iterator[Path]:
+    """A new folder to fill; if the block ends without an error, it replaces the one at `folder`.
+
+    Args:
+        folder: Its place.
+        mark: A file that an earlier folder of this kind holds.
+
+    Raises:
+        InputError: the place holds something else.
+    """
     folder = Path(folder)
-    if folder.exists() and not (folder / GRAPHS_NAME).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' holds something else than an export: give another --output")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
         made = Path(scratch) / 'made'
         made.mkdir()
-        graphs = _write_graphs(model, made)
-        config.save(made / FILE_NAME)
-        for pattern in COPIED:
-            for source in PACKAGE.glob(pattern):
-                target = made / 'timm_multiexit' / source.relative_to(PACKAGE)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-        (made / 'timm_multiexit' / '__init__.py').write_text('"""The part of timm-multiexit that a device runs."""\n')
-        (made / 'run.py').write_text(RUN, encoding='utf-8')
-        shutil.copytree(PACKAGE / 'samples', made / SAMPLES_NAME)
-        sample_scores(FolderEngine(made), config).save(made / SAMPLE_SCORES_NAME)
+        yield made
         if folder.exists():
             folder.rename(Path(scratch) / 'before')
         made.rename(folder)
-    return [folder / name for name in graphs]
+
+
+def add_runner(made: Path, config: ExitConfig) -> None:
+    """Adds to a folder of graphs what decides and runs: the exit config, run.py, and sample images with answers."""
+    config.save(made / FILE_NAME)
+    for pattern in COPIED:
+        for source in PACKAGE.glob(pattern):
+            target = made / 'timm_multiexit' / source.relative_to(PACKAGE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    (made / 'timm_multiexit' / '__init__.py').write_text('"""The part of timm-multiexit that a device runs."""\n')
+    (made / 'run.py').write_text(RUN, encoding='utf-8')
+    shutil.copytree(PACKAGE / 'samples', made / SAMPLES_NAME)
+    sample_scores(FolderEngine(made), config).save(made / SAMPLE_SCORES_NAME)
 
 
 def preprocessing_of(model: MultiExitNet) -> Dict[str, Any]:
@@ -85,7 +106,8 @@ def preprocessing_of(model: MultiExitNet) -> Dict[str, Any]:
         value_range=training_data(model).value_range)
 
 
-def _write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
+def write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
+    """Writes the graphs of stages and heads, and their list; returns their names."""
     preprocessing = preprocessing_of(model)
     states, graph = export_graph(model, preprocessing['input_size'][1:])
     extractor = onnx.utils.Extractor(graph)
@@ -100,6 +122,6 @@ def _write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
             (folder / name).write_bytes(data)
             digests[name] = hashlib.sha256(data).hexdigest()
     write_json(folder / GRAPHS_NAME, dict(
-        states=states, num_classes=model.num_classes, onnxruntime=onnxruntime.__version__, processor=processor(),
-        sha256=digests, preprocessing=preprocessing))
+        states=states, num_classes=model.num_classes, precision='float32', onnxruntime=onnxruntime.__version__,
+        processor=processor(), sha256=digests, preprocessing=preprocessing))
     return list(digests)

@@ -126,6 +126,7 @@ def export_graph(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List
     # The exporter writes a map that is passed on as Identity of the earlier one, which later nodes still read.
     source: Dict[str, str] = {}
     for node in graph.node:  # in the order in which they run
+        del node.metadata_props[:]  # where each line stands on this machine
         node.input[:] = [source.get(name, name) for name in node.input]
         if node.op_type == 'Identity':
             source[node.output[0]] = node.input[0]
