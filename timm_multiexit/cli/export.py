@@ -1,4 +1,4 @@
-"""`timm-multiexit export MODEL`: a folder that runs with NumPy, Pillow and onnxruntime alone, or one ONNX file."""
+"""`timm-multiexit export MODEL`: a folder that runs without PyTorch, one ONNX file, or a page for browsers."""
 import argparse
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ from ._common import (
     add_model_argument,
     add_model_options,
     load_network,
+    network_name,
     open_data,
     stored_exit_config,
 )
@@ -29,10 +30,10 @@ NOTABLE_GAIN = 1.05
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'export', help='for devices without PyTorch: a folder, or one ONNX file',
+        'export', help='for devices without PyTorch: a folder, one ONNX file, or a web page',
         description='Writes a folder with an ONNX graph for each stage and each head, the exit config with its scores, '
                     'and run.py, which needs only numpy, pillow and onnxruntime and gives the answers of classify; or '
-                    'one ONNX file that stops by itself.')
+                    'one ONNX file that stops by itself; or a static page that runs that file in the browser.')
     add_model_argument(parser)
     add_model_options(parser)
     add_exit_config_option(parser)
@@ -41,6 +42,10 @@ def add_parser(subparsers) -> None:
     target.add_argument('--single-file', metavar='FILE',
                         help='the ONNX file to write: inputs image (one) and thresholds (one per early exit, of any '
                              'policy), outputs logits, exit and confidence')
+    target.add_argument('--web', metavar='DIR',
+                        help='the page to write, for any static file server; onnxruntime-web is downloaded once')
+    parser.add_argument('--onnxruntime-web', metavar='FILE', default='',
+                        help='for --web: its package from the npm registry, a .tgz file, instead of downloading it')
     parser.add_argument('--int8', action='store_true',
                         help='the folder in int8, with scores computed anew from the held-out images of --data-dir')
     parser.add_argument('--vnni', action='store_true',
@@ -61,6 +66,11 @@ def run(args: argparse.Namespace) -> None:
         from ..inference.single_file import export_single_file
         export_single_file(model, config, args.single_file)
         print(f'written: {args.single_file}')
+        return
+    if args.web:
+        from ..inference.web_page import export_web
+        export_web(model, config, args.web, network_name(args.model, model), args.onnxruntime_web)
+        print(f'written: {args.web}; serve it: python -m http.server --directory {args.web}')
         return
     if args.int8:
         graphs = quantize(args, model, config)
