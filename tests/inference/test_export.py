@@ -298,7 +298,8 @@ def test_int8_leaves_the_first_convolutions_in_float(int8, network, held_out, tm
             made = {name: node.op_type for node in graph.node for name in node.output}
             in_float += [path.name for node in graph.node
                          if node.op_type == 'Conv' and made.get(node.input[1]) != 'DequantizeLinear']
-            weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer if v.name.endswith('weight_quantized')]
+            weights = [onnx.numpy_helper.to_array(v) for v in graph.initializer
+                       if v.data_type == onnx.TensorProto.INT8 and len(v.dims) > 1]
             largest[place] = max([largest.get(place, 0), *(abs(w.astype(int)).max() for w in weights)])
         assert in_float == ['stage_1.onnx'] * 4
     assert largest[int8[0]] == 64 and largest[tmp_path / 'vnni'] >= 127  # of 7 and of 8 bits

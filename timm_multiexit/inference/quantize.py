@@ -186,8 +186,14 @@ def _quantized(path: Path, feeds: Sequence[Dict[str, np.ndarray]], vnni: bool, i
             calibrate_method=CalibrationMethod.MinMax, extra_options=dict(CalibMovingAverage=True))
         result = onnx.load(quantized)
     del result.graph.value_info[:]  # inferred when the graph is loaded
+    kept = {value.name for value in (*graph.input, *graph.output)} | {''}
+    short: Dict[str, str] = {}  # long names stand at every use, up to a tenth of a file
     for node in result.graph.node:
         node.name = ''
+        for names in (node.input, node.output):
+            names[:] = [name if name in kept else short.setdefault(name, f'_{len(short)}') for name in names]
+    for value in result.graph.initializer:
+        value.name = short.get(value.name, value.name)
     result.ir_version = IR_VERSION
     return result.SerializeToString()
 
