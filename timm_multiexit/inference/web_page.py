@@ -4,12 +4,10 @@ Everything that the page reads lies in its folder, so that any static file serve
 """
 import base64
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
-import urllib.request
 from pathlib import Path
 from typing import Optional, Union
 
@@ -76,24 +74,19 @@ def export_web(
 
 
 def _download(package: Path) -> None:
-    """The package of the pinned version from the npm registry: by npm if it is installed, which knows its own settings.
+    """The package of the pinned version, by npm, which knows where its user gets packages from.
 
     Raises:
         InputError: it cannot be had.
     """
-    npm = shutil.which('npm')
     with written_beside(package) as partial, tempfile.TemporaryDirectory() as scratch:
         try:
-            if npm:
-                subprocess.run(
-                    [npm, 'pack', f'onnxruntime-web@{VERSION}'], cwd=scratch, check=True, capture_output=True)
-                shutil.move(next(Path(scratch).glob('*.tgz')), partial)
-            else:
-                registry = os.environ.get('npm_config_registry', 'https://registry.npmjs.org')  # noqa: SIM112
-                url = f'{registry.rstrip("/")}/onnxruntime-web/-/onnxruntime-web-{VERSION}.tgz'
-                with urllib.request.urlopen(url, timeout=60) as answer, partial.open('wb') as file:
-                    shutil.copyfileobj(answer, file)
-        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            npm = shutil.which('npm')
+            if npm is None:
+                raise OSError('npm is not installed')
+            subprocess.run([npm, 'pack', f'onnxruntime-web@{VERSION}'], cwd=scratch, check=True, capture_output=True)
+            shutil.move(next(Path(scratch).glob('*.tgz')), partial)
+        except (OSError, subprocess.CalledProcessError) as error:
             reason = str(error.stderr, errors='replace') if isinstance(error, subprocess.CalledProcessError) else str(
                 error)
             reason = (reason.strip().splitlines() or ['no message'])[-1]
