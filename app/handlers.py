@@ -21,16 +21,14 @@ from answers import (
 )
 from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position
-from PIL import Image
 from served import Network, display_name, get_network, served_names
 
 from timm_multiexit import InputError, load_exit_config
+from timm_multiexit.inference.images import check_sent
 from timm_multiexit.stopping.costs import parse_macs
 
 MEGA = 1e6
 CONFIDENCE = 0.9
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
-MAX_PIXELS = 16_000_000
 _decoding = threading.Semaphore(2)  # bounds the memory that it takes
 
 
@@ -89,25 +87,8 @@ def run_file(name: str, path: str) -> ExitOutputs:
     """Runs a network on an uploaded file."""
     network = get_network(name)
     with _decoding:
-        check_photo(path)
+        check_sent(path)
         return network.run(path)
-
-
-def check_photo(path: str) -> None:
-    """Checks from its first bytes that a stranger's file is a photo that can be decoded cheaply.
-
-    Raises:
-        InputError: another format, or too many pixels.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            pixels, format = image.width * image.height, image.format
-    except Exception:  # Pillow raises many types for what is no image
-        raise InputError(f'this file is not an image that the app reads: send {", ".join(FORMATS)}') from None
-    # JPEG is decoded at a fraction of its size.
-    limit = 4 * MAX_PIXELS if format in ('JPEG', 'MPO') else MAX_PIXELS
-    if pixels > limit:
-        raise InputError(f'{pixels / 1e6:.0f} million pixels are too many: shrink the image below {limit / 1e6:.0f}')
 
 
 def read_macs(text: object) -> float:

@@ -8,6 +8,7 @@ from .errors import InputError
 EXTRAS = dict(
     plots=('matplotlib', 'torchmetrics'),
     export=('onnx', 'onnxruntime', 'onnxscript'),
+    serve=('fastapi', 'multipart', 'onnxruntime', 'prometheus_client', 'uvicorn'),
 )
 
 

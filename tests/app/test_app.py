@@ -12,6 +12,7 @@ from PIL import Image
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.evaluate import LabelledLogits
+from timm_multiexit.inference.images import check_sent
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.policy import ExitPolicy
 from timm_multiexit.stopping.simulate import simulate
@@ -310,11 +311,11 @@ def test_strangers_send_photos(tmp_path):
             'photo.jpg': Image.new('L', (8001, 8000))}.items():
         image.save(tmp_path / name)
         with pytest.raises(InputError, match='too many|not an image'):
-            handlers.check_photo(str(tmp_path / name))
+            check_sent(str(tmp_path / name))
     for name in ('photo.jpg', 'photo.png', 'photo.webp', 'photo.gif', 'photo.bmp'):
         Image.new('RGB', (64, 32)).save(tmp_path / name)
-        handlers.check_photo(str(tmp_path / name))
+        check_sent(str(tmp_path / name))
     (tmp_path / 'text.png').write_text('no image')
     with pytest.raises(InputError, match='not an image'):
-        handlers.check_photo(str(tmp_path / 'text.png'))
+        check_sent(str(tmp_path / 'text.png'))
 

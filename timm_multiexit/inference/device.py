@@ -25,7 +25,7 @@ from ..stopping.monitor import ExitMonitor
 from ..stopping.policy import ExitPolicy, StoppingRule, scores
 from ..stopping.scores import UNKNOWN, ExitScores
 from .batch_loop import gather_arrays, run_batch, run_one, segments_of
-from .images import image_paths, named_images, read_image
+from .images import Source, image_paths, named_images, read_image
 from .traffic import share_of_full_time
 
 GRAPHS_NAME = 'graphs.json'
@@ -120,15 +120,15 @@ def resized(image: Image.Image, size: Tuple[int, int], crop_pct: float, resample
     return image.crop((left, top, left + width, top + height))
 
 
-def preprocess(path: Path, how: Dict[str, Any]) -> Tuple[np.ndarray, List[str]]:
-    """What the network sees of an image file, float32 (C, H, W), and notes for its user.
+def preprocess(source: Source, how: Dict[str, Any]) -> Tuple[np.ndarray, List[str]]:
+    """What the network sees of an image file, by name or open, float32 (C, H, W), and notes for its user.
 
     Raises:
         InputError: as `images.read_image`.
     """
     channels, *size = how['input_size']
     value_range = None if how['value_range'] is None else tuple(how['value_range'])
-    image, notes = read_image(path, min(size), channels, value_range)
+    image, notes = read_image(source, min(size), channels, value_range)
     image = resized(image, tuple(size), how['crop_pct'], Image.Resampling[how['interpolation'].upper()])
     x = np.asarray(image, np.float32).reshape(*size, channels).transpose(2, 0, 1)
     mean, std = (np.asarray(how[name], np.float32)[:, None, None] * np.float32(255.) for name in ('mean', 'std'))
@@ -204,6 +204,18 @@ def check(engine: FolderEngine, config: ExitConfig) -> Tuple[bool, str]:
         f'scores differ by up to {abs(there.scores - here.scores).max():.1e}')
 
 
+def add_stop_options(parser: argparse.ArgumentParser) -> None:
+    """Options that `policy_of` reads."""
+    stop = parser.add_mutually_exclusive_group()
+    stop.add_argument('--average-budget', metavar='MACS', help='average multiply-adds per image, like 30M')
+    stop.add_argument('--average-latency', metavar='MS', help='average time per image, like 2ms; needs --profile once')
+    stop.add_argument('--max-loss', type=float, metavar='POINTS', help='guaranteed loss of accuracy')
+    stop.add_argument('--confidence', type=float, metavar='C', help='the first exit with this confidence')
+    stop.add_argument('--budget', metavar='MACS', help='for each image: the deepest exit within it')
+    parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='of --max-loss')
+    parser.add_argument('--risk', choices=RISKS, default='accuracy', help='of --max-loss')
+
+
 def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine) -> ExitPolicy:
     """The policy that the options ask for.
 
@@ -268,14 +280,7 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
     """The command of an exported folder; returns the exit code."""
     parser = argparse.ArgumentParser(prog='run.py', description='Classifies images, stopping early.')
     parser.add_argument('images', nargs='*', metavar='IMAGE', help='files, folders or quoted patterns')
-    stop = parser.add_mutually_exclusive_group()
-    stop.add_argument('--average-budget', metavar='MACS', help='average multiply-adds per image, like 30M')
-    stop.add_argument('--average-latency', metavar='MS', help='average time per image, like 2ms; needs --profile once')
-    stop.add_argument('--max-loss', type=float, metavar='POINTS', help='guaranteed loss of accuracy')
-    stop.add_argument('--confidence', type=float, metavar='C', help='the first exit with this confidence')
-    stop.add_argument('--budget', metavar='MACS', help='for each image: the deepest exit within it')
-    parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='of --max-loss')
-    parser.add_argument('--risk', choices=RISKS, default='accuracy', help='of --max-loss')
+    add_stop_options(parser)
     parser.add_argument('--batch-size', type=int, default=32, metavar='N')
     parser.add_argument('--profile', action='store_true', help='measure this device and keep it in the folder')
     parser.add_argument('--check', action='store_true',

@@ -6,7 +6,7 @@ import glob
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import BinaryIO, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,7 +18,10 @@ MAX_PIXELS = 180_000_000
 # A photo is decoded at a fraction of its size where the format allows (JPEG): the network sees few pixels anyway.
 DRAFT_SIZE = 1024
 SUFFIXES = frozenset('.avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
-Source = Union[str, Path, Image.Image]
+Source = Union[str, Path, BinaryIO, Image.Image]
+# Of strangers, photos alone: Pillow knows formats that start other programs, and pixels take memory.
+SENT_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+SENT_PIXELS = 16_000_000
 
 
 def is_hidden(name: str) -> bool:
@@ -77,7 +80,7 @@ def read_image(
     frame.
 
     Args:
-        source: A file or an open image.
+        source: A file, by name or open, or an image.
         size: Smaller side that the network will see, in pixels.
         channels: 3 for RGB, 1 for grey.
         value_range: Raw values that are black and white in images of more than 8 bits a channel, those of the data set
@@ -124,28 +127,47 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):
         yield source
         return
-    path = Path(source)
-    if path.is_dir():
-        raise InputError(f"'{path}' is a folder: give its images, like {path}/*.png")
-    if not path.is_file():
-        raise InputError(f"'{path}' does not exist: check the name")
+    name = 'the image'
+    if isinstance(source, (str, Path)):
+        name = f"'{source}'"
+        if Path(source).is_dir():
+            raise InputError(f'{name} is a folder: give its images, like {source}/*.png')
+        if not Path(source).is_file():
+            raise InputError(f'{name} does not exist: check the name')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # MAX_PIXELS is the limit here; notes of Pillow on damaged EXIF help nobody
         try:
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise InputError(
-                        f"'{path}' has {image.width} x {image.height} pixels: shrink it below {MAX_PIXELS // 10 ** 6} "
+                        f'{name} has {image.width} x {image.height} pixels: shrink it below {MAX_PIXELS // 10 ** 6} '
                         'million')
                 yield image
         except UnidentifiedImageError:
-            raise InputError(f"'{path}' is not an image: give a PNG, JPEG, WebP or another file that Pillow reads"
+            raise InputError(f'{name} is not an image: give a PNG, JPEG, WebP or another file that Pillow reads'
                              ) from None
         except Image.DecompressionBombError:
-            raise InputError(f"'{path}' has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million"
+            raise InputError(f'{name} has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million'
                              ) from None
         except (OSError, SyntaxError, ValueError, EOFError) as error:
-            raise InputError(f"'{path}' is damaged or truncated ({error}): save it again") from None
+            raise InputError(f'{name} is damaged or truncated ({error}): save it again') from None
+
+
+def check_sent(source: Union[str, Path, BinaryIO]) -> None:
+    """Checks from its first bytes that a stranger's file is a photo that can be decoded cheaply.
+
+    Raises:
+        InputError: another format, or too many pixels.
+    """
+    try:
+        with Image.open(source, formats=SENT_FORMATS) as image:
+            pixels, format = image.width * image.height, image.format
+    except Exception:  # Pillow raises many types for what is no image
+        raise InputError(f"this file is not an image that is read here: send {', '.join(SENT_FORMATS)}") from None
+    # JPEG is decoded at a fraction of its size.
+    limit = 4 * SENT_PIXELS if format in ('JPEG', 'MPO') else SENT_PIXELS
+    if pixels > limit:
+        raise InputError(f'{pixels / 1e6:.0f} million pixels are too many: shrink the image below {limit / 1e6:.0f}')
 
 
 def _is_deep(image: Image.Image) -> bool:

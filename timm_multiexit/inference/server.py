@@ -1,0 +1,160 @@
+"""An HTTP server for an exported folder: images in, answers in JSON, and its numbers for Prometheus."""
+import asyncio
+import logging
+import time
+from contextlib import asynccontextmanager
+from io import BytesIO
+from typing import Any, AsyncIterator, Dict, List, Tuple
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import UploadFile
+
+from ..errors import InputError
+from ..stopping.config import ExitConfig
+from ..stopping.monitor import ExitMonitor
+from ..stopping.policy import ExitPolicy
+from .device import FolderEngine, preprocess
+from .images import check_sent
+from .segment_queues import QueueFull, SegmentQueues
+
+_logger = logging.getLogger('timm_multiexit.serve')
+MAX_FILES = 64  # in one request
+
+
+class Guard:
+    """ASGI middleware: a body of more than `max_bytes` ends in status 413, unread; the status of answers is counted."""
+
+    def __init__(self, app: Any, max_bytes: int, requests: Counter):
+        self.app, self.max_bytes, self.requests = app, max_bytes, requests
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        read = 0
+
+        async def limited() -> Any:
+            nonlocal read
+            message = await receive()
+            read += len(message.get('body', b''))
+            if read > self.max_bytes:
+                raise HTTPException(413, f'more than {self.max_bytes:,} bytes: send smaller or fewer images')
+            return message
+
+        async def counted(message: Any) -> None:
+            if message['type'] == 'http.response.start' and scope['path'] == '/classify':
+                self.requests.labels(str(message['status'])).inc()
+            await send(message)
+
+        await self.app(scope, limited, counted)
+
+
+class Metrics:
+    """What /metrics tells."""
+
+    def __init__(self, queues: SegmentQueues, exit_macs: Tuple[int, ...]):
+        self.registry = registry = CollectorRegistry()
+        self.exit_macs = exit_macs
+        self.requests = Counter('multiexit_requests', 'Requests by status', ['status'], registry=registry)
+        self.images = Counter('multiexit_images', 'Images answered, by exit', ['exit'], registry=registry)
+        self.macs = Counter('multiexit_macs', 'Multiply-adds of the images answered', registry=registry)
+        self.seconds = Histogram('multiexit_seconds', 'From an image in memory to its answer', registry=registry)
+        waiting = Gauge('multiexit_waiting_images', 'Images that wait or run', registry=registry)
+        waiting.set_function(lambda: queues.images)
+        for k in range(len(exit_macs)):
+            self.images.labels(str(k + 1))
+
+    def count(self, exit_index: int, seconds: float) -> None:
+        self.images.labels(str(exit_index + 1)).inc()
+        self.macs.inc(self.exit_macs[exit_index])
+        self.seconds.observe(seconds)
+
+
+def make_app(
+        engine: FolderEngine,
+        config: ExitConfig,
+        policy: ExitPolicy,
+        batch_size: int = 32,
+        limit: int = 1024,
+        max_bytes: int = 20_000_000,
+) -> FastAPI:
+    """The ASGI app; its workers end with it.
+
+    POST /classify takes an image as the body, or several as the files of a form, and answers with the records of
+    `device.classify`: one, or a list. Of several, those that are no images have an `error`; alone that is status 422.
+
+    Args:
+        engine: Of the folder.
+        config: Its exit config, with scores.
+        policy: When to stop.
+        batch_size: Images that run together at most.
+        limit: Images that wait or run at most; above it, status 503.
+        max_bytes: Of a request; above it, status 413.
+    """
+    queues = SegmentQueues(engine, policy, batch_size, limit)
+    metrics, monitor = Metrics(queues, config.exit_macs), ExitMonitor(config, policy)
+    names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
+    how = engine.graphs['preprocessing']
+    decoding = asyncio.Semaphore(4)  # bounds the memory that it takes
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(queues.close)
+
+    app = FastAPI(title='timm-multiexit', docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    def read(data: bytes) -> Any:
+        check_sent(BytesIO(data))
+        return preprocess(BytesIO(data), how)
+
+    async def answer(name: str, data: bytes) -> Dict[str, Any]:
+        async with decoding:
+            image, notes = await asyncio.to_thread(read, data)
+        start = time.perf_counter()
+        found = await asyncio.wrap_future(queues.submit(image))
+        k = int(found.exit_index[0])
+        metrics.count(k, time.perf_counter() - start)
+        before = monitor.warning
+        monitor.update(found.exit_index)
+        if monitor.warning and monitor.warning != before:
+            _logger.warning(monitor.warning)
+        return dict(image=name, notes=notes, label=names[int(found.prediction[0])],
+                    probability=float(found.confidence[0]), exit=k + 1, macs=config.exit_macs[k])
+
+    async def answer_or_error(name: str, data: bytes) -> Dict[str, Any]:
+        try:
+            return await answer(name, data)
+        except QueueFull:
+            raise
+        except InputError as error:
+            return dict(image=name, error=str(error))
+
+    @app.exception_handler(QueueFull)
+    async def full(_: Request, error: QueueFull) -> Response:
+        return JSONResponse(dict(detail=str(error)), 503, headers={'Retry-After': '1'})
+
+    @app.exception_handler(InputError)
+    async def bad(_: Request, error: InputError) -> Response:
+        return JSONResponse(dict(detail=str(error)), 422)
+
+    @app.post('/classify')
+    async def classify(request: Request) -> Any:
+        if request.headers.get('content-type', '').startswith('multipart/form-data'):
+            async with request.form(max_files=MAX_FILES, max_fields=MAX_FILES) as form:
+                files: List[UploadFile] = [f for _, f in form.multi_items() if isinstance(f, UploadFile)]
+                images = [(file.filename or '', await file.read()) for file in files]
+            if not images:
+                raise InputError('no files in the form: send images')
+            return await asyncio.gather(*(answer_or_error(*image) for image in images))
+        return await answer('', await request.body())
+
+    @app.get('/health')
+    async def health() -> Dict[str, Any]:
+        return dict(status='ok', images=monitor.images, waiting=queues.images)
+
+    @app.get('/metrics')
+    async def numbers() -> Response:
+        return PlainTextResponse(generate_latest(metrics.registry), media_type='text/plain; version=0.0.4')
+
+    app.add_middleware(Guard, max_bytes=max_bytes, requests=metrics.requests)
+    return app
