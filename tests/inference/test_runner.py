@@ -205,7 +205,7 @@ def test_heads_at_which_no_image_may_leave_do_not_run(small, photos):
 @pytest.mark.parametrize('batch_size', [1, 7, 200])
 def test_expected_traffic_leaves_in_the_shares_that_are_expected(engine, small, photos, batch_size):
     policy = ExitPolicy((0., NEVER, 0.), (1.,) * 3, exit_shares=(0.6, 0., 0.4))
-    runner = EarlyExitRunner(engine, ExpectedTraffic(policy), costs=small[1])
+    runner = EarlyExitRunner(engine, ExpectedTraffic(policy, images=200), costs=small[1])
     exits = runner.run(photos[0][:200], batch_size).exit_index
     assert np.bincount(exits, minlength=3).tolist() == [120, 0, 80]
     assert runner.segments == ((0, 0), (1, 2)) and len(set(exits[:20].tolist())) == 2
