@@ -8,7 +8,7 @@ from .errors import InputError
 EXTRAS = dict(
     plots=('matplotlib', 'torchmetrics'),
     export=('onnx', 'onnxruntime', 'onnxscript'),
-    serve=('fastapi', 'multipart', 'onnxruntime', 'prometheus_client', 'uvicorn'),
+    serve=('fastapi', 'onnxruntime', 'prometheus_client', 'python_multipart', 'uvicorn'),
 )
 
 

@@ -110,11 +110,13 @@ class Server:
 
 @pytest.fixture(scope='module')
 def server(folder):
-    server = Server(folder, '--confidence', 0.3, '--max-bytes', 200_000)
+    server = Server(folder, '--confidence', 0.3, '--max-bytes', 200_000, '--queue', 64)
     yield server
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(15) in (0, -signal.SIGTERM)
-    assert 'Traceback' not in server.process.stderr.read()
+    errors = server.process.stderr.read()
+    print('STDERR', errors)
+    assert 'Traceback' not in errors
 
 
 @pytest.fixture(scope='module')
@@ -152,11 +154,14 @@ def test_what_is_refused_and_that_numbers_add_up(server, photos):
     counts = {}
     for body, status, words in [
             (b'', 422, 'not an image'), (b'no image', 422, 'not an image'), (photos[0].read_bytes()[:60], 422, 'image'),
-            (buffer.getvalue(), 422, '81 million pixels'), (bytes(300_000), 413, 'more than 200,000 bytes'),
+            (buffer.getvalue(), 422, '81 million pixels'), (bytes(1_900_000), 413, 'more than 200,000 bytes'),
+            (bytes(300_000), 413, 'send smaller or fewer images'),
             (b'%!PS-Adobe-3.0 EPSF-3.0\n', 422, 'send JPEG')]:
         found, answer = server.post(body)
         assert found == status and words in answer['detail'] and '\n' not in answer['detail']
     assert server.post_form([])[0] == 422
+    status, answer = server.post_form([(b'a', photos[0].read_bytes()[:90])] * 64 + [(b'b', b'')])
+    assert status == 400 and '\n' not in answer['detail']
     assert server.post(photos[0].read_bytes())[0] == 200
     for line in server.get('/metrics').splitlines():
         if not line.startswith('#'):
@@ -165,8 +170,39 @@ def test_what_is_refused_and_that_numbers_add_up(server, photos):
     images = [counts[f'multiexit_images_total{{exit="{k}"}}'] for k in (1, 2, 3)]
     assert sum(images) == counts['multiexit_seconds_count'] == json.loads(server.get('/health'))['images'] > 0
     assert counts['multiexit_requests_total{status="422"}'] == 6
-    assert counts['multiexit_requests_total{status="413"}'] == 1
+    assert counts['multiexit_requests_total{status="413"}'] == 2
     assert counts['multiexit_waiting_images'] == 0
+
+
+def test_more_images_than_the_queue_holds_are_refused(server):
+    buffer = io.BytesIO()
+    Image.new('1', (1500, 1500)).save(buffer, 'PNG')  # small to send, slow to decode
+    form = [(b'a', buffer.getvalue())] * 40
+    before = json.loads(server.get('/health'))['images']
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: server.post_form(form), range(6)))
+    full = [answer for status, answer in found if status == 503]
+    assert full and all('images wait: try again later' in answer['detail'] for answer in full)
+    answered = [answer for status, answer in found if status == 200]
+    assert len(answered) + len(full) == 6 and all(len(answer) == 40 for answer in answered)
+    # Of a request that is refused, nothing runs.
+    assert json.loads(server.get('/health')) == dict(status='ok', images=before + 40 * len(answered), waiting=0)
+
+
+def test_an_upload_that_stalls_or_breaks_off_does_no_harm(folder):
+    server = Server(folder)
+    head = b'POST /classify HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 5000\r\n\r\nabc'
+    address = ('127.0.0.1', int(server.url.rsplit(':', 1)[1]))
+    for _ in range(3):
+        with socket.create_connection(address) as caller:
+            caller.sendall(head)
+    with socket.create_connection(address) as caller:
+        caller.sendall(head)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(9) in (0, -signal.SIGTERM)
+        assert b'503' in caller.recv(1000)
+    assert 'Traceback' not in server.process.stderr.read()
 
 
 def test_images_of_all_exits_keep_their_answers_in_batches(folder, policy):
@@ -183,16 +219,28 @@ def test_images_of_all_exits_keep_their_answers_in_batches(folder, policy):
     queues.close()
 
 
-def test_a_full_queue_refuses_and_an_error_reaches_its_caller(folder, policy):
+def test_places_are_limited(folder, policy):
     queues = SegmentQueues(FolderEngine(folder), policy, limit=3)
+    with queues.places(2):
+        with pytest.raises(QueueFull, match='2 images wait: try again later'), queues.places(2):
+            pass
+        with queues.places(1):
+            assert queues.images == 3
+    assert queues.images == 0
+    with pytest.raises(InputError, match='send at most 3'), queues.places(4):
+        pass
+    queues.close()
+
+
+def test_errors_and_cancelled_callers_do_not_reach_others(folder, policy):
+    queues = SegmentQueues(FolderEngine(folder), policy)
     image, go = np.zeros((3, 32, 32), np.float32), threading.Event()
     real = queues.engine.run
     queues.engine.run = lambda *args: go.wait() and real(*args)  # as slow as wanted
-    waiting = [queues.submit(image) for _ in range(3)]
-    with pytest.raises(QueueFull, match='3 images wait: try again later'):
-        queues.submit(image)
+    waiting = [queues.submit(image) for _ in range(8)]
+    waiting[4].cancel()
     go.set()
-    assert all(len(future.result(30).logits) == 1 for future in waiting)
+    assert all(len(future.result(30).logits) == 1 for future in waiting[:4] + waiting[5:])
     bad = queues.submit(np.full((3, 32, 32), np.nan, np.float32))
     with pytest.raises(InputError):
         bad.result(30)

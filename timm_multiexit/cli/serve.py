@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--batch-size', type=COUNT, default=32, metavar='N',
                         help='images that run together at most (default: %(default)s)')
     parser.add_argument('--queue', type=COUNT, default=1024, metavar='N',
-                        help='images that wait at most, then status 503 (default: %(default)s)')
+                        help='images decoded, waiting and running at most, then status 503 (default: %(default)s)')
     parser.add_argument('--max-bytes', type=COUNT, default=20_000_000, metavar='N',
                         help='of a request, then status 413 (default: %(default)s)')
     parser.set_defaults(run=run)
@@ -35,4 +35,4 @@ def run(args: argparse.Namespace) -> None:
     engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
     app = make_app(engine, config, policy_of(args, config, engine), args.batch_size, args.queue, args.max_bytes)
     print(f'http://{args.host}:{args.port}/classify', flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level='warning', timeout_graceful_shutdown=10)
+    uvicorn.run(app, host=args.host, port=args.port, log_level='warning', timeout_graceful_shutdown=5)

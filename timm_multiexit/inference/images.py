@@ -3,6 +3,7 @@
 What is unusual becomes a note or an error.
 """
 import glob
+import struct
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,7 +150,8 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Image.DecompressionBombError:
             raise InputError(f'{name} has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million'
                              ) from None
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
+        # Pillow's readers let the last two through on damaged headers.
+        except (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error) as error:
             raise InputError(f'{name} is damaged or truncated ({error}): save it again') from None
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -37,38 +38,51 @@ class SegmentQueues:
         engine: See `engine.Engine`; several of its segments run at once.
         rule: When to stop.
         batch_size: Images that run together at most.
-        limit: Images that wait or run at most.
+        limit: Images that `places` admits at once.
     """
 
     def __init__(self, engine: Any, rule: StoppingRule, batch_size: int = 32, limit: int = 1024):
         self.engine, self.rule, self.batch_size, self.limit = engine, rule, batch_size, limit
         self.segments = segments_of(rule)
         engine.build(self.segments)
-        self.images = 0  # that wait or run
+        self.images = 0  # that hold a place
         self._lock = threading.Lock()
         self._queues: List[SimpleQueue[Optional[_Waiting]]] = [SimpleQueue() for _ in self.segments]
         self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(len(self.segments))]
         for worker in self._workers:
             worker.start()
 
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Admits images, all or none, until the block ends; it holds all that takes memory, decoding too.
+
+        Raises:
+            QueueFull: with them, more than `limit` images would hold a place.
+            InputError: they are more than `limit` alone.
+        """
+        if count > self.limit:
+            raise InputError(f'{count} images at once are more than the queue holds: send at most {self.limit}')
+        with self._lock:
+            if self.images + count > self.limit:
+                raise QueueFull(f'{self.images} images wait: try again later')
+            self.images += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.images -= count
+
     def submit(self, image: np.ndarray) -> Future[Answers]:
-        """Puts an image in the first queue.
+        """Puts an image in the first queue; see `places`.
 
         Args:
             image: float32 (C, H, W), normalised.
 
         Returns:
             The future of its answer, of one row.
-
-        Raises:
-            QueueFull: `limit` images wait.
         """
-        with self._lock:
-            if self.images >= self.limit:
-                raise QueueFull(f'{self.images} images wait: try again later')
-            self.images += 1
         answer: Future[Answers] = Future()
-        answer.add_done_callback(self._one_less)
+        answer.set_running_or_notify_cancel()  # a caller that cancels must not fail those in its batch
         self._queues[0].put(_Waiting(self.engine.start(image[None]), 0, None, answer))
         return answer
 
@@ -77,10 +91,6 @@ class SegmentQueues:
         self._queues[0].put(None)
         for worker in self._workers:
             worker.join()
-
-    def _one_less(self, _: Any) -> None:
-        with self._lock:
-            self.images -= 1
 
     def _work(self, number: int) -> None:
         ends = False

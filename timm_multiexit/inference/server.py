@@ -10,6 +10,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import UploadFile
+from starlette.requests import ClientDisconnect
 
 from ..errors import InputError
 from ..stopping.config import ExitConfig
@@ -24,28 +25,44 @@ MAX_FILES = 64  # in one request
 
 
 class Guard:
-    """ASGI middleware: a body of more than `max_bytes` ends in status 413, unread; the status of answers is counted."""
+    """ASGI middleware: a body of more than `max_bytes` ends in status 413, not kept; the status of answers is counted.
+
+    Callers that leave, and requests that an ending server cancels, are no errors.
+    """
 
     def __init__(self, app: Any, max_bytes: int, requests: Counter):
         self.app, self.max_bytes, self.requests = app, max_bytes, requests
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        read = 0
+        read, started = 0, False
 
         async def limited() -> Any:
             nonlocal read
             message = await receive()
             read += len(message.get('body', b''))
             if read > self.max_bytes:
+                # A caller that still sends would see a broken connection in place of the answer.
+                while message.get('more_body') and read < 10 * self.max_bytes:
+                    message = await receive()
+                    read += len(message.get('body', b''))
                 raise HTTPException(413, f'more than {self.max_bytes:,} bytes: send smaller or fewer images')
             return message
 
         async def counted(message: Any) -> None:
-            if message['type'] == 'http.response.start' and scope['path'] == '/classify':
-                self.requests.labels(str(message['status'])).inc()
+            nonlocal started
+            if message['type'] == 'http.response.start':
+                started = True
+                if scope['path'] == '/classify':
+                    self.requests.labels(str(message['status'])).inc()
             await send(message)
 
-        await self.app(scope, limited, counted)
+        try:
+            await self.app(scope, limited, counted)
+        except ClientDisconnect:
+            pass
+        except asyncio.CancelledError:
+            if not started:
+                await JSONResponse(dict(detail='the server ends'), 503)(scope, receive, counted)
 
 
 class Metrics:
@@ -57,8 +74,8 @@ class Metrics:
         self.requests = Counter('multiexit_requests', 'Requests by status', ['status'], registry=registry)
         self.images = Counter('multiexit_images', 'Images answered, by exit', ['exit'], registry=registry)
         self.macs = Counter('multiexit_macs', 'Multiply-adds of the images answered', registry=registry)
-        self.seconds = Histogram('multiexit_seconds', 'From an image in memory to its answer', registry=registry)
-        waiting = Gauge('multiexit_waiting_images', 'Images that wait or run', registry=registry)
+        self.seconds = Histogram('multiexit_seconds', 'From an image received to its answer, with decoding', registry=registry)
+        waiting = Gauge('multiexit_waiting_images', 'Images that are decoded, wait or run', registry=registry)
         waiting.set_function(lambda: queues.images)
         for k in range(len(exit_macs)):
             self.images.labels(str(k + 1))
@@ -87,7 +104,7 @@ def make_app(
         config: Its exit config, with scores.
         policy: When to stop.
         batch_size: Images that run together at most.
-        limit: Images that wait or run at most; above it, status 503.
+        limit: Images that are decoded, wait or run at most; above it, status 503.
         max_bytes: Of a request; above it, status 413.
     """
     queues = SegmentQueues(engine, policy, batch_size, limit)
@@ -108,9 +125,9 @@ def make_app(
         return preprocess(BytesIO(data), how)
 
     async def answer(name: str, data: bytes) -> Dict[str, Any]:
+        start = time.perf_counter()
         async with decoding:
             image, notes = await asyncio.to_thread(read, data)
-        start = time.perf_counter()
         found = await asyncio.wrap_future(queues.submit(image))
         k = int(found.exit_index[0])
         metrics.count(k, time.perf_counter() - start)
@@ -124,8 +141,6 @@ def make_app(
     async def answer_or_error(name: str, data: bytes) -> Dict[str, Any]:
         try:
             return await answer(name, data)
-        except QueueFull:
-            raise
         except InputError as error:
             return dict(image=name, error=str(error))
 
@@ -137,6 +152,11 @@ def make_app(
     async def bad(_: Request, error: InputError) -> Response:
         return JSONResponse(dict(detail=str(error)), 422)
 
+    @app.exception_handler(Exception)
+    async def failed(_: Request, __: Exception) -> Response:
+        metrics.requests.labels('500').inc()  # sent outside of Guard
+        return JSONResponse(dict(detail='the server failed: its log says why'), 500)
+
     @app.post('/classify')
     async def classify(request: Request) -> Any:
         if request.headers.get('content-type', '').startswith('multipart/form-data'):
@@ -145,8 +165,11 @@ def make_app(
                 images = [(file.filename or '', await file.read()) for file in files]
             if not images:
                 raise InputError('no files in the form: send images')
-            return await asyncio.gather(*(answer_or_error(*image) for image in images))
-        return await answer('', await request.body())
+            with queues.places(len(images)):
+                return await asyncio.gather(*(answer_or_error(*image) for image in images))
+        body = await request.body()
+        with queues.places(1):
+            return await answer('', body)
 
     @app.get('/health')
     async def health() -> Dict[str, Any]:
