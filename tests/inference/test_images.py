@@ -104,3 +104,16 @@ def test_bad_files_are_named(make, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         read_image(path)
     assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_an_animation_cut_anywhere_is_read_or_named(tmp_path):
+    path = tmp_path / 'cut.gif'
+    Image.new('RGB', (8, 8)).save(path, save_all=True, append_images=[Image.new('RGB', (8, 8), 'red')])
+    whole, refused = path.read_bytes(), 0
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        try:
+            read_image(path)
+        except InputError:
+            refused += 1
+    assert 0 < refused < len(whole)

@@ -112,11 +112,12 @@ class Server:
 def server(folder):
     server = Server(folder, '--confidence', 0.3, '--max-bytes', 200_000, '--queue', 64)
     yield server
+    images = json.loads(server.get('/health'))['images']
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(15) in (0, -signal.SIGTERM)
     errors = server.process.stderr.read()
-    print('STDERR', errors)
     assert 'Traceback' not in errors
+    assert ('by chance that has probability' in errors) == (images >= 100)  # the monitor's; these images are noise
 
 
 @pytest.fixture(scope='module')
@@ -148,15 +149,16 @@ def test_answers_one_by_one_in_a_form_and_from_many_callers(server, photos, expe
             same(ours, answer)
 
 
-def test_what_is_refused_and_that_numbers_add_up(server, photos):
+def test_what_is_refused_and_that_numbers_add_up(server, config, photos):
     buffer = io.BytesIO()
     Image.new('1', (9000, 9000)).save(buffer, 'PNG')
-    counts = {}
+    animation, counts = io.BytesIO(), {}
+    Image.new('RGB', (8, 8)).save(animation, 'GIF', save_all=True, append_images=[Image.new('RGB', (8, 8), 'red')])
     for body, status, words in [
             (b'', 422, 'not an image'), (b'no image', 422, 'not an image'), (photos[0].read_bytes()[:60], 422, 'image'),
             (buffer.getvalue(), 422, '81 million pixels'), (bytes(1_900_000), 413, 'more than 200,000 bytes'),
             (bytes(300_000), 413, 'send smaller or fewer images'),
-            (b'%!PS-Adobe-3.0 EPSF-3.0\n', 422, 'send JPEG')]:
+            (animation.getvalue()[:58], 422, 'image'), (b'%!PS-Adobe-3.0 EPSF-3.0\n', 422, 'send JPEG')]:
         found, answer = server.post(body)
         assert found == status and words in answer['detail'] and '\n' not in answer['detail']
     assert server.post_form([])[0] == 422
@@ -169,8 +171,10 @@ def test_what_is_refused_and_that_numbers_add_up(server, photos):
             counts[name] = float(value)
     images = [counts[f'multiexit_images_total{{exit="{k}"}}'] for k in (1, 2, 3)]
     assert sum(images) == counts['multiexit_seconds_count'] == json.loads(server.get('/health'))['images'] > 0
-    assert counts['multiexit_requests_total{status="422"}'] == 6
+    assert counts['multiexit_requests_total{status="422"}'] == 7
     assert counts['multiexit_requests_total{status="413"}'] == 2
+    assert counts['multiexit_requests_total{status="200"}'] > 0
+    assert counts['multiexit_macs_total'] == np.dot(images, config.exit_macs)
     assert counts['multiexit_waiting_images'] == 0
 
 
