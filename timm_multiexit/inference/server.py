@@ -74,7 +74,7 @@ class Metrics:
         self.requests = Counter('multiexit_requests', 'Requests by status', ['status'], registry=registry)
         self.images = Counter('multiexit_images', 'Images answered, by exit', ['exit'], registry=registry)
         self.macs = Counter('multiexit_macs', 'Multiply-adds of the images answered', registry=registry)
-        self.seconds = Histogram('multiexit_seconds', 'From an image received to its answer, with decoding', registry=registry)
+        self.seconds = Histogram('multiexit_seconds', 'From image to answer, with decoding', registry=registry)
         waiting = Gauge('multiexit_waiting_images', 'Images that are decoded, wait or run', registry=registry)
         waiting.set_function(lambda: queues.images)
         for k in range(len(exit_macs)):
