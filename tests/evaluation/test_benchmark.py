@@ -1,21 +1,25 @@
 """The benchmark command: what it measures belongs together, on a small network and real images."""
+import argparse
 import json
 import time
 
 import pytest
 import timm
 import torch
+from conftest import calibrated_network
 
-from timm_multiexit.cli import main
+from timm_multiexit.cli import benchmark, main
 from timm_multiexit.cli.benchmark import print_results
 from timm_multiexit.data.splits import open_splits
 from timm_multiexit.datasets import normalize
+from timm_multiexit.errors import InputError
 from timm_multiexit.evaluation.timing import measure_exits, measure_policies, spread
 from timm_multiexit.inference.engine import make_engine
 from timm_multiexit.inference.profile import measure_profile, take_turns
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.exit_config import load_exit_config
+from timm_multiexit.stopping.costs import StageCosts
 from timm_multiexit.stopping.policy import ALWAYS, NEVER, ExitPolicy
 
 needs_weights = pytest.mark.skipif(
@@ -93,6 +97,20 @@ def test_the_command_measures_stored_policies_and_files(cifar_root, tmp_path, ca
     assert all(row['average_macs'] < 64e6 for row in latencies)
     assert 64e6 < results['full']['average_macs'] < 65e6
     assert 0.05 < file['batch_1']['share_of_full_time']['median'] < 1.2
+
+
+def test_half_of_the_time_is_the_default_and_a_note_where_it_cannot_be_had(monkeypatch, capsys):
+    model, config = calibrated_network()
+    engine = make_engine(model, 'torch')
+    asked = dict(batch_size=8, average_latency=[])
+    monkeypatch.setattr(benchmark, 'measure_profile', lambda *_: StageCosts((1., 1., 1.), (0., 0., 0.)))
+    names = benchmark.latency_policies(argparse.Namespace(**asked), config, engine)
+    assert list(names) == ['50% at batch 1', '50% at batch 8'] and not capsys.readouterr().err
+    monkeypatch.setattr(benchmark, 'measure_profile', lambda *_: StageCosts((6., 1., 1.), (0., 0., 0.)))
+    assert benchmark.latency_policies(argparse.Namespace(**asked), config, engine) == {}
+    assert capsys.readouterr().err.count('note: no policy for 50% of the time') == 2
+    with pytest.raises(InputError, match='cannot be kept'):
+        benchmark.latency_policies(argparse.Namespace(**{**asked, 'average_latency': ['50%']}), config, engine)
 
 
 @needs_weights

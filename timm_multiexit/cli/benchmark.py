@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import sys
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -33,6 +34,7 @@ from ._common import (
 
 # At 224 pixels an image costs tens of times as much as at 32, and minutes would become hours.
 IMAGES, BATCH_SIZE, FULL_LOAD = 2000, 256, 150e6
+DEFAULT_SHARE = '50%'  # of the full network's time
 
 
 def add_parser(subparsers) -> None:
@@ -93,13 +95,21 @@ def latency_policies(args: argparse.Namespace, config: ExitConfig, engine: Engin
     """Those of --average-latency; the profile is measured in this very run, so that times compare.
 
     A share of the full network's time is solved for both batch sizes, milliseconds for batch 1.
+
+    Raises:
+        InputError: one that was asked for cannot be met.
     """
     policies = {}
     for size in (1, args.batch_size):
-        texts = [t for t in args.average_latency if size == 1 or t.endswith('%')]
-        if texts:
-            profile = measure_profile(engine, config.input_size, size)
-            policies.update((f'{t} at batch {size}', config.policy_for(average_ms=t, profile=profile)) for t in texts)
+        texts = [t for t in args.average_latency or [DEFAULT_SHARE] if size == 1 or t.endswith('%')]
+        profile = measure_profile(engine, config.input_size, size) if texts else None
+        for text in texts:
+            try:
+                policies[f'{text} at batch {size}'] = config.policy_for(average_ms=text, profile=profile)
+            except InputError as error:
+                if args.average_latency:
+                    raise
+                print(f'note: no policy for {text} of the time at batch {size}: {error}', file=sys.stderr)
     return policies
 
 
@@ -114,15 +124,15 @@ def run(args: argparse.Namespace) -> None:
     if not args.data_dir and (args.policy or asks_for_policy(args)):
         raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
     model = load_network(args)
-    costs, config, policies = exit_costs(model), None, {}
+    costs, config, policies, in_time = exit_costs(model), None, {}, bool(args.average_latency)
     images, batch_size = default_amounts(costs.macs[-1])
     args.images, args.batch_size = args.images or images, args.batch_size or batch_size
     if args.data_dir:
         if not args.policy and not asks_for_policy(args):
             half = costs.macs[-1] / 2
             # Of some networks the first exit costs more than half.
-            budget = half if half >= costs.macs[0] else (costs.macs[0] + costs.macs[-1]) / 2
-            args.average_budget, args.average_latency = [str(budget)], ['50%'] if half >= costs.macs[0] else []
+            args.average_budget = [str(half if half >= costs.macs[0] else (costs.macs[0] + costs.macs[-1]) / 2)]
+            in_time = True
         if asks_for_policy(args):
             config = stored_exit_config(args, model)
         policies = named_policies(args, config, model.num_exits)
@@ -136,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
             threads=torch.get_num_threads(),
             torch=torch.__version__, batch_size=args.batch_size, rounds=args.rounds,
             exits=measure_exits(engine, costs, args.batch_size, args.rounds))
-        if config is not None:
+        if config is not None and in_time:
             policies.update(latency_policies(args, config, engine))
         if policies:
             results.update(measure_policies(engine, costs, policies, *data, args.batch_size, args.rounds))
