@@ -1,6 +1,7 @@
 """A warm Python process that runs scripts one after the other, with the Hub's real client: torch is imported once.
 
-It reads one JSON object per line, runs the script as `python SCRIPT ARGS` would, and answers with one JSON object.
+It reads one JSON object per line, runs the script as `python SCRIPT ARGS` would, and answers with one JSON object. Of a
+script that is to be killed it names the process, and then how that one ended.
 """
 import contextlib
 import io
@@ -55,4 +56,12 @@ if __name__ == '__main__':
     os.dup2(2, 1)  # keep other output apart from the answers
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(run(**request)), file=answers, flush=True)
+        if request.pop('apart', False):
+            child = os.fork()
+            if child == 0:
+                run(**request)
+                os._exit(0)
+            print(child, file=answers, flush=True)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+        else:
+            print(json.dumps(run(**request)), file=answers, flush=True)

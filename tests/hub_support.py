@@ -5,10 +5,12 @@ They live for the session: a process takes seconds to import torch, and building
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import timm
@@ -53,6 +55,23 @@ class Client:
 
     def push(self, *args, **env) -> 'Done':
         return self.run(PUSH, *args, '--org', 'me', **env)
+
+    def push_killed(self, server: HubServer, requests: int, *args: str) -> int:
+        """Pushes until that many requests are answered, then kills the process with SIGKILL; returns how it ended."""
+        process, left = Queue(), iter(range(requests - 1, -1, -1))
+
+        def kill() -> None:
+            if next(left, None) == 0:
+                os.kill(process.get(), signal.SIGKILL)
+
+        server.hooks[''] = kill
+        request = dict(script=str(PUSH), args=[*map(str, args), '--org', 'me'], env={}, apart=True)
+        self.process.stdin.write(json.dumps(request) + '\n')
+        self.process.stdin.flush()
+        process.put(int(self.process.stdout.readline()))
+        code = int(self.process.stdout.readline())
+        server.hooks.clear()
+        return code
 
     def code(self, text: str, **env: str) -> 'Done':
         """Runs Python code; an InputError ends it like a command."""

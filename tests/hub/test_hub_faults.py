@@ -1,6 +1,7 @@
 """Faults while publishing and loading: a clear message, nothing half published, and a retry succeeds."""
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,20 @@ def test_server_goes_down_after_the_commit(client, server, final, step):
     server.hooks.clear()
     server.recover()
     assert 'unchanged' in client.push(final).ok().out
+
+
+@pytest.mark.slow('40 s of CPU time: 22 kills, each gone on with')
+def test_a_push_killed_after_any_request_publishes_all_or_nothing(client, server, final):
+    client.push(final).ok()
+    count, whole = len(server.requests), server.contents(REPO)
+    for k in range(1, count):
+        server.reset()
+        client.clear_cache()
+        assert client.push_killed(server, k, final) == -signal.SIGKILL, f'{k} of {count} requests'
+        after = server.requests[-1]
+        assert not published(server) or server.contents(REPO) == whole, f'killed after {after}'
+        client.push(final).ok()
+        assert server.contents(REPO) == whole and len(server.commits(REPO)) == 2, f'killed after {after}'
 
 
 @pytest.mark.parametrize('step, status, words', [
