@@ -16,6 +16,7 @@ from conftest import PROJECT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
+from training_support import SCRIPT, run_training
 
 from timm_multiexit.data.splits import open_splits
 from timm_multiexit.datasets import DATASETS, normalize
@@ -28,22 +29,22 @@ from timm_multiexit.training.run import train as run
 from timm_multiexit.training.trainer import Trainer
 
 pytest_plugins = ['training_support']  # folder_dataset
-SCRIPT = PROJECT / 'train_timm.py'
 
 
 def command(data: Path, output: Path, *extra: str, epochs: int = 3):
     return [
-        sys.executable, str(SCRIPT), '--data-dir', str(data), '--dataset', 'folder', '--output', str(output),
+        sys.executable, SCRIPT, '--data-dir', str(data), '--dataset', 'folder', '--output', str(output),
         '--experiment', 'run', '--model-kwargs', 'steps=(1,1,1)', 'base_width=8', 'growth=4', 'head_width=16',
         '--num-classes', '2', '--batch-size', '40', '--validation-images', '40', '--epochs', str(epochs),
         '--model-ema', '--model-ema-decay', '0.9', '--mixup', '0.2', '--cutmix', '0.5', '--reprob', '0.25', '--aa',
         'rand-m5-n1', '--drop', '0.1', '--threads', '1', '--log-interval', '1', '--device', 'cpu', *extra]
 
 
-def train(*args, **kwargs) -> str:
-    done = subprocess.run(command(*args, **kwargs), capture_output=True, text=True, cwd=PROJECT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+def train(data: Path, output: Path, *extra: str, **kwargs) -> str:
+    output.mkdir(exist_ok=True)
+    status, log = run_training(command(data, output, *extra, **kwargs)[2:], output / 'log')
+    assert status == 0, log
+    return log
 
 
 def weights(output: Path):
