@@ -5,7 +5,8 @@ import math
 import os
 import signal
 import sys
-from typing import Callable, List, Optional, Sequence, Type, Union
+from contextlib import contextmanager
+from typing import Callable, Iterator, List, Optional, Sequence, Type, Union
 
 import torch
 
@@ -52,6 +53,33 @@ def run_command(
         reason = (str(error).strip().splitlines() or ['no message'])[0][:300]
         print(f'{name}: error: {type(error).__name__}: {reason} ({HINT})', file=sys.stderr)
         return 1
+
+
+class Interruptions:
+    """A context in which SIGINT and SIGTERM raise KeyboardInterrupt with their number."""
+
+    def __enter__(self) -> 'Interruptions':
+        self.is_deferred, self.pending = False, 0
+        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        self.pending = number
+        if not self.is_deferred:
+            raise KeyboardInterrupt(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Puts them off to the end of the block."""
+        self.is_deferred = True
+        yield
+        self.is_deferred = False
+        if self.pending:
+            raise KeyboardInterrupt(self.pending)
 
 
 class Parser(argparse.ArgumentParser):

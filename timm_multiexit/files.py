@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 import tempfile
 from contextlib import contextmanager, suppress
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence, Tuple, Union
 
 from .errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: processes are not guarded against each other
+    fcntl = None
 
 
 @contextmanager
@@ -64,6 +70,31 @@ def require_writable(path: Union[str, Path]) -> None:
             _, partial = _places(path)
             partial.touch()
             partial.unlink()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a folder; the kernel lets them in again however this one ends.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written.
+    """
+    path = folder / '.lock'
+    require_writable(path)
+    with path.open('a+') as file:
+        try:
+            if fcntl:  # not flock: that would live on in the loader's workers
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(f"'{folder}' is in use by {file.read() or error}: wait for it, stop it, or choose another "
+                             'folder') from error
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        for partial in folder.glob('.*.*'):  # of a run that was killed
+            partial.unlink()
+        yield
 
 
 def _is_stream(path: Path) -> bool:

@@ -17,11 +17,12 @@ from conftest import PROJECT
 from killer import Killer
 from safetensors.torch import load_file
 
+from timm_multiexit.commands import Interruptions
 from timm_multiexit.errors import InputError
-from timm_multiexit.training import run_folder
+from timm_multiexit.files import held
 from timm_multiexit.training.history import History
 from timm_multiexit.training.options import parse_train_args
-from timm_multiexit.training.run import Interruptions, train
+from timm_multiexit.training.run import train
 from timm_multiexit.training.run_folder import RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
 from timm_multiexit.training.trainer import Trainer
 
@@ -99,7 +100,7 @@ def test_a_kill_before_any_operation_on_files_loses_nothing(trainer, tmp_path, e
         finished = [name for name in renamed if name.endswith('/last.pth.tar')]
         assert epochs == len(finished) - 1, operations.done[k]
         assert not (path / 'final').exists() or (path / 'final' / 'config.json').exists()
-        with run_folder.held(path):  # clears what the killed process left half written
+        with held(path):  # clears what the killed process left half written
             record(trainer, path)
         (path / '.lock').unlink()
         assert contents(path) == whole, f'killed before {operations.done[k]}'
@@ -286,16 +287,16 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     ready, tell = os.pipe()
     child = os.fork()
     if not child:
-        with run_folder.held(tmp_path):
+        with held(tmp_path):
             os.write(tell, b'held')
             time.sleep(60)
         os._exit(0)
     try:
         os.read(ready, 4)
-        with pytest.raises(InputError, match=f'in use by process {child} on '), run_folder.held(tmp_path):
+        with pytest.raises(InputError, match=f'in use by process {child} on '), held(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    with run_folder.held(tmp_path):  # a kill leaves no lock behind
+    with held(tmp_path):  # a kill leaves no lock behind
         pass

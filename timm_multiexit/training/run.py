@@ -2,17 +2,18 @@
 import argparse
 import logging
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import setup_default_logging
 from timm.utils.distributed import world_info_from_env
 
+from ..commands import Interruptions
 from ..errors import InputError
-from .run_folder import LAST_NAME, RunFolder, changed_options, find_checkpoint, held, is_finished, read_checkpoint
+from ..files import held
+from .run_folder import LAST_NAME, RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
 from .throughput import print_throughput
 from .trainer import Trainer
 
@@ -48,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
                 + ('goes on after the last checkpoint' if kept else 'starts again, no epoch was finished')) from None
 
 
-def _train(args: argparse.Namespace, path: Path, interruptions: 'Interruptions') -> None:
+def _train(args: argparse.Namespace, path: Path, interruptions: Interruptions) -> None:
     checkpoint = find_checkpoint(args.resume, path, args.overwrite)
     start_epoch, saved = 0, {}
     if checkpoint:
@@ -85,33 +86,6 @@ def _train(args: argparse.Namespace, path: Path, interruptions: 'Interruptions')
         folder.export()
     if args.distributed:  # a process group that outlives the interpreter can abort it
         torch.distributed.destroy_process_group()
-
-
-class Interruptions:
-    """A context in which SIGINT and SIGTERM raise KeyboardInterrupt with their number."""
-
-    def __enter__(self) -> 'Interruptions':
-        self.is_deferred, self.pending = False, 0
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
-        self.pending = number
-        if not self.is_deferred:
-            raise KeyboardInterrupt(number)
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Puts them off to the end of the block."""
-        self.is_deferred = True
-        yield
-        self.is_deferred = False
-        if self.pending:
-            raise KeyboardInterrupt(self.pending)
 
 
 def _resume(trainer: Trainer, checkpoint: str) -> None:

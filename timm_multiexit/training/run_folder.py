@@ -9,10 +9,8 @@ import logging
 import os
 import secrets
 import shutil
-import socket
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict
 
 import torch
 import yaml
@@ -20,16 +18,11 @@ from safetensors.torch import save
 from timm.utils import CheckpointSaver, unwrap_model
 
 from ..errors import InputError
-from ..files import require_writable, sha256, write_json, written_beside
+from ..files import sha256, write_json, written_beside
 from ..pretrained.hub_files import CONFIG_FILE
 from ..stopping.config import RECIPE_NAME
 from .history import SUMMARY_NAME, History, initial_history, read_rows, write_rows
 from .trainer import Trainer
-
-try:
-    import fcntl
-except ImportError:  # Windows: runs are not guarded against each other
-    fcntl = None
 
 _logger = logging.getLogger('train')
 LAST_NAME = 'last.pth.tar'
@@ -43,31 +36,6 @@ _NOT_IN_RECIPE = (
 # What a checkpoint is a checkpoint of; a run that is resumed cannot change it.
 _FIXED = ('model', 'model_kwargs', 'regime', 'num_classes', 'dataset', 'validation_images', 'certification_images',
           'input_size', 'in_chans', 'pretrained', 'loader', 'freeze', 'opt', 'opt_args', 'model_ema')
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a folder; the kernel lets them in again however this one ends.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written.
-    """
-    path = folder / '.lock'
-    require_writable(path)
-    with path.open('a+') as file:
-        try:
-            if fcntl:  # not flock: that would live on in the loader's workers
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise InputError(f"'{folder}' is in use by {file.read() or error}: wait for it, stop it, or choose another "
-                             '--experiment') from error
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}')
-        file.flush()
-        for partial in folder.glob('.*.*'):  # of a run that was killed
-            partial.unlink()
-        yield
 
 
 def find_checkpoint(resume: str, folder: Path, overwrite: bool = False) -> str:
