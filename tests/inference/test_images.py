@@ -1,4 +1,6 @@
 """Image files of every kind, good and bad."""
+import struct
+
 import numpy as np
 import pytest
 from conftest import SAMPLES
@@ -95,8 +97,19 @@ def bomb(tmp_path):
     return tmp_path / 'bomb.png'
 
 
+def page_without_a_size(tmp_path):
+    path = tmp_path / 'pages.tif'
+    Image.new('RGB', (8, 8)).save(path)
+    data = bytearray(path.read_bytes())
+    entries, = struct.unpack_from('<H', data, 8)
+    struct.pack_into('<I', data, 10 + 12 * entries, len(data))  # where a second page is described, by one tag
+    path.write_bytes(data + struct.pack('<HHHIII', 1, 254, 4, 1, 0, 0))
+    return path
+
+
 @pytest.mark.parametrize('make, message', [
     (truncated, 'truncated'), (text, 'not an image'), (empty, 'not an image'), (bomb, 'shrink it'),
+    (page_without_a_size, 'damaged'),
     (lambda p: p, 'is a folder'), (lambda p: p / 'none.png', 'does not exist'),
 ])
 def test_bad_files_are_named(make, message, tmp_path):

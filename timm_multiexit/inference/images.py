@@ -3,6 +3,7 @@
 What is unusual becomes a note or an error.
 """
 import glob
+import os
 import struct
 import warnings
 from contextlib import contextmanager
@@ -30,10 +31,37 @@ def is_hidden(name: str) -> bool:
     return name.startswith('.') or name == '__MACOSX'
 
 
+def walk_images(folder: Path) -> Iterator[Path]:
+    """The images in a folder and its subfolders, by their suffix and not hidden, in the order of sorted paths.
+
+    Of millions, the names of one folder at a time, and of those above it, are in memory.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    names, folders = [], set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.add(entry.name)
+                elif Path(entry.name).suffix.lower() not in SUFFIXES or not entry.is_file():
+                    continue
+                names.append(entry.name)
+    except OSError as error:
+        raise InputError(f"'{folder}' cannot be read ({error.strerror}): check the folder") from error
+    for name in sorted(names):
+        if name in folders:
+            yield from walk_images(folder / name)
+        else:
+            yield folder / name
+
+
 def image_files(folder: Path) -> List[Path]:
-    """The images in a folder and its subfolders, by their suffix and not hidden, sorted."""
-    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file()
-                  and not any(map(is_hidden, p.relative_to(folder).parts)))
+    """All of `walk_images`."""
+    return list(walk_images(folder))
 
 
 def image_paths(folder: Union[str, Path]) -> List[Path]:
@@ -150,8 +178,9 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Image.DecompressionBombError:
             raise InputError(f'{name} has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million'
                              ) from None
-        # Pillow's readers let the last two through on damaged headers.
-        except (OSError, SyntaxError, ValueError, EOFError, LookupError, struct.error) as error:
+        # Pillow's readers let the last five through on damaged files.
+        except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error
+                ) as error:
             raise InputError(f'{name} is damaged or truncated ({error}): save it again') from None
 
 
