@@ -8,6 +8,7 @@ from .errors import InputError
 EXTRAS = dict(
     plots=('matplotlib', 'torchmetrics'),
     export=('onnx', 'onnxruntime', 'onnxscript'),
+    predict=('onnxruntime', 'pyarrow'),
     serve=('fastapi', 'onnxruntime', 'prometheus_client', 'python_multipart', 'uvicorn'),
 )
 

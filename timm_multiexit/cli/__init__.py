@@ -8,12 +8,12 @@ from ..commands import HINT, Parser, run_command
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; its result has the `run` function of the one chosen."""
-    from . import benchmark, calibrate, classify, compare, costs, detach, evaluate, export, profile, serve
+    from . import benchmark, calibrate, classify, compare, costs, detach, evaluate, export, predict, profile, serve
     parser = Parser(
         prog='timm-multiexit',
         description='Multi-exit image classifiers: classify images, measure, and choose when to stop.', epilog=HINT)
     subparsers = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for module in (classify, costs, evaluate, compare, calibrate, profile, benchmark, export, serve, detach):
+    for module in (classify, costs, evaluate, compare, calibrate, profile, benchmark, export, serve, predict, detach):
         module.add_parser(subparsers)
     return parser
 

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -246,6 +246,44 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
     return ExitPolicy.at_exit(last, config.num_exits, config.temperatures)
 
 
+class Answer(NamedTuple):
+    """What the network says of an image: the exit and the class, from 0, its confidence, and notes for the user."""
+
+    exit_index: int
+    prediction: int
+    confidence: float
+    notes: List[str]
+
+
+def answer_images(
+        engine: FolderEngine,
+        policy: StoppingRule,
+        sources: Sequence[Source],
+        chunk_size: int,
+) -> List[Union[Answer, InputError]]:
+    """The answer for each image, run as one batch, or the reason why it has none; the others have theirs.
+
+    Raises:
+        InputError: NaN logits.
+    """
+    prepared: List[Union[List[str], InputError]] = []
+    images = []
+    for source in sources:
+        try:
+            image, notes = preprocess(source, engine.graphs['preprocessing'])
+            images.append(image)
+            prepared.append(notes)
+        except InputError as error:
+            prepared.append(error)
+        except Exception as error:  # Pillow's readers raise more than they document
+            prepared.append(InputError(f'the image cannot be read ({type(error).__name__}: {error}): save it again'))
+    if not images:
+        return [notes for notes in prepared if isinstance(notes, InputError)]
+    answers = run_batch(engine, policy, segments_of(policy), np.stack(images), chunk_size)
+    rows = zip(answers.exit_index.tolist(), answers.prediction.tolist(), answers.confidence.tolist())
+    return [notes if isinstance(notes, InputError) else Answer(*next(rows), notes) for notes in prepared]
+
+
 def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths: Sequence[Path],
              batch_size: int, monitor: Optional[ExitMonitor] = None) -> Iterator[Dict[str, Any]]:
     """One record for each file, in order, with its answer or the reason why it has none.
@@ -254,26 +292,19 @@ def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths
     """
     names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
     for start in range(0, len(paths), batch_size):
-        records: List[Dict[str, Any]] = []
-        images, places = [], []
-        for path in paths[start:start + batch_size]:
-            try:
-                image, notes = preprocess(path, engine.graphs['preprocessing'])
-                records.append(dict(image=str(path), notes=notes))
-                places.append(len(records) - 1)
-                images.append(image)
-            except InputError as error:
-                records.append(dict(image=str(path), error=str(error)))
-        if images:
-            answers = run_batch(engine, policy, segments_of(policy), np.stack(images), batch_size)
-            for place, k, label, confidence in zip(
-                    places, answers.exit_index, answers.prediction, answers.confidence.tolist()):
-                records[place].update(label=names[label], probability=confidence, exit=int(k) + 1,
-                                      macs=config.exit_macs[k])
-            if monitor is not None:
-                monitor.update(answers.exit_index)
-                policy = monitor.policy
-        yield from records
+        batch = paths[start:start + batch_size]
+        answers = answer_images(engine, policy, batch, batch_size)
+        exits = [answer.exit_index for answer in answers if isinstance(answer, Answer)]
+        if monitor is not None and exits:
+            monitor.update(np.array(exits))
+            policy = monitor.policy
+        for path, answer in zip(batch, answers):
+            if isinstance(answer, InputError):
+                yield dict(image=str(path), error=str(answer))
+                continue
+            k, label, confidence, notes = answer
+            yield dict(image=str(path), notes=notes, label=names[label], probability=confidence, exit=k + 1,
+                       macs=config.exit_macs[k])
 
 
 def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:

@@ -1,0 +1,58 @@
+"""`timm-multiexit predict DIR SOURCE...`: answers to many images as Parquet files, with an exported folder."""
+import argparse
+import signal
+from pathlib import Path
+
+import torch
+
+from ..commands import COUNT, Interruptions
+from ..files import held
+from ..inference.device import FolderEngine, add_stop_options, policy_of
+from ..optional import require_extra
+from ..stopping.config import FILE_NAME, ExitConfig
+
+STOP_OPTIONS = ('average_budget', 'average_latency', 'max_loss', 'confidence', 'budget')
+
+
+def add_parser(subparsers) -> None:
+    parser = subparsers.add_parser(
+        'predict', help='answers to many images, as Parquet files',
+        description='Classifies all images of a source with a folder that export wrote. OUTPUT becomes a folder of '
+                    'Parquet files with the columns path, label, class_name, confidence, exit, macs and error. After a '
+                    'kill, the same command goes on. OMP_NUM_THREADS sets the number of threads.')
+    parser.add_argument('folder', metavar='DIR', help='what export --output wrote')
+    parser.add_argument('sources', nargs='+', metavar='SOURCE',
+                        help='a folder (with its subfolders), a list of paths (.txt, one a line), .tar shards of '
+                             "WebDataset, .parquet files (column image: bytes, or Hugging Face's struct; path)")
+    parser.add_argument('--output', required=True, metavar='OUTPUT', help='the folder to write or to go on with')
+    add_stop_options(parser)
+    parser.add_argument('--part-size', type=COUNT, default=10_000, metavar='N',
+                        help='images in a file; a kill costs at most so many (default: %(default)s)')
+    parser.add_argument('--batch-size', type=COUNT, default=64, metavar='N',
+                        help='images among which those that go on are regrouped (default: %(default)s)')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    require_extra('predict', 'predict')
+    from ..inference.predict import check_output, policy_on_record, predict, summary
+    from ..inference.sources import open_sources
+    engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
+    output = Path(args.output)
+    stop = {name: value for name in STOP_OPTIONS if (value := getattr(args, name)) is not None}
+    if 'max_loss' in stop:
+        stop.update(certainty=args.certainty, risk=args.risk)
+    check_output(output)
+    with Interruptions():
+        try:
+            sources = open_sources(args.sources)
+            with held(output):
+                policy = policy_on_record(
+                    output, engine, sources, stop, args.part_size, lambda: policy_of(args, config, engine))
+                predict(engine, config, policy, sources, output, args.part_size, args.batch_size,
+                        torch.get_num_threads())
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.args[0]
+            raise KeyboardInterrupt(
+                number, f'stopped by {signal.Signals(number).name}: the same command goes on') from None
+    print(f'{output}: {summary(output)}')
