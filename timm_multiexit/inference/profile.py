@@ -1,8 +1,7 @@
 """What each stage and each head takes on this machine, measured once and kept in the user's cache folder.
 
 The time of a head is what evaluating it adds to a run of the whole network: the head, a stop between two stages, and
-the decision. In batches these times add up to that of a policy, within 8 % on a quiet machine; image by image they do
-not, and `traffic` measures the policy itself.
+the decision. These times do not quite add up to that of a policy, so `traffic` measures the policy itself.
 """
 import hashlib
 import importlib.metadata
@@ -93,14 +92,14 @@ def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size
     heads = [max(ms['past', k] - ms['to', last], 0.) for k in range(last)] + [0.]
     reached = np.maximum.accumulate([max(ms['to', k] - heads[k], 0.) for k in range(count)])  # noise: rising at least
     times = StageCosts(tuple(np.diff(reached, prepend=0.).tolist()), tuple(heads))
-    return replace(times, measure=_measure_policies(engine, images, times.full)) if batch_size == 1 else times
+    return replace(times, measure=_measure_policies(engine, images, times.full))
 
 
 def _measure_policies(engine: Engine, images: torch.Tensor, full_ms: float) -> Callable[[ExitPolicy], float]:
-    """A function that measures a policy image by image, against the full network, in milliseconds."""
+    """A function that measures a policy on a batch of images, against the full network, in milliseconds per image."""
     def prepare(rule: StoppingRule) -> Callable[[], Any]:
         runner = EarlyExitRunner(engine, rule, costs=_no_costs(engine.num_exits))
-        return lambda: runner.run(images)
+        return lambda: runner.run(images, len(images))
 
     return lambda policy: full_ms * share_of_full_time(prepare, policy)
 
@@ -138,8 +137,8 @@ def profile(
         again: Measure even if a profile is kept.
 
     Returns:
-        Milliseconds per image, for `ExitConfig.policy_for(average_ms=..., profile=...)`, which at batch 1 also measures
-        the policies that it tries and keeps their times.
+        Milliseconds per image, for `ExitConfig.policy_for(average_ms=..., profile=...)`, which also measures the
+        policies that it tries, and keeps their times.
 
     Raises:
         InputError: an engine that is not available, or the cache folder cannot be written to.
@@ -153,8 +152,6 @@ def profile(
         kept = dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads), policies_ms={})
         write_json(path, kept)
     costs = StageCosts(tuple(kept['stages_ms']), tuple(kept['heads_ms']))
-    if batch_size > 1:
-        return costs
     measure = _measure_policies(engine, _noise(engine, input_size, batch_size), costs.full)
 
     def measure_once(policy: ExitPolicy) -> float:

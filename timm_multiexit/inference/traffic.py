@@ -2,7 +2,8 @@
 
 Times of stages and heads do not add up to it: what one run leaves in the processor's cache decides how long the next
 one takes. Of msfuse_cifar by onnxruntime, the first exit takes 0.7 ms where all images leave there, and 1.2 ms between
-runs of the whole network. So what is solved from a profile is tried, and asked for again, see `ExitConfig.policy_for`.
+runs of the whole network; in batches, the images that go on are gathered, and are fewer. So what is solved from a
+profile is tried, and asked for again, see `ExitConfig.policy_for`.
 """
 import statistics
 import threading
@@ -51,7 +52,7 @@ def share_of_full_time(prepare: Callable[[StoppingRule], Callable[[], Any]], pol
     """Time of a policy as a share of the full network's, the two measured in turns: median of the rounds.
 
     Args:
-        prepare: Gives, for a rule, a function that runs one image under it.
+        prepare: Gives, for a rule, a function that runs an image, or a batch, under it.
         policy: With its `exit_shares`.
     """
     own = prepare(ExpectedTraffic(policy))
