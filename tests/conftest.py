@@ -3,6 +3,7 @@
 Real CIFAR files lie in the folder that TIMM_MULTIEXIT_DATA names, else in .data, else torchvision downloads them.
 """
 import datetime
+import logging
 import os
 import random
 import re
@@ -66,6 +67,17 @@ def seed_everything(seed: int = 0) -> None:
 def seeded():
     """Each test starts from the same random state, alone or after any other."""
     seed_everything()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A training run sets up logging for its process, which would change what later tests see."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
 
 
 def pytest_fixture_setup(fixturedef):
