@@ -1,4 +1,6 @@
 """Training exits on a backbone: early exits alone, the backbone first, and what each leaves unchanged."""
+import argparse
+
 import pytest
 import timm
 import torch
@@ -10,7 +12,7 @@ from timm_multiexit import InputError, load_model
 from timm_multiexit.cli import main
 from timm_multiexit.training.options import parse_train_args
 from timm_multiexit.training.run import train
-from timm_multiexit.training.trainer import Trainer
+from timm_multiexit.training.trainer import Trainer, create_network
 
 pytest_plugins = ['training_support']  # folder_dataset
 KWARGS = ['backbone=resnet10t', 'at=2']
@@ -54,13 +56,26 @@ def test_heads_leave_the_last_exit_as_it_was(folder_dataset, backbone, tmp_path)
 
 
 def test_heads_of_a_checkpoint_of_timms_train_script(folder_dataset, backbone, tmp_path):
-    state = load_file(backbone / 'model.safetensors')
-    torch.save(dict(arch='resnet10t', state_dict=state), tmp_path / 'model_best.pth.tar')
-    trainer = Trainer(options(folder_dataset, tmp_path, '--regime', 'heads', '--backbone-checkpoint',
-                              str(tmp_path / 'model_best.pth.tar')))
+    state, path = load_file(backbone / 'model.safetensors'), tmp_path / 'model_best.pth.tar'
+    how = argparse.Namespace(input_size=None, img_size=48, mean=[.1, .2, .3], std=None, interpolation='', crop_pct=0.9)
+    torch.save(dict(arch='resnet10t', state_dict=state, args=how), path)
+    trainer = Trainer(options(folder_dataset, tmp_path, '--regime', 'heads', '--backbone-checkpoint', str(path)))
     trainer.train_epoch(0)
-    after = trainer.task.get_trainable_module().backbone.state_dict()
+    net = trainer.task.get_trainable_module()
+    after = net.backbone.state_dict()
     assert all(torch.equal(after[name], value) for name, value in state.items())
+    # The images are seen as timm's script saw them; what it left to the network is the network's.
+    cfg, own = net.pretrained_cfg, timm.create_model('resnet10t').pretrained_cfg
+    assert tuple(cfg['input_size']) == (3, 48, 48) and tuple(cfg['mean']) == (.1, .2, .3) and cfg['crop_pct'] == 0.9
+    assert tuple(cfg['std']) == own['std'] and cfg['interpolation'] == own['interpolation']
+    args = options(folder_dataset, tmp_path, '--backbone-checkpoint', str(path), '--input-size', '64')
+    assert create_network(args, 2) and args.input_size == [64]
+    torch.save(dict(arch='resnet10t', state_dict=state, args=argparse.Namespace(input_size=None)), path)
+    args = options(folder_dataset, tmp_path, '--backbone-checkpoint', str(path))
+    assert create_network(args, 2) and args.input_size == list(own['input_size'])
+    with pytest.raises(InputError, match='does not fit backbone=resnet18.* with 2 classes: name the network'):
+        create_network(options(folder_dataset, tmp_path, '--backbone-checkpoint', str(path),
+                               kwargs=['backbone=resnet18', 'at=2']), 2)
 
 
 def test_heads_refuse_a_backbone_that_does_not_know_the_classes(folder_dataset, tmp_path):

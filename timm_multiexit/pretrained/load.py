@@ -1,4 +1,5 @@
 """Loads networks with their weights by name. A bad name and unreadable or unsuitable weights are InputErrors."""
+import argparse
 import logging
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
@@ -167,14 +168,29 @@ def load_mean(
             part = value.double() / len(paths) if value.is_floating_point() else value.clone()
             mean[key] = mean[key] + part if key in mean and value.is_floating_point() else part
     model.load_state_dict(mean)
-    model.pretrained_cfg.update(_normalisation(Path(paths[0])))
+    model.pretrained_cfg.update(seen_by(paths[0]))
 
 
-def _normalisation(checkpoint: Path) -> Dict[str, Any]:
-    """How weights saw their images, from the record beside them; empty where there is none."""
-    config = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_FILE
-    cfg = read_json(config, 'config').get('pretrained_cfg') or {} if config.is_file() else {}
-    return {name: cfg[name] for name in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if cfg.get(name)}
+def seen_by(checkpoint: Union[str, Path]) -> Dict[str, Any]:
+    """How weights saw their images: mean, std, interpolation, crop_pct and crop_mode, as far as they are known.
+
+    They come from the record beside the weights; without one, from the options that timm's train.py keeps in its
+    checkpoints, and then with the `input_size` (C, H, W) if one was given.
+    """
+    path = Path(checkpoint)
+    config = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    cfg: Dict[str, Any] = {}
+    if config.is_file():
+        cfg = read_json(config, 'config').get('pretrained_cfg') or {}
+        cfg.pop('input_size', None)
+    elif path.is_file() and path.suffix != '.safetensors':
+        with torch.serialization.safe_globals([argparse.Namespace]):  # as timm's CheckpointSaver stores the options
+            stored = torch.load(path, map_location='cpu', weights_only=True)
+        cfg = vars(stored['args']) if isinstance(stored.get('args'), argparse.Namespace) else {}
+        if not cfg.get('input_size') and cfg.get('img_size'):
+            cfg['input_size'] = (3, cfg['img_size'], cfg['img_size'])
+    names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    return {name: cfg[name] for name in names if cfg.get(name)}
 
 
 def _load_checkpoint(model: MultiExitNet, path: Path, name: str, new_classes: bool = False) -> None:
@@ -198,8 +214,8 @@ def _load_checkpoint(model: MultiExitNet, path: Path, name: str, new_classes: bo
     except LOAD_ERRORS as error:
         if _is_misfit(error):
             raise InputError(
-                f"checkpoint '{path}' does not fit {name} with {model.num_classes} classes: pass the --model and "
-                '--num-classes that it was trained with') from error
+                f"checkpoint '{path}' does not fit {name} with {model.num_classes} classes: name the network and the "
+                'number of classes that it was trained with') from error
         raise InputError(f"checkpoint '{path}' cannot be read, it may be cut off: {first_line(error)}") from error
 
 

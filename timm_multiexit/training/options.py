@@ -107,7 +107,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
                        help="start from the pretrained weights of the network, or of multiexit's backbone")
     group.add_argument('--backbone-checkpoint', default='', metavar='FILE',
                        help="weights of multiexit's backbone, for the classes of the data set, as timm's train.py "
-                            'saves')
+                            'saves; their size of images and normalisation are taken over')
     group.add_argument('--regime', choices=REGIMES, default='joint',
                        help='joint: everything together; for multiexit also heads: the early exits of a backbone that '
                             'knows the classes and does not change; mixed: the backbone first, then everything')

@@ -7,7 +7,7 @@ import argparse
 
 from ..errors import InputError
 from ..models import MultiExitBackbone, MultiExitNet
-from ..pretrained.load import load_mean
+from ..pretrained.load import load_mean, seen_by
 
 REGIMES = ('joint', 'heads', 'mixed')
 
@@ -24,7 +24,7 @@ def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
     last exit for `backbone_epochs`, then everything; a backbone that knows the classes starts at the second phase.
 
     Args:
-        args: `freeze`, `exit_weights` and `backbone_epochs` are changed.
+        args: `freeze`, `exit_weights`, `backbone_epochs` and, to what the checkpoint saw, `input_size` are changed.
         model: The network, with its initial weights.
 
     Raises:
@@ -37,7 +37,11 @@ def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
         return
     knows = starts_trained(args) and model.backbone.pretrained_cfg.get('num_classes') == model.num_classes
     if args.backbone_checkpoint:
-        load_mean(model.backbone, [args.backbone_checkpoint], model._model_args['backbone'])
+        load_mean(model.backbone, [args.backbone_checkpoint], f"backbone={model._model_args['backbone']}")
+        seen = seen_by(args.backbone_checkpoint)
+        size = seen.pop('input_size', model.pretrained_cfg['input_size'])
+        args.input_size = args.input_size or list(size)
+        model.pretrained_cfg.update(seen)
     knows = knows or bool(args.backbone_checkpoint or args.initial_checkpoint)
     if args.regime == 'heads':
         if not knows:

@@ -60,7 +60,8 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
         raise InputError(f"network '{args.model}' with {args.model_kwargs or 'no --model-kwargs'} cannot be created "
                          f'({first_line(error)})') from error
     if not isinstance(model, MultiExitNet):
-        raise InputError(f"'{args.model}' has no exits: choose one of {', '.join(timm.list_models('*_cifar*'))}")
+        raise InputError(f"'{args.model}' has no exits: give it some, by --model multiexit --model-kwargs "
+                         f"backbone={args.model} at=3, or choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
         load_mean(model, args.initial_checkpoint, args.model, new_classes=True)
     prepare(args, model)
