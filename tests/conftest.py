@@ -70,14 +70,12 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was():
-    """A training run sets up logging for its process, which would change what later tests see."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    for handler in [handler for handler in root.handlers if handler not in handlers]:
-        root.removeHandler(handler)
+def logging_as_at_start():
+    """A training run sets up logging for its process, in a test or in a shared fixture: others are not to see it."""
+    logging.root.setLevel(logging.WARNING)
+    for handler in list(logging.root.handlers):
+        if type(handler) is logging.StreamHandler:  # pytest's own are of other types
+            logging.root.removeHandler(handler)
 
 
 def pytest_fixture_setup(fixturedef):
