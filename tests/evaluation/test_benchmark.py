@@ -83,14 +83,14 @@ def test_the_command_measures_stored_policies_and_files(cifar_root, tmp_path, ca
     ExitPolicy((2., *(NEVER,) * 5, ALWAYS), (1.,) * 7).save(path)
     args = ['benchmark', 'msfuse_cifar', '--data-dir', cifar_root, '--images', '16', '--batch-size', '8', '--rounds',
             '1', '--engine', 'torch', '--threads', '1', '--policy', str(path), '--average-budget', '32M', '--json',
-            '--average-latency', '60%',
+            '--average-latency', '85%',
             '--output', str(tmp_path / 'report.json')]
     assert main(args) == 0
     results = json.loads(capsys.readouterr().out)
     assert results == json.loads((tmp_path / 'report.json').read_text())
     assert results['engine'] == 'torch' and results['threads'] == 1 and results['images'] == 16
     assert len(results['exits']) == 7
-    assert [row['name'] for row in results['policies']] == [str(path), '32.00 M', '60% at batch 1', '60% at batch 8']
+    assert [row['name'] for row in results['policies']] == [str(path), '32.00 M', '85% at batch 1', '85% at batch 8']
     file, stored, *latencies = results['policies']
     assert file['heads'] == [1, 7]
     assert stored['heads'] == [k + 1 for k in load_exit_config('msfuse_cifar').policy_for(32e6).exits_in_use]
