@@ -10,7 +10,7 @@ tomllib = pytest.importorskip('tomllib' if sys.version_info >= (3, 11) else 'tom
 
 def bounds(requirements):
     named = [r for r in requirements if not r.startswith('timm-multiexit')]
-    return dict(re.match(r'([\w-]+)(?:\[\w+\])?>=([\d.]+)', r).groups() for r in named)
+    return dict(re.match(r'([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)', r).groups() for r in named)
 
 
 def pinned(name):

@@ -9,6 +9,7 @@ EXTRAS = dict(
     plots=('matplotlib', 'torchmetrics'),
     export=('onnx', 'onnxruntime', 'onnxscript'),
     predict=('onnxruntime', 'pyarrow'),
+    ray=('fastapi', 'onnxruntime', 'prometheus_client', 'pyarrow', 'python_multipart', 'ray', 'uvicorn'),
     serve=('fastapi', 'onnxruntime', 'prometheus_client', 'python_multipart', 'uvicorn'),
 )
 

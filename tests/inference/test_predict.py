@@ -29,8 +29,8 @@ from timm_multiexit.files import held  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, classify  # noqa: E402
 from timm_multiexit.inference.export import export_folder  # noqa: E402
 from timm_multiexit.inference.images import image_files  # noqa: E402
-from timm_multiexit.inference.predict import SCHEMA, policy_on_record  # noqa: E402
-from timm_multiexit.inference.sources import open_sources, read_images  # noqa: E402
+from timm_multiexit.inference.predict import SCHEMA, policy_on_record, write_parts  # noqa: E402
+from timm_multiexit.inference.sources import count_images, open_sources, read_images  # noqa: E402
 from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
 from timm_multiexit.stopping.policy import ExitPolicy  # noqa: E402
 
@@ -160,6 +160,19 @@ def test_skipping_keeps_the_rest(kind, sources):
         assert read(skip) == whole[skip:]
 
 
+@pytest.mark.parametrize('kind', ['folder', 'list', 'shards', 'parquet', 'hf'])
+def test_counted_sources_are_passed_over(kind, sources, monkeypatch):
+    places = open_sources(list(map(str, sources[kind][0]))) * 2
+    whole = [item.path for item in read_images(places, 0)]
+    assert count_images(places) == len(whole) == 80
+    first = places[0].images
+    for skip in (0, 1, first - 1):
+        assert [item.path for item in read_images(places, skip)] == whole[skip:]
+    monkeypatch.setattr(places[0], 'read', None)  # it is in the list twice
+    rest = places[:1] + open_sources(list(map(str, sources[kind][0])))[1:] + open_sources([str(sources[kind][0][0])])
+    assert [item.path for item in read_images(rest, first)] == whole[first:first + 40]
+
+
 def test_a_row_group_is_not_read_as_a_whole(tmp_path):
     images = [np.random.default_rng(i).bytes(100_000) for i in range(400)]
     pq.write_table(pa.table(dict(image=images)), tmp_path / 'x.parquet', write_batch_size=8)
@@ -259,6 +272,16 @@ def wait_for(process, path, log):
     while not path.exists():
         assert process.is_alive(), log.read_text()
         time.sleep(0.002)
+
+
+def test_parts_are_written_alone(folder, photos, expected, tmp_path):
+    engine, config = FolderEngine(folder), ExitConfig.load(folder / 'multiexit.json')
+    sources = open_sources([str(photos)])
+    policy = ExitPolicy.at_confidence(0.3, config.temperatures)
+    for first, count in ((3, 2), (0, 1), (1, 2), (4, 3)):
+        write_parts(engine, config, policy, sources, tmp_path, 9, 4, 1, first, count)
+        assert len(list(tmp_path.iterdir())) == {3: 2, 0: 3, 1: 5, 4: 5}[first]
+    check(rows_of(tmp_path), [answer['image'] for answer in expected], expected)
 
 
 def test_stopped_and_killed_it_goes_on(folder, photos, expected, tmp_path):

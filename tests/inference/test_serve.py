@@ -75,13 +75,13 @@ def free_port():
 class Server:
     """`timm-multiexit serve` in a process of its own."""
 
-    def __init__(self, folder: Path, *options: object):
+    def __init__(self, folder: Path, *options: object, seconds: int = 60):
         port = free_port()
         self.url = f'http://127.0.0.1:{port}'
         self.process = subprocess.Popen(
             [*COMMAND, str(folder), '--port', str(port), *map(str, options)],
             cwd=PROJECT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(600):
+        for _ in range(10 * seconds):
             try:
                 self.get('/health')
                 return

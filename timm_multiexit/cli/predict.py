@@ -30,11 +30,14 @@ def add_parser(subparsers) -> None:
                         help='images in a file; a kill costs at most so many (default: %(default)s)')
     parser.add_argument('--batch-size', type=COUNT, default=64, metavar='N',
                         help='images among which those that go on are regrouped (default: %(default)s)')
+    parser.add_argument('--ray', action='store_true',
+                        help='parts by many processes of this machine, or of the cluster that RAY_ADDRESS names, whose '
+                             'machines have DIR, SOURCE and OUTPUT under the same paths')
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    require_extra('predict', 'predict')
+    require_extra(*(('ray', 'predict --ray') if args.ray else ('predict', 'predict')))
     from ..inference.predict import check_output, policy_on_record, predict, summary
     from ..inference.sources import open_sources
     engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
@@ -49,8 +52,13 @@ def run(args: argparse.Namespace) -> None:
             with held(output):
                 policy = policy_on_record(
                     output, engine, sources, stop, args.part_size, lambda: policy_of(args, config, engine))
-                predict(engine, config, policy, sources, output, args.part_size, args.batch_size,
-                        torch.get_num_threads())
+                if args.ray:
+                    from ..inference.on_ray import connected, predict_on_ray
+                    with connected() as cpus:
+                        predict_on_ray(engine, policy, sources, output, args.part_size, args.batch_size, cpus)
+                else:
+                    predict(engine, config, policy, sources, output, args.part_size, args.batch_size,
+                            torch.get_num_threads())
         except KeyboardInterrupt as interrupt:
             number = interrupt.args[0]
             raise KeyboardInterrupt(

@@ -1,8 +1,11 @@
 """`timm-multiexit serve DIR`: answers images over HTTP with an exported folder, in batches at every segment."""
 import argparse
+import os
 from pathlib import Path
+from typing import Any, List
 
-from ..commands import COUNT, Number
+from ..commands import COUNT, Interruptions, Number
+from ..errors import InputError
 from ..inference.device import FolderEngine, add_stop_options, policy_of
 from ..optional import require_extra
 from ..stopping.config import FILE_NAME, ExitConfig
@@ -24,15 +27,44 @@ def add_parser(subparsers) -> None:
                         help='images decoded, waiting and running at most, then status 503 (default: %(default)s)')
     parser.add_argument('--max-bytes', type=COUNT, default=20_000_000, metavar='N',
                         help='of a request, then status 413 (default: %(default)s)')
+    parser.add_argument('--ray', action='store_true',
+                        help='run the network in processes of Ray Serve on this machine, or on the cluster that '
+                             'RAY_ADDRESS names, whose machines have DIR under the same path')
+    parser.add_argument('--replicas', type=replicas, metavar='N[,N...]',
+                        help='of --ray: copies of the network; or of its segments, cut into as many groups as numbers '
+                             '(default: a copy of all on each CPU)')
     parser.set_defaults(run=run)
 
 
+def replicas(text: str) -> List[int]:
+    """The type of an option that takes counts with commas between."""
+    return [int(COUNT(part)) for part in text.split(',')]
+
+
 def run(args: argparse.Namespace) -> None:
-    require_extra('serve', 'serve')
+    require_extra(*(('ray', 'serve --ray') if args.ray else ('serve', 'serve')))
+    from ..inference.segment_queues import SegmentQueues
+    engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
+    policy = policy_of(args, config, engine)
+    if args.replicas and not args.ray:
+        raise InputError('--replicas goes with --ray')
+    if not args.ray:
+        answer(args, SegmentQueues(engine, policy, args.batch_size, args.queue), config)
+        return
+    from ..inference.on_ray import RayQueues, connected
+    with Interruptions(), connected() as cpus:
+        counts = args.replicas or [cpus]
+        if sum(counts) > cpus and not os.environ.get('RAY_ADDRESS'):  # a cluster may grow
+            raise InputError(f'{sum(counts)} replicas need as many CPUs, Ray has {cpus}: give fewer --replicas')
+        answer(args, RayQueues(engine, policy, counts, args.batch_size, args.queue, f'timm-multiexit {args.port}'),
+               config)
+
+
+def answer(args: argparse.Namespace, queues: Any, config: ExitConfig) -> None:
+    """Answers requests until a signal ends it."""
     import uvicorn
 
     from ..inference.server import make_app
-    engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
-    app = make_app(engine, config, policy_of(args, config, engine), args.batch_size, args.queue, args.max_bytes)
     print(f'http://{args.host}:{args.port}/classify', flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level='warning', timeout_graceful_shutdown=5)
+    uvicorn.run(make_app(queues, config, args.max_bytes), host=args.host, port=args.port, log_level='warning',
+                timeout_graceful_shutdown=5)

@@ -12,7 +12,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Generator, Iterator, List, Sequence
+from typing import Any, Callable, Deque, Dict, Generator, Iterator, List, Optional, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -121,6 +121,34 @@ def predict(
     Raises:
         InputError: sources that changed or cannot be read any more, NaN logits, or no space left.
     """
+    first = next(k for k in itertools.count() if not part_path(output, k).is_file())
+    skip = first * part_size
+    counts = [source.images for source in sources if source.images is not None]
+    total = sum(counts) if len(counts) == len(sources) else None
+    with tqdm(total=total, initial=skip if total is None else min(skip, total), unit='image', disable=None) as bar:
+        write_parts(engine, config, policy, sources, output, part_size, batch_size, workers, first, None, bar.update)
+
+
+def write_parts(
+        engine: FolderEngine,
+        config: ExitConfig,
+        policy: ExitPolicy,
+        sources: Sequence[ImageSource],
+        output: Path,
+        part_size: int,
+        batch_size: int,
+        workers: int,
+        first: int,
+        count: Optional[int],
+        tell: Callable[[], Any] = lambda: None,
+) -> None:
+    """Writes parts that follow one another, as far as there are images; see `predict`.
+
+    Args:
+        first: The number of the first part.
+        count: How many; None for all.
+        tell: Called after each image.
+    """
     engine.build(segments_of(policy))
     names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
 
@@ -139,26 +167,23 @@ def predict(
                                  macs=config.exit_macs[k]))
         return made
 
-    first = next(k for k in itertools.count() if not _part(output, k).is_file())
-    skip = first * part_size
-    counts = [source.images for source in sources if source.images is not None]
-    total = sum(counts) if len(counts) == len(sources) else None
-    answered = _mapped(rows, read_images(sources, skip), batch_size, workers)
-    with warnings.catch_warnings(), closing(answered), tqdm(
-            total=total, initial=skip if total is None else min(skip, total), unit='image', disable=None) as bar:
+    images = read_images(sources, first * part_size)
+    answered = _mapped(rows, itertools.islice(images, count and count * part_size), batch_size, workers)
+    with warnings.catch_warnings(), closing(answered):
         warnings.simplefilter('ignore')  # the reader does so too, but threads share the filters
-        for k in itertools.count(first):
+        for k in itertools.islice(itertools.count(first), count):
             part = []
             while len(part) < part_size and (row := next(answered, None)):
                 part.append(row)
-                bar.update()
+                tell()
             if not part:
                 break
-            with written_beside(_part(output, k)) as partial:
+            with written_beside(part_path(output, k)) as partial:
                 pq.write_table(pa.Table.from_pylist(part, SCHEMA), partial)
 
 
-def _part(output: Path, number: int) -> Path:
+def part_path(output: Path, number: int) -> Path:
+    """The file of a part."""
     return output / f'part-{number:05}.parquet'
 
 

@@ -4,8 +4,9 @@ import logging
 import time
 from contextlib import asynccontextmanager
 from io import BytesIO
-from typing import Any, AsyncIterator, Dict, List, Tuple
+from typing import Any, AsyncIterator, ContextManager, Dict, List, Protocol, Tuple
 
+import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,9 +17,10 @@ from ..errors import InputError
 from ..stopping.config import ExitConfig
 from ..stopping.monitor import ExitMonitor
 from ..stopping.policy import ExitPolicy
+from .batch_loop import Answers
 from .device import FolderEngine, preprocess
 from .images import check_sent
-from .segment_queues import QueueFull, SegmentQueues
+from .segment_queues import QueueFull
 
 _logger = logging.getLogger('timm_multiexit.serve')
 MAX_FILES = 64  # in one request
@@ -68,7 +70,7 @@ class Guard:
 class Metrics:
     """What /metrics tells."""
 
-    def __init__(self, queues: SegmentQueues, exit_macs: Tuple[int, ...]):
+    def __init__(self, queues: 'Queues', exit_macs: Tuple[int, ...]):
         self.registry = registry = CollectorRegistry()
         self.exit_macs = exit_macs
         self.requests = Counter('multiexit_requests', 'Requests by status', ['status'], registry=registry)
@@ -86,29 +88,33 @@ class Metrics:
         self.seconds.observe(seconds)
 
 
-def make_app(
-        engine: FolderEngine,
-        config: ExitConfig,
-        policy: ExitPolicy,
-        batch_size: int = 32,
-        limit: int = 1024,
-        max_bytes: int = 20_000_000,
-) -> FastAPI:
-    """The ASGI app; its workers end with it.
+class Queues(Protocol):
+    """What runs the images: `segment_queues.SegmentQueues` in this process, `on_ray.RayQueues` in others."""
+
+    engine: FolderEngine
+    rule: ExitPolicy
+    images: int
+
+    def places(self, count: int) -> ContextManager[None]: ...
+
+    async def answer(self, image: np.ndarray) -> Answers: ...
+
+    def close(self) -> None: ...
+
+
+def make_app(queues: Queues, config: ExitConfig, max_bytes: int = 20_000_000) -> FastAPI:
+    """The ASGI app; the queues are closed with it.
 
     POST /classify takes an image as the body, or several as the files of a form, and answers with the records of
     `device.classify`: one, or a list. Of several, those that are no images have an `error`; alone that is status 422.
 
     Args:
-        engine: Of the folder.
-        config: Its exit config, with scores.
-        policy: When to stop.
-        batch_size: Images that run together at most.
-        limit: Images that are decoded, wait or run at most; above it, status 503.
+        queues: Run the images; above their limit, status 503.
+        config: Of the folder, with scores.
         max_bytes: Of a request; above it, status 413.
     """
-    queues = SegmentQueues(engine, policy, batch_size, limit)
-    metrics, monitor = Metrics(queues, config.exit_macs), ExitMonitor(config, policy)
+    engine = queues.engine
+    metrics, monitor = Metrics(queues, config.exit_macs), ExitMonitor(config, queues.rule)
     names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
     how = engine.graphs['preprocessing']
     decoding = asyncio.Semaphore(4)  # bounds the memory that it takes
@@ -128,7 +134,7 @@ def make_app(
         start = time.perf_counter()
         async with decoding:
             image, notes = await asyncio.to_thread(read, data)
-        found = await asyncio.wrap_future(queues.submit(image))
+        found = await queues.answer(image)
         k = int(found.exit_index[0])
         metrics.count(k, time.perf_counter() - start)
         before = monitor.warning

@@ -2,7 +2,9 @@
 import hashlib
 import itertools
 import os
+import sys
 import tarfile
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Union
@@ -194,11 +196,32 @@ def read_images(sources: Sequence[ImageSource], skip: int) -> Iterator[Item]:
     """
     seen = 0
     for source in sources:
-        try:
+        if source.images is not None and seen + source.images <= skip:
+            seen += source.images
+            continue
+        with _readable(source):
             for item in source.read(skip - seen):
                 seen += 1
                 if item is not None:
                     yield item
-        except OSError as error:
-            raise InputError(f"'{source.record['source']}' cannot be read any more ({error.strerror or error}): the "
-                             'same command goes on when it can') from error
+
+
+def count_images(sources: Sequence[ImageSource]) -> int:
+    """How many images all sources hold; those that only reading tells are told of theirs.
+
+    Raises:
+        InputError: as `read_images`.
+    """
+    for source in sources:
+        with _readable(source):
+            source.images = sum(1 for _ in source.read(sys.maxsize))
+    return sum(source.images or 0 for source in sources)
+
+
+@contextmanager
+def _readable(source: ImageSource) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"'{source.record['source']}' cannot be read any more ({error.strerror or error}): the "
+                         'same command goes on when it can') from error
