@@ -146,8 +146,8 @@ def test_serve(folder, photos, options):
     assert json.loads(server.get('/health')) == dict(status='ok', images=answered, waiting=0)
     assert f'multiexit_seconds_count {answered:.1f}' in server.get('/metrics')
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 128 + signal.SIGTERM
-    assert server.process.stderr.read() == 'interrupted\n'
+    assert server.process.wait(60) == 0
+    assert server.process.stderr.read() == ''
     assert not left_of(processes)
 
 
@@ -167,9 +167,10 @@ def test_predict_killed_goes_on(folder, photos, tmp_path, monkeypatch):
         while not list(Path('out').glob('part-*.parquet')):
             assert process.poll() is None
             time.sleep(0.01)
-        processes = descendants(process.pid)
+        workers = [pid for pid in descendants(process.pid)
+                   if Path(f'/proc/{pid}/cmdline').read_bytes().startswith(b'ray::')]
         process.kill()
-    assert not left_of(processes)
+    assert workers and not left_of(workers)
     before = len(list(Path('out').glob('part-*.parquet')))
     assert 0 < before < 38
     done = subprocess.run([sys.executable, '-c', code, *command, 'out', '--ray'], capture_output=True, text=True,
