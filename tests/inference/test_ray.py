@@ -117,7 +117,7 @@ def left_of(pids):
     return left
 
 
-@pytest.mark.slow('40 to 70 s each on busy cores: starts Ray')
+@pytest.mark.exhaustive('40 to 70 s each: starts Ray, which gives up on cores that are busy for 30 s')
 @pytest.mark.parametrize('options', [(), ('--replicas', '1,1')])
 def test_serve(folder, photos, options):
     config = ExitConfig.load(folder / 'multiexit.json')
@@ -151,7 +151,7 @@ def test_serve(folder, photos, options):
     assert not left_of(processes)
 
 
-@pytest.mark.slow('65 s on busy cores: starts Ray twice')
+@pytest.mark.exhaustive('65 s: starts Ray twice')
 def test_predict_killed_goes_on(folder, photos, tmp_path, monkeypatch):
     """With relative paths, and the rows of one process."""
     monkeypatch.chdir(tmp_path)
