@@ -15,18 +15,17 @@ from PIL import Image
 from test_predict import rows_of
 from test_serve import Server, same
 
-pytest.importorskip('ray')
+from timm_multiexit.cli import main
+from timm_multiexit.errors import InputError
+from timm_multiexit.inference.batch_loop import Answers, run_one, segments_of
+from timm_multiexit.inference.device import FolderEngine, classify
+from timm_multiexit.inference.export import export_folder
+from timm_multiexit.inference.segment_queues import Waiting
+from timm_multiexit.optional import missing_packages
+from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.stopping.policy import Decision, ExitPolicy
 
-from timm_multiexit.cli import main  # noqa: E402
-from timm_multiexit.errors import InputError  # noqa: E402
-from timm_multiexit.inference.batch_loop import Answers, run_one, segments_of  # noqa: E402
-from timm_multiexit.inference.device import FolderEngine, classify  # noqa: E402
-from timm_multiexit.inference.export import export_folder  # noqa: E402
-from timm_multiexit.inference.on_ray import RayQueues, Segments  # noqa: E402
-from timm_multiexit.inference.segment_queues import Waiting  # noqa: E402
-from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
-from timm_multiexit.stopping.policy import Decision, ExitPolicy  # noqa: E402
-
+pytestmark = pytest.mark.skipif(bool(missing_packages('ray')), reason='could not import ray')
 DAMAGED = (4, 7)
 
 
@@ -65,6 +64,7 @@ class Remembering:
 
 @pytest.mark.parametrize('groups', [1, 2, 3])
 def test_deployments_in_a_chain_give_the_answers_of_one_loop(folder, groups):
+    from timm_multiexit.inference.on_ray import Segments  # seconds, which every collection of tests would take
     engine, images = FolderEngine(folder), np.random.default_rng(2).normal(size=(12, 3, 32, 32)).astype(np.float32)
     rule = Remembering(np.sort(engine.run(0, 0, engine.start(images))[1][:, 0])[5:7].mean())
     found = [Waiting(engine.start(image[None])) for image in images]
@@ -82,6 +82,7 @@ def test_deployments_in_a_chain_give_the_answers_of_one_loop(folder, groups):
 
 
 def test_replicas_that_cannot_be(folder, capsys):
+    from timm_multiexit.inference.on_ray import RayQueues
     with pytest.raises(InputError, match='the policy has 1 segments: give --replicas at most so many numbers'):
         RayQueues(FolderEngine(folder), ExitPolicy.at_exit(2, 3, (1., 1., 1.)), [1, 1], 32, 64, 'name')
     assert main(['serve', str(folder), '--replicas', '2']) == 2

@@ -255,6 +255,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow('28 s of CPU time: three processes that import torch')
 def test_processes_end_an_epoch_with_the_same_networks(folder_dataset, tmp_path):
     script = tmp_path / 'agree.py'
     script.write_text(AGREE)

@@ -56,6 +56,7 @@ def runs(cifar_root, tmp_path_factory):
     return root / 'output'
 
 
+@pytest.mark.slow('33 s of CPU time for all: eleven networks of full size')
 @pytest.mark.parametrize('recipe, extra', RUNS, ids=lambda value: value if isinstance(value, str) else ' '.join(value))
 def test_it_trains(runs, recipe, extra):
     args = parse_train_args('', ['--config', str(FOLDER / f'{recipe}.yaml'), *extra])
@@ -73,7 +74,7 @@ def test_it_trains(runs, recipe, extra):
     assert all(torch.isfinite(v).all() for v in state.values())
 
 
-
+@pytest.mark.slow('33 s of CPU time with those above')
 def test_finetuning_starts_from_the_included_weights(runs):
     args = parse_train_args('', ['--config', str(FOLDER / 'finetune.yaml')])
     tuned, included = (load_file(folder / 'model.safetensors') for folder in (
