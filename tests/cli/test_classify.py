@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 
 from timm_multiexit.cli import main
 from timm_multiexit.errors import InputError
+from timm_multiexit.files import write_json
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.names import list_networks
+from timm_multiexit.pretrained.record import TrainingData, config_of, describe
 from timm_multiexit.stopping.costs import parse_macs
 
 IMAGES = sorted(map(str, SAMPLES.glob('*.png')))
@@ -117,6 +119,19 @@ def test_average_latency_runs_the_exits_that_its_policy_uses(capsys, tmp_path, m
     assert list((tmp_path / 'timm-multiexit' / 'profiles').iterdir()) == [kept]
     kept.unlink()
     assert main(['classify', IMAGES[0], '--average-latency', 'soon']) == 2 and not list(kept.parent.iterdir())
+
+
+def test_costs_of_weights_on_a_backbone(tmp_path, capsys):
+    """Of that backbone and its size of images, where the last map is a single pixel."""
+    model = timm.create_model('multiexit', backbone='resnet10t', at=1, num_classes=4)
+    describe(model, TrainingData('folder'), list('abcd'), input_size=(3, 32, 32))
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    write_json(tmp_path / 'config.json', config_of(model))
+    assert main(['costs', '--checkpoint', str(tmp_path), '--json']) == 0
+    printed = capsys.readouterr()
+    costs = json.loads(printed.out)
+    assert costs['num_classes'] == 4 and costs['input_size'] == [3, 32, 32] and 'Traceback' not in printed.err
+    assert costs['macs'] == list(exit_costs(model.train()).macs) and costs['macs'][-1] < 50e6
 
 
 def test_probabilities_are_calibrated_unless_asked_otherwise(capsys):

@@ -55,6 +55,15 @@ def test_without_scores_no_policy_is_solved():
         small_config(scores=None).policy_for(20e6)
 
 
+def test_several_configs_in_a_folder_keep_their_scores(tmp_path):
+    one, many = (small_config(scores=small_config().scores.subset(slice(n))) for n in (30, 60))
+    one.save(tmp_path / 'one.json')
+    many.save(tmp_path / 'many.json')
+    assert ExitConfig.load(tmp_path / 'one.json') == one != many == ExitConfig.load(tmp_path / 'many.json')
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        'many.json', 'many.scores.safetensors', 'one.json', 'one.scores.safetensors']
+
+
 def test_scores_of_other_weights_are_refused(tmp_path):
     small_config().save(tmp_path / FILE_NAME)
     small_config().scores.save(tmp_path / SCORES_NAME, 'others')

@@ -15,7 +15,7 @@ from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
 from ..pretrained.exit_config import exit_config_of, weights_digest
 from ..pretrained.names import class_labels
-from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig
+from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig, scores_path
 from ..stopping.costs import format_macs
 from ..stopping.scores import UNKNOWN, ExitScores
 from ..stopping.solve import budget_grid
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output or Path(weights_folder(args)) / FILE_NAME)
     config.save(output)
     print_config(config)
-    print(f'written: {output}, {output.with_name(SCORES_NAME)}')
+    print(f'written: {output}, {scores_path(output)}')
 
 
 def fit(args: argparse.Namespace):

@@ -7,6 +7,7 @@ import timm
 from ..commands import Number
 from ..errors import InputError
 from ..models import MultiExitNet, exit_costs
+from ..pretrained.load import load_model
 from ..pretrained.names import check_name, list_networks
 from ..pretrained.record import find_weights
 from ._common import add_model_argument, network_name
@@ -31,7 +32,8 @@ def run(args: argparse.Namespace) -> None:
     check_name(name)
     size = args.input_size
     given = dict(num_classes=args.num_classes, in_chans=size[0] if size else None)
-    model = timm.create_model(name, **{k: v for k, v in given.items() if v is not None})
+    given = {k: v for k, v in given.items() if v is not None}
+    model = load_model(args.model, args.checkpoint, **given) if args.checkpoint else timm.create_model(name, **given)
     if not isinstance(model, MultiExitNet):
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
     costs = exit_costs(model, size)

@@ -43,6 +43,7 @@ def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] =
         input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
     training = model.training
     macs, params = [], []
+    model.eval()  # of one image there are no batch statistics
     try:
         for k in range(model.num_exits):
             # The other backend of ptflops counts BN and activations too.

@@ -1,7 +1,8 @@
 """The exit config, stored with weights: costs, temperatures, and the scores from which any policy is solved.
 
-With it a user needs a budget and no data. Two files beside the weights: `multiexit.json` and `scores.safetensors`. This
-module alone knows the schema of the first, `scores` that of the second; .github/FORMAT.md documents both.
+With it a user needs a budget and no data. Two files beside the weights: `multiexit.json` and `scores.safetensors`; by
+another name, `NAME.json` and `NAME.scores.safetensors`. This module alone knows the schema of the first, `scores` that
+of the second; .github/FORMAT.md documents both.
 """
 import dataclasses
 import json
@@ -272,11 +273,11 @@ class ExitConfig:
         if kept.num_images == 0:
             raise InputError('these weights carry no certification images, so nothing can be promised: make some from '
                              'images of your own with timm-multiexit calibrate MODEL --certify DIR --output FILE, and '
-                             'pass it with --exit-config FILE')
+                             'pass it with --exit-config FILE (to export too)')
         labelled = kept.labels != UNKNOWN
         if risk != 'consistency' and not labelled.all():
             raise InputError(f'{int((~labelled).sum())} of {kept.num_images} certification images have no label: '
-                             "choose the risk 'consistency'")
+                             'choose --risk consistency')
         rows = np.arange(kept.num_images)
         answers = np.stack([kept.predictions[kept.exits(p.thresholds), rows] for p in candidates])
         losses = risk_losses(risk, answers, kept.predictions[-1], kept.labels)
@@ -285,7 +286,7 @@ class ExitConfig:
             raise InputError(
                 f'a loss of at most {max_loss:g} points cannot be promised from {kept.num_images} certification images '
                 f'with certainty {certainty:g}: ask for {tightest(losses[0], certainty, risk):.2f} points or more, or '
-                'for less certainty')
+                'for less certainty, or certify more images')
         what = {'accuracy': 'points less accurate than', 'harm': '% wrong where it is right, against',
                 'consistency': '% answered otherwise than by'}[risk]
         return dataclasses.replace(
@@ -320,7 +321,7 @@ class ExitConfig:
     def save(self, path: Union[str, Path]) -> None:
         """Writes JSON, and the scores beside it."""
         if self.scores is not None:
-            self.scores.save(Path(path).with_name(SCORES_NAME), self.weights, self.temperatures)
+            self.scores.save(scores_path(path), self.weights, self.temperatures)
         write_json(path, self.to_dict())
 
     @classmethod
@@ -330,7 +331,7 @@ class ExitConfig:
         Raises:
             InputError: no such file, no exit config in it, or scores beside it that are damaged or of other weights.
         """
-        place = Path(path).with_name(SCORES_NAME)
+        place = scores_path(path)
         if not place.is_file():
             return cls.from_dict(read_json(path, 'exit config'))
         scores, made_of = ExitScores.load(place)
@@ -342,3 +343,9 @@ class ExitConfig:
         if made_of.get('temperatures', own) != own:
             raise InputError(f"the scores '{place}' are of another calibration than '{path}': {CALIBRATE_HINT}")
         return config
+
+
+def scores_path(path: Union[str, Path]) -> Path:
+    """The file of the scores of an exit config: several may lie in one folder, each with its own."""
+    path = Path(path)
+    return path.with_name(SCORES_NAME if path.name == FILE_NAME else f'{path.stem}.{SCORES_NAME}')
