@@ -203,6 +203,7 @@ def test_a_device_that_answers_otherwise_is_found(folder, tmp_path):
     (lambda f: (f / 'head_1.onnx').write_bytes((f / 'head_2.onnx').read_bytes()), "head_1.onnx' is damaged"),
     (lambda f: (f / 'stage_3.onnx').unlink(), "stage_3.onnx' is missing"),
     (lambda f: (f / 'graphs.json').write_text('{}'), 'is not of an export'),
+    (lambda f: (f / 'graphs.json').unlink(), 'holds no graphs.json: give a folder that timm-multiexit export wrote'),
     (lambda f: (f / 'multiexit.json').write_text('{"version": 1}'), 'version 1'),
     (lambda f: (f / 'multiexit.json').unlink(), "multiexit.json' cannot be read"),
     (lambda f: (f / 'scores.safetensors').unlink(), 'no scores are stored'),

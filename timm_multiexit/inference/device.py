@@ -51,6 +51,8 @@ class FolderEngine:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        if not (self.folder / GRAPHS_NAME).is_file():
+            raise InputError(f"'{folder}' holds no {GRAPHS_NAME}: give a folder that timm-multiexit export wrote")
         self.graphs: Dict[str, Any] = read_json(self.folder / GRAPHS_NAME, 'list of graphs')
         try:
             for name in self.graphs['sha256']:
