@@ -104,7 +104,12 @@ def test_average_budget_uses_the_stored_thresholds(capsys):
 
 def test_average_latency_runs_the_exits_that_its_policy_uses(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    code, results = answers(capsys, *IMAGES, '--average-latency', '75%', '--engine', 'torch')
+    code = main(['classify', *IMAGES, '--average-latency', '75%', '--engine', 'torch', '--json'])
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    expected, full = map(float, re.search(
+        r'expected: ([\d.]+) ms an image on average, ([\d.]+) ms for the full network, by', printed.err).groups())
+    assert 0. < expected < full
     (kept,) = (tmp_path / 'timm-multiexit' / 'profiles').iterdir()
     measured = kept.read_text()
     tried = [[k + 1 for k in json.loads(key)[0]] for key in json.loads(measured)['policies_ms']]

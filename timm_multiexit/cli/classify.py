@@ -163,8 +163,10 @@ def steps_under_options(
     if args.average_latency is not None and config is not None:
         parse_latency(args.average_latency, 1.)  # refused before anything is measured
         engine = make_engine(model, args.engine)
-        policy, reason = stopping(
-            args, costs, config, temperatures, profile(model, engine, input_size=config.input_size))
+        times = profile(model, engine, input_size=config.input_size)
+        policy, reason = stopping(args, costs, config, temperatures, times)
+        print(f'expected: {policy.expected_ms:.3f} ms an image on average, {times.full:.3f} ms for the full network, '
+              f'by the {engine.name} engine on this machine', file=sys.stderr)
         engine.build(segments_of(policy))
         return lambda x: list(exits_under_policy(exits_in_use(engine, x, policy), policy, reason))
     policy, reason = stopping(args, costs, config, temperatures)
