@@ -4,16 +4,19 @@ Real CIFAR files lie in the folder that TIMM_MULTIEXIT_DATA names, else in .data
 """
 import datetime
 import logging
+import multiprocessing
 import os
 import random
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_multiexit
 from timm_multiexit.errors import InputError
@@ -21,6 +24,11 @@ from timm_multiexit.optional import require_timm
 
 pytest.register_assert_rewrite('hub_support')
 PROJECT = Path(__file__).resolve().parent.parent
+# Processes that start with torch loaded. There is one server for all, so one list of what it loads.
+PROCESSES = multiprocessing.get_context('spawn' if sys.platform == 'win32' else 'forkserver')
+if sys.platform != 'win32':
+    PROCESSES.set_forkserver_preload(
+        ['timm_multiexit.cli', 'timm_multiexit.inference.predict', 'timm_multiexit.training.run'])
 SAMPLES = PROJECT / 'timm_multiexit' / 'samples'
 
 # Small, and still with every part of the real thing: three scales, two transitions, an exit in each block.
@@ -187,6 +195,21 @@ def calibrated_network():
     logits = torch.randn(3, 300, 10) + 2. * torch.eye(10)[targets]
     return model, timm_multiexit.ExitConfig.fit(
         logits, targets, timm_multiexit.exit_costs(model), [f'k{k}' for k in range(10)])
+
+
+@pytest.fixture(scope='session')
+def exported(tmp_path_factory):
+    """That network as a folder for devices; tests leave it as it is."""
+    from timm_multiexit.inference.export import export_folder  # needs an extra
+    place = tmp_path_factory.mktemp('export') / 'device'
+    export_folder(*calibrated_network(), place)
+    return place
+
+
+def save_noise(path, rng):
+    """Writes a smooth random image of 32 x 32 pixels."""
+    small = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture(params=NETWORKS)

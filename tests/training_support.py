@@ -1,5 +1,4 @@
 """For tests of training: a small data set of real images, and train_timm.py in processes with torch already loaded."""
-import multiprocessing
 import os
 import runpy
 import sys
@@ -7,17 +6,14 @@ from pathlib import Path
 from typing import List, Tuple
 
 import pytest
-from conftest import PROJECT
+from conftest import PROCESSES, PROJECT
 
 SCRIPT = str(PROJECT / 'train_timm.py')
-_processes = multiprocessing.get_context('spawn' if sys.platform == 'win32' else 'forkserver')
-if sys.platform != 'win32':
-    _processes.set_forkserver_preload(['timm_multiexit.training.run'])  # a start costs no import of torch
 
 
 def run_training(arguments: List[str], log: Path) -> Tuple[int, str]:
     """Runs train_timm.py in a process of its own; returns its status, and what it printed."""
-    process = _processes.Process(target=_train, args=(arguments, log))
+    process = PROCESSES.Process(target=_train, args=(arguments, log))
     process.start()
     process.join()
     return process.exitcode, log.read_text()

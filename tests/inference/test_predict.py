@@ -1,7 +1,6 @@
 """`timm-multiexit predict`: the answers of classify from every kind of source, each once, whatever ends a run."""
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import calibrated_network
+from conftest import PROCESSES, save_noise
 from killer import Killer
-from PIL import Image
 
 pytest.importorskip('onnxruntime')
 
@@ -27,16 +25,12 @@ from timm_multiexit.cli import main  # noqa: E402
 from timm_multiexit.errors import InputError  # noqa: E402
 from timm_multiexit.files import held  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, classify  # noqa: E402
-from timm_multiexit.inference.export import export_folder  # noqa: E402
 from timm_multiexit.inference.images import image_files  # noqa: E402
 from timm_multiexit.inference.predict import SCHEMA, policy_on_record, write_parts  # noqa: E402
 from timm_multiexit.inference.sources import count_images, open_sources, read_images  # noqa: E402
 from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
 from timm_multiexit.stopping.policy import ExitPolicy  # noqa: E402
 
-PROCESSES = multiprocessing.get_context('spawn' if sys.platform == 'win32' else 'forkserver')
-if sys.platform != 'win32':
-    PROCESSES.set_forkserver_preload(['timm_multiexit.cli', 'timm_multiexit.inference.predict'])
 STOP = ('--confidence', '0.3')
 DAMAGED = (4, 11, 29)
 
@@ -50,10 +44,8 @@ def three_threads():
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp('export') / 'device'
-    export_folder(*calibrated_network(), place)
-    return place
+def folder(exported):
+    return exported
 
 
 @pytest.fixture(scope='module')
@@ -63,9 +55,7 @@ def photos(tmp_path_factory):
     for name in ('a', 'a/été', '.hidden', 'a.png'):  # a folder may be named like an image
         (place / name).mkdir()
     for i in range(40):
-        small = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(
-            place / ('a', 'a/été', 'a.png')[i % 3] / f'{i:02}.png')
+        save_noise(place / ('a', 'a/été', 'a.png')[i % 3] / f'{i:02}.png', rng)
     for name in ('.hidden/a.png', 'a/._b.png', 'a/text.txt'):
         (place / name).write_bytes(b'no image')
     paths = sorted(place.rglob('[0-9]*.png'))

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROJECT, calibrated_network
-from PIL import Image
+from conftest import PROJECT, save_noise
 from test_predict import rows_of
 from test_serve import Server, same
 
@@ -19,7 +18,6 @@ from timm_multiexit.cli import main
 from timm_multiexit.errors import InputError
 from timm_multiexit.inference.batch_loop import Answers, run_one, segments_of
 from timm_multiexit.inference.device import FolderEngine, classify
-from timm_multiexit.inference.export import export_folder
 from timm_multiexit.inference.segment_queues import Waiting
 from timm_multiexit.optional import missing_packages
 from timm_multiexit.stopping.config import ExitConfig
@@ -30,10 +28,8 @@ DAMAGED = (4, 7)
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp('export') / 'device'
-    export_folder(*calibrated_network(), place)
-    return place
+def folder(exported):
+    return exported
 
 
 @pytest.fixture(scope='module')
@@ -41,8 +37,7 @@ def photos(tmp_path_factory):
     """Ten files, two of them damaged."""
     place, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
     for i in range(10):
-        small = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(place / f'{i}.png')
+        save_noise(place / f'{i}.png', rng)
     paths = sorted(place.iterdir())
     for i in DAMAGED:
         paths[i].write_bytes(paths[i].read_bytes()[:300 * (i - 4)])

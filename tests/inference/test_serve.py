@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROJECT, calibrated_network
+from conftest import PROJECT, save_noise
 from PIL import Image
 
 pytest.importorskip('onnxruntime')
@@ -34,10 +34,8 @@ COMMAND = [sys.executable, '-c', 'import sys; from timm_multiexit.cli import mai
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp('export') / 'device'
-    export_folder(*calibrated_network(), place)
-    return place
+def folder(exported):
+    return exported
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +59,7 @@ def policy(folder, config):
 def photos(tmp_path_factory):
     place, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
     for i in range(40):
-        small = rng.integers(256, size=(8, 8, 3), dtype=np.uint8)
-        Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(place / f'{i:02}.png')
+        save_noise(place / f'{i:02}.png', rng)
     return sorted(place.iterdir())
 
 

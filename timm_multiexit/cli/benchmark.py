@@ -91,23 +91,28 @@ def named_policies(args: argparse.Namespace, config: Optional[ExitConfig], num_e
     return policies
 
 
-def latency_policies(args: argparse.Namespace, config: ExitConfig, engine: Engine) -> Dict[str, ExitPolicy]:
+def latency_policies(
+        args: argparse.Namespace,
+        config: ExitConfig,
+        engine: Engine,
+        required: bool = True,
+) -> Dict[str, ExitPolicy]:
     """Those of --average-latency; the profile is measured in this very run, so that times compare.
 
     A share of the full network's time is solved for both batch sizes, milliseconds for batch 1.
 
     Raises:
-        InputError: one that was asked for cannot be met.
+        InputError: one cannot be met; if they are not `required`, that is a note.
     """
     policies = {}
     for size in (1, args.batch_size):
-        texts = [t for t in args.average_latency or [DEFAULT_SHARE] if size == 1 or t.endswith('%')]
+        texts = [t for t in args.average_latency if size == 1 or t.endswith('%')]
         profile = measure_profile(engine, config.input_size, size) if texts else None
         for text in texts:
             try:
                 policies[f'{text} at batch {size}'] = config.policy_for(average_ms=text, profile=profile)
             except InputError as error:
-                if args.average_latency:
+                if required:
                     raise
                 print(f'note: no policy for {text} of the time at batch {size}: {error}', file=sys.stderr)
     return policies
@@ -124,15 +129,16 @@ def run(args: argparse.Namespace) -> None:
     if not args.data_dir and (args.policy or asks_for_policy(args)):
         raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
     model = load_network(args)
-    costs, config, policies, in_time = exit_costs(model), None, {}, bool(args.average_latency)
+    costs, config, policies = exit_costs(model), None, {}
     images, batch_size = default_amounts(costs.macs[-1])
     args.images, args.batch_size = args.images or images, args.batch_size or batch_size
+    by_default = bool(args.data_dir) and not args.policy and not asks_for_policy(args)
     if args.data_dir:
-        if not args.policy and not asks_for_policy(args):
+        if by_default:
             half = costs.macs[-1] / 2
             # Of some networks the first exit costs more than half.
             args.average_budget = [str(half if half >= costs.macs[0] else (costs.macs[0] + costs.macs[-1]) / 2)]
-            in_time = True
+            args.average_latency = [DEFAULT_SHARE]
         if asks_for_policy(args):
             config = stored_exit_config(args, model)
         policies = named_policies(args, config, model.num_exits)
@@ -146,8 +152,8 @@ def run(args: argparse.Namespace) -> None:
             threads=torch.get_num_threads(),
             torch=torch.__version__, batch_size=args.batch_size, rounds=args.rounds,
             exits=measure_exits(engine, costs, args.batch_size, args.rounds))
-        if config is not None and in_time:
-            policies.update(latency_policies(args, config, engine))
+        if config is not None:
+            policies.update(latency_policies(args, config, engine, required=not by_default))
         if policies:
             results.update(measure_policies(engine, costs, policies, *data, args.batch_size, args.rounds))
     finally:

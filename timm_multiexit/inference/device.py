@@ -292,7 +292,7 @@ def classify(engine: FolderEngine, config: ExitConfig, policy: ExitPolicy, paths
 
     A monitor is told where images leave, batch by batch; the next batches run under its policy.
     """
-    names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
+    names = config.names_of(engine.num_classes)
     for start in range(0, len(paths), batch_size):
         batch = paths[start:start + batch_size]
         answers = answer_images(engine, policy, batch, batch_size)

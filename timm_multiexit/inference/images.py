@@ -178,7 +178,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Image.DecompressionBombError:
             raise InputError(f'{name} has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million'
                              ) from None
-        # Pillow's readers let the last five through on damaged files.
+        # Pillow's readers let all of these through on damaged files.
         except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error
                 ) as error:
             raise InputError(f'{name} is damaged or truncated ({error}): save it again') from None

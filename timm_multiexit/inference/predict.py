@@ -150,7 +150,7 @@ def write_parts(
         tell: Called after each image.
     """
     engine.build(segments_of(policy))
-    names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
+    names = config.names_of(engine.num_classes)
 
     def rows(items: Sequence[Item]) -> List[Dict[str, Any]]:
         answers = iter(answer_images(

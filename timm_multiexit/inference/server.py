@@ -115,7 +115,7 @@ def make_app(queues: Queues, config: ExitConfig, max_bytes: int = 20_000_000) ->
     """
     engine = queues.engine
     metrics, monitor = Metrics(queues, config.exit_macs), ExitMonitor(config, queues.rule)
-    names = config.class_names or [f'class {k}' for k in range(engine.num_classes)]
+    names = config.names_of(engine.num_classes)
     how = engine.graphs['preprocessing']
     decoding = asyncio.Semaphore(4)  # bounds the memory that it takes
 

@@ -67,7 +67,7 @@ def export_web(
         policies = [config.policy_for(b) for b in budget_grid(config.exit_macs[0], config.exit_macs[-1], BUDGETS)]
         write_json(made / ABOUT_NAME, dict(
             name=name, preprocessing=preprocessing_of(model), temperatures=config.temperatures,
-            class_names=config.class_names or [f'class {k}' for k in range(model.num_classes)],
+            class_names=config.names_of(model.num_classes),
             exit_macs=config.exit_macs, samples=sorted(file.name for file in (made / 'samples').iterdir()),
             policies=[dict(average_macs=p.expected_macs, accuracy=p.expected_accuracy, exit_shares=p.exit_shares,
                            thresholds=p.thresholds[:-1]) for p in policies]))

@@ -146,7 +146,7 @@ def load_mean(
         paths: Sequence[Union[str, Path]],
         name: str,
         new_classes: bool = False,
-) -> None:
+) -> Dict[str, Any]:
     """Loads the mean of the weights of several runs ("model soup", Wortsman et al., ICML 2022).
 
     It works where the runs share the beginning of their training.
@@ -158,6 +158,9 @@ def load_mean(
         name: Name of the network, for error messages.
         new_classes: Whether classifiers of another number of classes stay as they are, with a warning.
 
+    Returns:
+        How the weights of the first run saw their images, see `seen_by`.
+
     Raises:
         InputError: weights that cannot be read or do not fit.
     """
@@ -168,7 +171,15 @@ def load_mean(
             part = value.double() / len(paths) if value.is_floating_point() else value.clone()
             mean[key] = mean[key] + part if key in mean and value.is_floating_point() else part
     model.load_state_dict(mean)
-    model.pretrained_cfg.update(seen_by(paths[0]))
+    seen = seen_by(paths[0])
+    model.pretrained_cfg.update(seen)
+    return seen
+
+
+def stored_checkpoint(path: Union[str, Path], mmap: bool = False) -> Dict[str, Any]:
+    """What timm's `CheckpointSaver` wrote, with the options in it; nothing else in a pickle is loaded."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
 
 
 def seen_by(checkpoint: Union[str, Path]) -> Dict[str, Any]:
@@ -184,9 +195,8 @@ def seen_by(checkpoint: Union[str, Path]) -> Dict[str, Any]:
         cfg = read_json(config, 'config').get('pretrained_cfg') or {}
         cfg.pop('input_size', None)
     elif path.is_file() and path.suffix != '.safetensors':
-        with torch.serialization.safe_globals([argparse.Namespace]):  # as timm's CheckpointSaver stores the options
-            stored = torch.load(path, map_location='cpu', weights_only=True)
-        cfg = vars(stored['args']) if isinstance(stored.get('args'), argparse.Namespace) else {}
+        options = stored_checkpoint(path).get('args')
+        cfg = vars(options) if isinstance(options, argparse.Namespace) else {}
         if not cfg.get('input_size') and cfg.get('img_size'):
             cfg['input_size'] = (3, cfg['img_size'], cfg['img_size'])
     names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')

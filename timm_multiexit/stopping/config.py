@@ -138,6 +138,10 @@ class ExitConfig:
     def num_exits(self) -> int:
         return len(self.exit_macs)
 
+    def names_of(self, num_classes: int) -> Sequence[str]:
+        """The class names, or 'class 0' and so on where they are not known."""
+        return self.class_names or [f'class {k}' for k in range(num_classes)]
+
     @property
     def costs(self) -> ExitCosts:
         return ExitCosts(self.exit_macs, self.exit_params, self.input_size)

@@ -3,17 +3,16 @@
 Two files stand beside weights. `history.yaml` lists the runs in order: parents, options, epochs and what each reached;
 the last one wrote the weights. `history.csv` is the log of all of them, with a column `run`.
 """
-import argparse
 import csv
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any, Dict, List, Optional, Sequence, Union
 
-import torch
 import yaml
 
 from ..errors import InputError
 from ..files import read_yaml, sha256, written_beside
+from ..pretrained.load import stored_checkpoint
 
 STEPS_NAME = 'history.yaml'
 LOG_NAME = 'history.csv'
@@ -129,8 +128,7 @@ def _identify(path: Path, origin: History) -> Parent:
     if digest == last.sha256:
         return Parent(path.name, last.run, sha256=digest)
     if path.suffix != '.safetensors':
-        with torch.serialization.safe_globals([argparse.Namespace]):  # as timm's CheckpointSaver stores the options
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = stored_checkpoint(path)
         if last.run and getattr(checkpoint.get('args'), 'run_id', '') == last.run:
             return Parent(path.name, last.run, checkpoint['epoch'], digest)
     return Parent(path.name, sha256=digest)

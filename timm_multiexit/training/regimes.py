@@ -7,7 +7,7 @@ import argparse
 
 from ..errors import InputError
 from ..models import MultiExitBackbone, MultiExitNet
-from ..pretrained.load import load_mean, seen_by
+from ..pretrained.load import load_mean
 
 REGIMES = ('joint', 'heads', 'mixed')
 
@@ -37,8 +37,7 @@ def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
         return
     knows = starts_trained(args) and model.backbone.pretrained_cfg.get('num_classes') == model.num_classes
     if args.backbone_checkpoint:
-        load_mean(model.backbone, [args.backbone_checkpoint], f"backbone={model._model_args['backbone']}")
-        seen = seen_by(args.backbone_checkpoint)
+        seen = load_mean(model.backbone, [args.backbone_checkpoint], f"backbone={model._model_args['backbone']}")
         size = seen.pop('input_size', model.pretrained_cfg['input_size'])
         args.input_size = args.input_size or list(size)
         model.pretrained_cfg.update(seen)

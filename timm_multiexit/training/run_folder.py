@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict
 
-import torch
 import yaml
 from safetensors.torch import save
 from timm.utils import CheckpointSaver, unwrap_model
@@ -20,6 +19,7 @@ from timm.utils import CheckpointSaver, unwrap_model
 from ..errors import InputError
 from ..files import sha256, write_json, written_beside
 from ..pretrained.hub_files import CONFIG_FILE
+from ..pretrained.load import stored_checkpoint
 from ..stopping.config import RECIPE_NAME
 from .history import SUMMARY_NAME, History, initial_history, read_rows, write_rows
 from .trainer import Trainer
@@ -63,8 +63,7 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         InputError: it cannot be read, or is none of train_timm.py.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        checkpoint = stored_checkpoint(path, mmap=True)
         checkpoint['epoch'], checkpoint['args'].run_id, checkpoint['saver']
     except Exception as error:  # whatever a damaged or foreign file makes torch raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
