@@ -306,6 +306,11 @@ def cut(whole: Trace, ends: Sequence[fx.Node]) -> Tuple[List[fx.Graph], bool]:
     return graphs, sized
 
 
+def lend(module: nn.Module, root: Root) -> None:
+    """Gives a module the backbone, and not as a submodule: the network has its layers under their own names."""
+    module.__dict__.update(root=root, backbone=root.backbone)  # torch.export looks for `backbone.NAME` in the module
+
+
 class CutStage(Stage):
     """A stage that runs its part of a backbone's graph; the backbone owns the layers.
 
@@ -317,7 +322,7 @@ class CutStage(Stage):
 
     def __init__(self, root: Root, graphs: Tuple[fx.Graph, fx.Graph], image_size: Optional[Tuple[int, int]]):
         super().__init__([])
-        self.__dict__['root'] = root  # no submodule: the network has the backbone's under its own names
+        lend(self, root)
         self.image_size = image_size
         self.graphs = graphs
         self.functions = tuple(map(_function, graphs))

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..errors import InputError
 from ._base import ExitHead, MultiExitNet, build_network
-from ._cut import Root, cut_stages, share, trace, trace_head
+from ._cut import Root, cut_stages, lend, share, trace, trace_head
 from ._taps import HEADS, as_map, find_taps, make_head
 
 __all__ = ['MultiExitBackbone', 'add_exits']
@@ -31,7 +31,7 @@ class OwnHead(nn.Module):
 
     def __init__(self, root: Root):
         super().__init__()
-        self.__dict__['root'] = root  # no submodule: the network has the backbone's under its own names
+        lend(self, root)
 
     @property
     def fc(self) -> nn.Module:
