@@ -98,6 +98,9 @@ def test_a_monitor_reports_and_caps(folder, network, photos):
 
 
 def test_its_profile_answers_in_time(folder, photos):
+    (folder / 'profile.json').unlink(missing_ok=True)
+    done = on_device(folder, photos / '00.png', '--average-latency', '50%')
+    assert done.returncode == 2 and 'has no times of this machine: run its run.py --profile first' in done.stderr
     done = on_device(folder, '--profile')
     assert done.returncode == 0 and 'ms for the full network' in done.stderr
     full = float(done.stderr.split(' ms')[0])

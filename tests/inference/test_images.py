@@ -111,6 +111,7 @@ def page_without_a_size(tmp_path):
     (truncated, 'truncated'), (text, 'not an image'), (empty, 'not an image'), (bomb, 'shrink it'),
     (page_without_a_size, 'damaged'),
     (lambda p: p, 'is a folder'), (lambda p: p / 'none.png', 'does not exist'),
+    (lambda p: p / '*.png', 'matches no file'),
 ])
 def test_bad_files_are_named(make, message, tmp_path):
     path = make(tmp_path)

@@ -245,6 +245,7 @@ def test_a_folder_runs_in_the_order_of_its_names(small, photos, tmp_path):
 
 @pytest.mark.parametrize('images, words', [
     (torch.zeros(0, 3, 32, 32), 'empty batch'),
+    (np.zeros((1, 3, 32, 32)), 'of type ndarray: give a tensor'),
     (torch.zeros(3, 32, 32), r'give a tensor \(images, 3, height, width\)'),
     (torch.zeros(2, 1, 32, 32), r'shape \(2, 1, 32, 32\)'),
     (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 'normalise them'),

@@ -271,9 +271,13 @@ def test_a_rule_with_memory_keeps_it_with_its_image(folder):
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path, folder, capsys):
-    for options in ([tmp_path], [folder, '--max-loss', '1'], [folder, '--average-budget', '1k']):
-        assert main(['serve', *map(str, options)]) == 2
-        assert capsys.readouterr().err.count('\n') == 1
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        taken = other.getsockname()[1]
+        for options in ([tmp_path], [folder, '--max-loss', '1'], [folder, '--average-budget', '1k'],
+                        [folder, '--port', taken], [folder, '--host', 'nowhere.invalid']):
+            assert main(['serve', *map(str, options)]) == 2
+            out, err = capsys.readouterr()
+            assert not out and err.count('\n') == 1
 
 
 def processor_seconds(pid):

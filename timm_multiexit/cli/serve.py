@@ -1,6 +1,7 @@
 """`timm-multiexit serve DIR`: answers images over HTTP with an exported folder, in batches at every segment."""
 import argparse
 import os
+import socket
 from pathlib import Path
 from typing import Any, List
 
@@ -65,6 +66,12 @@ def answer(args: argparse.Namespace, queues: Any, config: ExitConfig) -> None:
     import uvicorn
 
     from ..inference.server import make_app
+    try:
+        family = socket.AF_INET6 if ':' in args.host else socket.AF_INET
+        listener = socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise InputError(f'cannot answer at {args.host}:{args.port} ({error.strerror or error}): choose another --port '
+                         'or --host') from error
     print(f'http://{args.host}:{args.port}/classify', flush=True)
-    uvicorn.run(make_app(queues, config, args.max_bytes), host=args.host, port=args.port, log_level='warning',
-                timeout_graceful_shutdown=5)
+    uvicorn.Server(uvicorn.Config(make_app(queues, config, args.max_bytes), log_level='warning',
+                                  timeout_graceful_shutdown=5)).run(sockets=[listener])

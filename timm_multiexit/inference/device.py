@@ -228,7 +228,10 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
     if args.average_budget:
         return config.policy_for(args.average_budget)
     if args.average_latency:
-        values = read_json(engine.folder / PROFILE_NAME, 'profile (run with --profile first)')
+        path = engine.folder / PROFILE_NAME
+        if not path.is_file():
+            raise InputError(f"'{engine.folder}' has no times of this machine: run its run.py --profile first")
+        values = read_json(path, 'profile')
         times = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
         image = np.zeros((1, *engine.graphs['preprocessing']['input_size']), np.float32)
 

@@ -162,7 +162,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         if Path(source).is_dir():
             raise InputError(f'{name} is a folder: give its images, like {source}/*.png')
         if not Path(source).is_file():
-            raise InputError(f'{name} does not exist: check the name')
+            raise InputError(f"{name} {'matches no file' if '*' in name else 'does not exist'}: check the name")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # MAX_PIXELS is the limit here; notes of Pillow on damaged EXIF help nobody
         try:

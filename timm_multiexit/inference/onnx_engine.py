@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models import MultiExitNet
 from ..models._fold import fold_batch_norm
@@ -119,8 +120,7 @@ def export_graph(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch.onnx of its own internals
             program = torch.onnx.export(
-                net.eval(), (images,), dynamo=True, verbose=False, input_names=names[0], output_names=outputs,
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+                _exported(net.eval(), images), dynamo=True, verbose=False, input_names=names[0], output_names=outputs)
     assert program is not None  # it is with dynamo=True
     graph = program.model_proto.graph
     # The exporter writes a map that is passed on as Identity of the earlier one, which later nodes still read.
@@ -136,6 +136,16 @@ def export_graph(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List
         read.append([next(given) for _ in state])
         next(given)  # the logits
     return read, program.model_proto
+
+
+def _exported(net: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
+    """As torch.export writes it, with attention as torch.onnx takes it: over four dimensions, else in its parts."""
+    program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    if any(node.target is attention and node.args[0].meta['val'].ndim != 4 for node in program.graph.nodes):
+        with sdpa_kernel(SDPBackend.MATH):
+            program = program.run_decompositions()
+    return program
 
 
 def cut(extractor: onnx.utils.Extractor, images: str, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import sys
 import warnings
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,6 +123,8 @@ def predict(
         InputError: sources that changed or cannot be read any more, NaN logits, or no space left.
     """
     first = next(k for k in itertools.count() if not part_path(output, k).is_file())
+    if first:
+        print(f"note: goes on in '{output}', which has {first} parts of {part_size:,} images", file=sys.stderr)
     skip = first * part_size
     counts = [source.images for source in sources if source.images is not None]
     total = sum(counts) if len(counts) == len(sources) else None

@@ -190,8 +190,9 @@ class EarlyExitRunner:
     def _check(self, images: torch.Tensor) -> None:
         chans = self.engine.in_chans
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != chans:
-            shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-            raise InputError(f'images of shape {shape}: give a tensor (images, {chans}, height, width)')
+            kind = type(images).__name__
+            given = f'shape {tuple(images.shape)}' if isinstance(images, torch.Tensor) else f'type {kind}'
+            raise InputError(f'images of {given}: give a tensor (images, {chans}, height, width)')
         if len(images) == 0:
             raise InputError('an empty batch: give at least one image')
         if not images.is_floating_point():
