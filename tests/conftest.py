@@ -26,9 +26,6 @@ pytest.register_assert_rewrite('hub_support')
 PROJECT = Path(__file__).resolve().parent.parent
 # Processes that start with torch loaded. There is one server for all, so one list of what it loads.
 PROCESSES = multiprocessing.get_context('spawn' if sys.platform == 'win32' else 'forkserver')
-if sys.platform != 'win32':
-    PROCESSES.set_forkserver_preload(
-        ['timm_multiexit.cli', 'timm_multiexit.inference.predict', 'timm_multiexit.training.run'])
 SAMPLES = PROJECT / 'timm_multiexit' / 'samples'
 
 # Small, and still with every part of the real thing: three scales, two transitions, an exit in each block.
@@ -58,6 +55,9 @@ except InputError:
     collect_ignore += [
         'app/test_own_network.py', 'exhaustive', 'hub', 'hub_support.py', 'models/test_multiexit_name.py',
         'pretrained/test_record.py', 'test_backbone_journey.py', 'test_datasets.py', 'test_own_images.py', 'training']
+if sys.platform != 'win32':  # an error in what is loaded ends the server
+    PROCESSES.set_forkserver_preload(['timm_multiexit.cli', 'timm_multiexit.inference.predict',
+                                      *([] if OLD_TIMM else ['timm_multiexit.training.run'])])
 
 
 def pytest_addoption(parser):

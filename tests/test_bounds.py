@@ -15,7 +15,7 @@ def bounds(requirements):
 
 def pinned(name):
     lines = (PROJECT / '.ci' / name).read_text(encoding='utf-8').splitlines()
-    return dict(line.split('==') for line in lines if not line.startswith('#'))
+    return dict(re.match(r'([\w-]+)(?:\[[\w,]+\])?==([\d.]+)', line).groups() for line in lines if line[0] != '#')
 
 
 def test_lower_bounds_are_the_tested_versions():

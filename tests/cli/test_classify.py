@@ -159,7 +159,7 @@ def test_other_images_are_still_answered(capsys, tmp_path):
     results = json.loads(out)
     assert code == 2 and [('error' in r) for r in results] == [True, False, True]
     lines = err.strip().splitlines()
-    assert len(lines) == 2 and 'bad.png' in lines[0] and 'does not exist' in lines[1]
+    assert len(lines) == 2 and 'bad.png' in lines[0] and 'matches no file' in lines[1]
 
 
 def test_folders_and_quoted_patterns(capsys, tmp_path):

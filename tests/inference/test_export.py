@@ -317,7 +317,7 @@ def test_the_int8_folder_runs_and_checks_itself(int8, photos):
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 12, done.stderr
 
 
-@pytest.mark.parametrize('options', [['--int8'], ['--vnni'], ['--int8', '--data-dir', 'none']])
+@pytest.mark.parametrize('options', [['--int8'], ['--vnni'], ['--certify', 'photos'], ['--int8', '--data-dir', 'none']])
 def test_int8_options_that_cannot_be_used(options, tmp_path, capsys):
     assert main(['export', 'msfuse_cifar_budgeted', '--output', str(tmp_path / 'out'), *options]) == 2
     assert capsys.readouterr().err.count('\n') == 1 and not (tmp_path / 'out').exists()
@@ -325,12 +325,18 @@ def test_int8_options_that_cannot_be_used(options, tmp_path, capsys):
 
 @pytest.mark.slow('60 s of CPU time: the shipped network in int8, on 2,000 test images')
 def test_a_shipped_network_in_int8(cifar_root, tmp_path, capsys):
-    place = tmp_path / 'out'
-    assert main(['export', 'msfuse_cifar.cifar10', '--int8', '--data-dir', cifar_root, '--output', str(place)]) == 0
+    place, photos = tmp_path / 'out', tmp_path / 'photos'
+    everything, names = open_splits('torch/cifar10', cifar_root).test, DATASETS['cifar10'].classes
+    for i in range(1, 400, 20):  # not among those below
+        path = photos / names[everything.targets[i]] / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        everything.sources[i].save(path)
+    assert main(['export', 'msfuse_cifar.cifar10', '--int8', '--data-dir', cifar_root, '--certify', str(photos),
+                 '--output', str(place)]) == 0
     printed = capsys.readouterr().out
     assert 'accuracy on 1,744 held-out images; ranges are of 256 others' in printed and 'batches of 256' in printed
     assert sum(p.stat().st_size for p in place.rglob('*') if p.is_file()) <= 6e6
-    dataset, test = DATASETS['cifar10'], open_splits('torch/cifar10', cifar_root).test.some(2000)
+    dataset, test = DATASETS['cifar10'], everything.some(2000)
     labels, model = test.targets.numpy(), load_model('msfuse_cifar.cifar10')
     x = normalize(test.pixels, dataset.mean, dataset.std)
     with torch.inference_mode():
@@ -340,6 +346,7 @@ def test_a_shipped_network_in_int8(cifar_root, tmp_path, capsys):
     # On all 10,000: 0.06 to 0.21 points at an exit, and at most 2.2 % from the budget.
     assert lost.mean() < 0.5 and lost.max() < 1.
     config = ExitConfig.load(place / 'multiexit.json')
+    assert config.scores.certified.num_images == 20 and (config.scores.certified.labels >= 0).all()
     for budget in (20e6, 25e6, 30e6, 40e6):
         assert simulate(config.policy_for(budget), after, config.exit_macs).average_macs == pytest.approx(
             budget, rel=0.03)

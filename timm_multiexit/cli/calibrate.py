@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Sequence
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from ..data.folders import map_classes, read_classes
+from ..data.images import Images
+from ..data.splits import Split, certification_split
 from ..errors import InputError
-from ..inference.images import image_paths
+from ..evaluation.evaluate import exit_logits
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
 from ..pretrained.exit_config import exit_config_of, weights_digest
@@ -53,8 +52,8 @@ def run(args: argparse.Namespace) -> None:
         config = exit_config_of(model, args.model, args.checkpoint)
         config = replace(config, scores=config.scores.development)
     if args.certify:
-        kept = certification_scores(model, config, args.certify, args.batch_size, args.device)
-        config = replace(config, scores=config.scores.joined(kept))
+        split = certification_split(args.certify, class_labels(model, config.class_names))
+        config = replace(config, scores=config.scores.joined(certification_scores(args, model, config, split)))
     output = Path(args.output or Path(weights_folder(args)) / FILE_NAME)
     config.save(output)
     print_config(config)
@@ -68,41 +67,22 @@ def fit(args: argparse.Namespace):
     config = ExitConfig.fit(
         validation.logits, validation.targets, costs, splits.classes, args.measure, weights=weights_digest(model))
     if len(splits.certification) and not args.certify:
-        kept, _ = split_logits(args, model, splits, 'certification')
-        scores = ExitScores.from_logits(
-            kept.logits.numpy(), kept.targets.numpy(), config.temperatures, config.measure,
-            np.ones(len(kept.targets), bool))
-        config = replace(config, scores=config.scores.joined(scores))
+        kept = certification_scores(args, model, config, splits.certification)
+        config = replace(config, scores=config.scores.joined(kept))
     return model, config
 
 
 def certification_scores(
+        args: argparse.Namespace,
         model: MultiExitNet,
         config: ExitConfig,
-        folder: str,
-        batch_size: int,
-        device: str,
+        split: Split,
 ) -> ExitScores:
-    """Scores of the images of a folder, labelled by class folders; those beside such folders have no label.
-
-    Raises:
-        InputError: no images, one that cannot be read, or a folder that is not named after a class.
-    """
-    paths = image_paths(folder)
-    names = class_labels(model, config.class_names)
-    labelled = read_classes(Path(folder), f"'{folder}'")
-    map_classes([labelled], names)
-    label = {path: names.index(name) for name, files in labelled.files.items() for path in files}
-    preprocess = Preprocessing.of(model)
-    logits = []
-    with torch.inference_mode(), tqdm(total=len(paths), desc='certify', unit='image', disable=None) as progress:
-        for i in range(0, len(paths), batch_size):
-            x = torch.stack([preprocess(p)[0] for p in paths[i:i + batch_size]])
-            logits.append(torch.stack(model.forward_exits(x.to(device))).float().cpu())
-            progress.update(len(x))
-    labels = np.array([label.get(path, UNKNOWN) for path in paths])
+    images = Images(split, Preprocessing.of(model), args.batch_size, 'certify')
+    kept = exit_logits(model, images, args.device, unknown=True)
+    certification = np.ones(len(kept.targets), bool)
     return ExitScores.from_logits(
-        torch.cat(logits, 1).numpy(), labels, config.temperatures, config.measure, np.ones(len(paths), bool))
+        kept.logits.numpy(), kept.targets.numpy(), config.temperatures, config.measure, certification)
 
 
 def print_config(config: ExitConfig) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Sequence
 
 from ..data.images import Images
+from ..data.splits import certification_split
 from ..errors import InputError
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
 from ..optional import require_extra
+from ..pretrained.names import class_labels
 from ..stopping.config import ExitConfig
 from ._common import (
     add_exit_config_option,
@@ -51,6 +53,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--vnni', action='store_true',
                         help='int8 for processors with VNNI or dot products only: weights of 8 bits in place of 7')
     add_image_options(parser, help='folder of the data set, for --int8')
+    parser.add_argument('--certify', default='', metavar='DIR',
+                        help='for --int8: images for --max-loss, as of calibrate; its scores are of the float network')
     parser.set_defaults(run=run)
 
 
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError('--int8 needs --output DIR, and --data-dir with the data set, for ranges and scores')
     if args.vnni and not args.int8:
         raise InputError('--vnni is an option of --int8: give both')
+    if args.certify and not args.int8:
+        raise InputError('--certify is an option of --int8: other folders take the scores of --exit-config')
     model = load_network(args)
     config = stored_exit_config(args, model)
     if args.single_file:
@@ -92,8 +98,10 @@ def quantize(args: argparse.Namespace, model: MultiExitNet, config: ExitConfig) 
     else:
         print(f'note: {len(for_scores)} held-out images are few: they set ranges and scores at once', file=sys.stderr)
     certification = splits.certification
-    if config.scores is not None and config.scores.certified.num_images and not len(certification):
-        print('note: images that calibrate --certify was given are not at hand: the folder serves no --max-loss',
+    if args.certify:
+        certification = certification_split(args.certify, class_labels(model, config.class_names))
+    elif config.scores is not None and config.scores.certified.num_images and not len(certification):
+        print('note: for --max-loss from this folder, give --certify with the images that calibrate --certify had',
               file=sys.stderr)
     preprocess, (_, batch_size) = Preprocessing.of(model), default_amounts(config.exit_macs[-1])
     report = export_int8_folder(

@@ -22,7 +22,9 @@ from timm.utils.misc import natural_key
 
 from ..datasets import VALIDATION_IMAGES, split_indices
 from ..errors import InputError
-from .folders import ClassFolders, find_splits, held_out_order, map_classes
+from ..inference.images import image_paths
+from ..stopping.scores import UNKNOWN
+from .folders import ClassFolders, find_splits, held_out_order, map_classes, read_classes
 
 DEVELOPMENT_SHARE, TEST_SHARE = 0.1, 0.2
 # With fewer images no loss of one point can be ruled out with 90 % certainty, even if none is seen.
@@ -285,3 +287,16 @@ def open_dataset(name: str, root: str, train: bool, download: bool = False) -> A
 def _targets(dataset: Any) -> torch.Tensor:
     known: Optional[List[int]] = getattr(dataset, 'targets', None)
     return torch.as_tensor(known if known is not None else [target for _, target in dataset]).long()
+
+
+def certification_split(folder: str, names: Sequence[str]) -> Split:
+    """Images for a guarantee alone, labelled by the class folders that they are in; those beside have no label.
+
+    Raises:
+        InputError: no images, or a folder that is not named after a class.
+    """
+    paths = image_paths(folder)
+    labelled = read_classes(Path(folder), f"'{folder}'")
+    map_classes([labelled], names)
+    label = {path: names.index(name) for name, files in labelled.files.items() for path in files}
+    return Split(f"'{folder}'", paths, torch.tensor([label.get(path, UNKNOWN) for path in paths]))

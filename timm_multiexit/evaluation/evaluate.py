@@ -41,6 +41,7 @@ def exit_logits(
         model: MultiExitNet,
         images: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         device: str = 'cpu',
+        unknown: bool = False,
 ) -> LabelledLogits:
     """Logits of every exit, on the CPU, under the test transform.
 
@@ -48,6 +49,7 @@ def exit_logits(
         model: A network in eval mode, on `device`.
         images: Batches uint8 (B, C, H, W) with targets int64 (B,), like `data.images.Images`.
         device: Where to run.
+        unknown: Whether a label may be unknown, -1.
 
     Raises:
         InputError: no images, or labels or logits that cannot be used.
@@ -61,7 +63,7 @@ def exit_logits(
     if not batches:
         raise InputError('there are no images to run: check --data-dir and --validation-images')
     logits, targets = torch.cat(batches, 1), torch.cat(labels)
-    check_labelled_logits(logits, targets)
+    check_labelled_logits(logits, targets, unknown)
     return LabelledLogits(logits, targets)
 
 
