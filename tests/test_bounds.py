@@ -15,12 +15,13 @@ def bounds(requirements):
 
 def pinned(name):
     lines = (PROJECT / '.ci' / name).read_text(encoding='utf-8').splitlines()
-    return dict(re.match(r'([\w-]+)(?:\[[\w,]+\])?==([\d.]+)', line).groups() for line in lines if line[0] != '#')
+    return dict(line.split('==') for line in lines if not line.startswith('#'))
 
 
 def test_lower_bounds_are_the_tested_versions():
     project = tomllib.loads((PROJECT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
     extras = project['optional-dependencies']
     export = bounds(extras.pop('export'))
+    extras.pop('ray')  # its newest needs a newer Starlette than the oldest Gradio takes: tested beside the newest only
     assert bounds(project['dependencies'] + sum(extras.values(), [])) == pinned('lowest.txt')
     assert export.items() <= pinned('lowest-export.txt').items()
