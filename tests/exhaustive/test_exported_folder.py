@@ -2,6 +2,7 @@
 import subprocess
 import sys
 import venv
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -13,12 +14,18 @@ from torch import nn
 
 from timm_multiexit import EarlyExitRunner, exit_costs, list_networks, load_exit_config, load_model
 from timm_multiexit.data.splits import open_splits
-from timm_multiexit.inference.export import export_folder
+from timm_multiexit.inference.batch_loop import run_one, segments_of
+from timm_multiexit.inference.device import FolderEngine
+from timm_multiexit.inference.export import export_folder, write_graphs
+from timm_multiexit.inference.onnx_engine import OnnxEngine
 from timm_multiexit.inference.preprocess import Preprocessing
+from timm_multiexit.inference.profile import take_turns
 from timm_multiexit.stopping.config import ExitConfig
+from timm_multiexit.stopping.policy import ExitPolicy
 
 BATCH_SIZES = (1, 7, 256)
 BACKBONE = 'mobilenetv3_small_050'
+MERGED = ('msfuse_cifar_budgeted.cifar10',)  # with merged graphs
 # Answers of the folder argv[1] to the images of argv[2] under a budget of argv[3] MACs, one file for each batch size.
 DEVICE = f'''
 import sys
@@ -88,8 +95,8 @@ def backbone(folder):
 def test_exported_folder(name, device_python, photos, tmp_path, record_property):
     images = photos(name.partition('.')[2] or 'cifar10')
     model, config = backbone(images) if name == BACKBONE else (load_model(name), load_exit_config(name))
-    export_folder(model, config, tmp_path / 'device')
     budget = (config.exit_macs[0] + config.exit_macs[-1]) / 2
+    export_folder(model, config, tmp_path / 'device', config.policy_for(budget) if name in MERGED else None)
     done = subprocess.run([device_python, '-I', '-c', DEVICE, tmp_path / 'device', images, str(budget)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -104,3 +111,28 @@ def test_exported_folder(name, device_python, photos, tmp_path, record_property)
         measured.append(f'batch {size}: {(~same).sum()} exits differ, logits by up to {apart:.1e}')
         assert (~same).sum() <= 2 and apart <= 1e-4
     record_property('measured', '; '.join(measured))
+
+
+@pytest.mark.exhaustive('30 s of CPU time each: compares times, for a quiet machine')
+@pytest.mark.parametrize('name', list_networks(pretrained=True))
+def test_merged_graphs_take_the_time_of_the_package(name, tmp_path, record_property):
+    """Batch 1, when one exit is evaluated; and without merging, which costs a hand-over for each stage."""
+    model, config = load_model(name), load_exit_config(name)
+    engines = [OnnxEngine(model, threads=1)]
+    for place, merged in ((tmp_path / 'merged', [(0, k) for k in range(1, model.num_exits)]), (tmp_path / 'plain', [])):
+        place.mkdir()
+        write_graphs(model, place, merged)
+        engines.append(FolderEngine(place))
+    image = np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    ratios = []
+    for k in range(model.num_exits):
+        rule = ExitPolicy.at_exit(k, model.num_exits, config.temperatures)
+        for engine in engines:
+            engine.build(segments_of(rule))
+        times = take_turns({engine: partial(run_one, engine, rule, segments_of(rule), image) for engine in engines},
+                           300, torch.device('cpu'), '')
+        package, *folders = (np.median(times[engine]) for engine in engines)
+        ratios.append([each / package for each in folders])
+    merged, plain = (' '.join(f'{r:.2f}' for r in column) for column in zip(*ratios))
+    record_property('measured', f'time against the package, by exit: merged {merged}, not merged {plain}')
+    assert max(r for r, _ in ratios) < 1.1

@@ -20,12 +20,14 @@ from timm_multiexit.cli import main  # noqa: E402
 from timm_multiexit.data.splits import open_splits  # noqa: E402
 from timm_multiexit.datasets import DATASETS, normalize  # noqa: E402
 from timm_multiexit.files import sha256  # noqa: E402
+from timm_multiexit.inference.batch_loop import run_batch, segments_of  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, all_logits, preprocess, processor, resized  # noqa: E402
 from timm_multiexit.inference.export import COPIED, PACKAGE, export_folder  # noqa: E402
 from timm_multiexit.inference.preprocess import Preprocessing  # noqa: E402
 from timm_multiexit.inference.quantize import HeldOut, export_int8_folder  # noqa: E402
 from timm_multiexit.pretrained.exit_config import weights_digest  # noqa: E402
 from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
+from timm_multiexit.stopping.policy import ALWAYS, NEVER, ExitPolicy  # noqa: E402
 from timm_multiexit.stopping.scores import ExitScores  # noqa: E402
 from timm_multiexit.stopping.simulate import simulate  # noqa: E402
 
@@ -83,6 +85,21 @@ def test_the_folder_answers_as_the_runner_does(folder, network, photos, batch_si
     assert [r['label'] for r in results] == [f'k{k}' for k in run.prediction.tolist()]
     assert [r['probability'] for r in results] == pytest.approx(run.confidence.tolist(), abs=1e-5)
     assert [r['macs'] for r in results] == run.macs.tolist()
+
+
+def test_merged_graphs_give_the_same_answers(folder, network, tmp_path):
+    model, config = network
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(40, 3, 32, 32)).astype(np.float32)
+    for thresholds, merged in (((NEVER, 0., ALWAYS), [(0, 1)]), ((0., NEVER, ALWAYS), [(1, 2)]),
+                               ((NEVER, NEVER, ALWAYS), [(0, 2)]), ((0., 0., ALWAYS), [])):
+        rule, place = ExitPolicy(thresholds, config.temperatures), tmp_path / 'merged'
+        export_folder(model, config, place, rule)
+        assert {p.name for p in place.glob('*_to_*')} == {f'stage_{a + 1}_to_{b + 1}.onnx' for a, b in merged}
+        plain, ours = (run_batch(FolderEngine(each), rule, segments_of(rule), images, 8) for each in (folder, place))
+        assert len(set(plain.exit_index)) == len(segments_of(rule))
+        for a, b in zip(plain, ours):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_monitor_reports_and_caps(folder, network, photos):

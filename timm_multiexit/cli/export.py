@@ -48,6 +48,9 @@ def add_parser(subparsers) -> None:
                         help='the page to write, for any static file server; onnxruntime-web is downloaded once')
     parser.add_argument('--onnxruntime-web', metavar='FILE', default='',
                         help='for --web: its package from the npm registry, a .tgz file, instead of downloading it')
+    parser.add_argument('--average-budget', default='', metavar='MACS',
+                        help='for --output: also merge the graphs between the exits that this budget evaluates, like '
+                             '25M; up to a sixth faster under it, other budgets work as before')
     parser.add_argument('--int8', action='store_true',
                         help='the folder in int8, with scores computed anew from the held-out images of --data-dir')
     parser.add_argument('--vnni', action='store_true',
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         raise InputError('--int8 needs --output DIR, and --data-dir with the data set, for ranges and scores')
     if args.vnni and not args.int8:
         raise InputError('--vnni is an option of --int8: give both')
+    if args.average_budget and (args.int8 or not args.output):
+        raise InputError('--average-budget merges the graphs of --output without --int8')
     if args.certify and not args.int8:
         raise InputError('--certify is an option of --int8: other folders take the scores of --exit-config')
     model = load_network(args)
@@ -82,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
         graphs = quantize(args, model, config)
     else:
         from ..inference.export import export_folder
-        graphs = export_folder(model, config, args.output)
+        graphs = export_folder(
+            model, config, args.output, config.policy_for(args.average_budget) if args.average_budget else None)
     size = sum(path.stat().st_size for path in graphs) / 1e6
     print(f'written: {args.output}, {len(graphs)} graphs, {size:.1f} MB; run it: python {args.output}/run.py IMAGE')
 

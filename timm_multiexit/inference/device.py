@@ -35,8 +35,13 @@ SAMPLE_SCORES_NAME = 'samples.safetensors'
 _PASSES = 30
 
 
+def merged_name(first: int, last: int) -> str:
+    """File of stages and the head after them in one graph, which saves their hand-overs."""
+    return f'stage_{first + 1}_to_{last + 1}.onnx'
+
+
 class FolderEngine:
-    """Runs the graphs of a folder, one for each stage and each head; see `engine.Engine`.
+    """Runs the graphs of a folder: of each stage, of each head, and merged for a policy; see `engine.Engine`.
 
     Args:
         folder: What `export` wrote.
@@ -65,9 +70,16 @@ class FolderEngine:
         self.sessions: Dict[str, Any] = {}
 
     def build(self, segments: Sequence[Tuple[int, int]]) -> None:
-        for first, last in segments:
-            for name in (*(f'stage_{k + 1}.onnx' for k in range(first, last + 1)), f'head_{last + 1}.onnx'):
+        for segment in segments:
+            for name in self._names(*segment):
                 self._session(name)
+
+    def _names(self, first: int, last: int) -> List[str]:
+        """The graphs of a segment, in their order."""
+        merged = merged_name(first, last)
+        if merged in self.graphs['sha256']:
+            return [merged]
+        return [*(f'stage_{k + 1}.onnx' for k in range(first, last + 1)), f'head_{last + 1}.onnx']
 
     def _read(self, name: str) -> bytes:
         path = self.folder / name
@@ -96,16 +108,14 @@ class FolderEngine:
         return [np.ascontiguousarray(images, np.float32)]
 
     def run(self, first: int, last: int, state: List[np.ndarray]) -> Tuple[List[np.ndarray], np.ndarray]:
-        for k in range(first, last + 1):
-            maps = dict(zip(self.states[k], state))
-            session = self._session(f'stage_{k + 1}.onnx')
+        maps = dict(zip(self.states[first], state))
+        for name in self._names(first, last):
+            session = self._session(name)
             made = [output.name for output in session.get_outputs()]
             read = {value.name: maps[value.name] for value in session.get_inputs()}
             maps.update(zip(made, map(np.asarray, session.run(made, read))))
-            state = [maps[name] for name in self.states[k + 1]]
-        head = self._session(f'head_{last + 1}.onnx')
-        logits, = head.run(None, {head.get_inputs()[0].name: state[-1]})
-        return state, np.asarray(logits)
+        after = [maps[name] for name in self.states[last + 1] if name in maps]  # a merged graph to the end makes none
+        return after, maps[f'logits{last}']
 
     def gather(self, pieces: Sequence[Tuple[List[np.ndarray], Optional[np.ndarray]]]) -> List[np.ndarray]:
         return gather_arrays(pieces)

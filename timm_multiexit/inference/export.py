@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import onnx
 import onnxruntime
@@ -14,7 +14,17 @@ from ..files import write_json
 from ..models import MultiExitNet
 from ..pretrained.record import training_data
 from ..stopping.config import FILE_NAME, ExitConfig
-from .device import GRAPHS_NAME, SAMPLE_SCORES_NAME, SAMPLES_NAME, FolderEngine, processor, sample_scores
+from ..stopping.policy import StoppingRule
+from .batch_loop import Segment, segments_of
+from .device import (
+    GRAPHS_NAME,
+    SAMPLE_SCORES_NAME,
+    SAMPLES_NAME,
+    FolderEngine,
+    merged_name,
+    processor,
+    sample_scores,
+)
 from .onnx_engine import cut, export_graph
 from .preprocess import Preprocessing
 
@@ -33,13 +43,19 @@ sys.exit(main(Path(__file__).resolve().parent))
 IR_VERSION = 10  # of the oldest onnxruntime that runs opset 18 graphs of this exporter
 
 
-def export_folder(model: MultiExitNet, config: ExitConfig, folder: Union[str, Path]) -> List[Path]:
+def export_folder(
+        model: MultiExitNet,
+        config: ExitConfig,
+        folder: Union[str, Path],
+        rule: Optional[StoppingRule] = None,
+) -> List[Path]:
     """Writes the folder beside its place and renames it, so that a folder written twice is never half.
 
     Args:
         model: The network, in eval mode, with its record.
         config: Its exit config.
         folder: Where to write; an earlier export there is replaced, anything else is refused.
+        rule: For which stages between the exits that it evaluates are also written as one graph.
 
     Returns:
         The graphs.
@@ -48,7 +64,7 @@ def export_folder(model: MultiExitNet, config: ExitConfig, folder: Union[str, Pa
         InputError: the folder holds something else, or images are cropped in a way that a device does not know.
     """
     with replaced(folder, GRAPHS_NAME) as made:
-        graphs = write_graphs(model, made)
+        graphs = write_graphs(model, made, segments_of(rule) if rule else ())
         add_runner(made, config)
     return [Path(folder) / name for name in graphs]
 
@@ -106,21 +122,27 @@ def preprocessing_of(model: MultiExitNet) -> Dict[str, Any]:
         value_range=training_data(model).value_range)
 
 
-def write_graphs(model: MultiExitNet, folder: Path) -> List[str]:
-    """Writes the graphs of stages and heads, and their list; returns their names."""
+def write_graphs(model: MultiExitNet, folder: Path, merged: Sequence[Segment] = ()) -> List[str]:
+    """Writes the graphs of stages and heads, those of merged segments, and their list; returns their names."""
     preprocessing = preprocessing_of(model)
     states, graph = export_graph(model, preprocessing['input_size'][1:])
     extractor = onnx.utils.Extractor(graph)
-    digests = {}
+    parts = {}
     for k in range(model.num_exits):
-        made = [name for name in states[k + 1] if name not in states[k]]
-        for name, inputs, outputs in (
-                (f'stage_{k + 1}.onnx', states[k], made), (f'head_{k + 1}.onnx', states[k + 1][-1:], [f'logits{k}'])):
-            part = cut(extractor, states[0][0], inputs, outputs)
-            part.ir_version = IR_VERSION
-            data = part.SerializeToString()
-            (folder / name).write_bytes(data)
-            digests[name] = hashlib.sha256(data).hexdigest()
+        parts[f'stage_{k + 1}.onnx'] = states[k], [name for name in states[k + 1] if name not in states[k]]
+        parts[f'head_{k + 1}.onnx'] = states[k + 1][-1:], [f'logits{k}']
+    for first, last in merged:
+        if first < last:
+            made = states[last + 1] if last + 1 < model.num_exits else []  # nothing goes on from the last exit
+            parts[merged_name(first, last)] = states[first], [
+                f'logits{last}', *(name for name in made if name not in states[first])]
+    digests = {}
+    for name, (inputs, outputs) in parts.items():
+        part = cut(extractor, states[0][0], inputs, outputs)
+        part.ir_version = IR_VERSION
+        data = part.SerializeToString()
+        (folder / name).write_bytes(data)
+        digests[name] = hashlib.sha256(data).hexdigest()
     write_json(folder / GRAPHS_NAME, dict(
         states=states, num_classes=model.num_classes, precision='float32', onnxruntime=onnxruntime.__version__,
         processor=processor(), sha256=digests, preprocessing=preprocessing))
