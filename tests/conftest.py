@@ -137,7 +137,7 @@ class ResultsTable:
     HEAD = ['| test | outcome | time | date | commit | measured |', '|---|---|---|---|---|---|']
 
     def __init__(self, path: str):
-        self.path = Path(path)
+        self.path = Path(path).resolve()  # tests change the folder
         self.commit = subprocess.run(
             ['git', 'rev-parse', '--short', 'HEAD'], cwd=PROJECT, capture_output=True, text=True).stdout.strip()
 

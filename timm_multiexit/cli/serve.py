@@ -2,6 +2,7 @@
 import argparse
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, List
 
@@ -73,5 +74,7 @@ def answer(args: argparse.Namespace, queues: Any, config: ExitConfig) -> None:
         raise InputError(f'cannot answer at {args.host}:{args.port} ({error.strerror or error}): choose another --port '
                          'or --host') from error
     print(f'http://{args.host}:{args.port}/classify', flush=True)
-    uvicorn.Server(uvicorn.Config(make_app(queues, config, args.max_bytes), log_level='warning',
-                                  timeout_graceful_shutdown=5)).run(sockets=[listener])
+    server = uvicorn.Server(uvicorn.Config(
+        make_app(queues, config, args.max_bytes), log_level='warning', timeout_graceful_shutdown=5))
+    with suppress(KeyboardInterrupt):  # the server has ended when it passes a signal on
+        server.run(sockets=[listener])
