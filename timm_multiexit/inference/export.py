@@ -25,7 +25,7 @@ from .device import (
     processor,
     sample_scores,
 )
-from .onnx_engine import cut, export_graph
+from .onnx_engine import cut, export_graph, maps_made
 from .preprocess import Preprocessing
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -129,13 +129,12 @@ def write_graphs(model: MultiExitNet, folder: Path, merged: Sequence[Segment] = 
     extractor = onnx.utils.Extractor(graph)
     parts = {}
     for k in range(model.num_exits):
-        parts[f'stage_{k + 1}.onnx'] = states[k], [name for name in states[k + 1] if name not in states[k]]
+        parts[f'stage_{k + 1}.onnx'] = states[k], maps_made(states, k, k)
         parts[f'head_{k + 1}.onnx'] = states[k + 1][-1:], [f'logits{k}']
+    ends = [*states[:-1], []]  # nothing goes on from the last exit
     for first, last in merged:
         if first < last:
-            made = states[last + 1] if last + 1 < model.num_exits else []  # nothing goes on from the last exit
-            parts[merged_name(first, last)] = states[first], [
-                f'logits{last}', *(name for name in made if name not in states[first])]
+            parts[merged_name(first, last)] = states[first], [f'logits{last}', *maps_made(ends, first, last)]
     digests = {}
     for name, (inputs, outputs) in parts.items():
         part = cut(extractor, states[0][0], inputs, outputs)

@@ -75,7 +75,7 @@ class OnnxEngine:
 
     def _session(self, first: int, last: int) -> Tuple[onnxruntime.InferenceSession, List[str]]:
         """A session for a segment, and the names of the maps that it makes; it gives the logits before them."""
-        made = [name for name in self.state_names[last + 1] if name not in self.state_names[first]]
+        made = maps_made(self.state_names, first, last)
         graph = cut(self.extractor, self.state_names[0][0], self.state_names[first], [f'logits{last}', *made])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -146,6 +146,11 @@ def _exported(net: nn.Module, images: torch.Tensor) -> torch.export.ExportedProg
         with sdpa_kernel(SDPBackend.MATH):
             program = program.run_decompositions()
     return program
+
+
+def maps_made(states: Sequence[Sequence[str]], first: int, last: int) -> List[str]:
+    """Names of the maps that a segment makes, without those that it passes on."""
+    return [name for name in states[last + 1] if name not in states[first]]
 
 
 def cut(extractor: onnx.utils.Extractor, images: str, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
