@@ -8,7 +8,7 @@ from torch import fx, nn
 from ..errors import InputError
 from ._base import ExitHead
 from ._blocks import init_weights, strided_convs
-from ._cut import Trace
+from ._trace import Trace
 
 HEADS = ('conv', 'linear')
 WIDTH = 128  # of a conv head, as in MSDNet

@@ -16,8 +16,9 @@ from torch import fx, nn
 
 from ..errors import InputError
 from ._base import ExitHead, MultiExitNet, build_network
-from ._cut import Root, cut_stages, lend, share, trace, trace_head
+from ._cut import cut_stages, lend, share
 from ._taps import HEADS, as_map, find_taps, make_head
+from ._trace import Root, trace, trace_head
 
 __all__ = ['MultiExitBackbone', 'add_exits']
 
