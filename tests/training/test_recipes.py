@@ -49,7 +49,7 @@ def runs(cifar_root, tmp_path_factory):
         held_out = int(classes) - 8
         commands.append([*argv, '--dataset', 'folder', '--data-dir', str(root / f'cifar{classes}'), '--epochs', '1',
                          '--warmup-epochs', '0', '--batch-size', '4', '--validation-images', str(held_out),
-                         '--device', 'cpu', '--threads', '1'])
+                         '--certification-images', '0', '--device', 'cpu', '--threads', '1'])
     done = subprocess.run([sys.executable, '-c', TRAIN_ALL, json.dumps(commands)], cwd=root, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
@@ -63,7 +63,7 @@ def test_it_trains(runs, recipe, extra):
     final = runs / args.experiment / 'final'
     (step,) = History.read(final).steps
     settings = yaml.safe_load((FOLDER / f'{recipe}.yaml').read_text())
-    changed = {'dataset', 'epochs', 'warmup_epochs', 'batch_size', 'validation_images',
+    changed = {'dataset', 'epochs', 'warmup_epochs', 'batch_size', 'validation_images', 'certification_images',
                *(['model'] if '--model' in extra else [])}
     changed.add('amp')  # off on a CPU without bfloat16 instructions
     assert {k: step.options[k] for k in settings if k not in changed} == {
