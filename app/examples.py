@@ -128,8 +128,8 @@ class Curve:
 
 
 def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
-    """The curve on test images from results.json beside the weights, else on the validation images whose scores are
-    stored; None if there are neither.
+    """The curve on test images from results.json for the package's weights, else on the validation images whose scores
+    are stored; None if there are neither.
     """
     if config.scores is None:
         return None

@@ -174,7 +174,7 @@ def data_page(name: str, mode: str, average_budget: Optional[float], max_loss: O
     """
     network, assets, curve = stored_for(name)
     if curve is None:
-        return ('<div class="mx"><p class="panel">No policies are stored with these weights. Create them with '
+        return ('<div class="mx"><p class="panel">No exit config is stored with these weights. Create one with '
                 'timm-multiexit calibrate.</p></div>'), ''
     if mode == BY_LOSS and may_promise(network):
         if max_loss is None:
@@ -267,7 +267,7 @@ def classify(
 
 @clear_errors
 def policy(network: str, average_budget: str) -> Dict[str, Any]:
-    """The stored confidence thresholds for an average cost per image.
+    """The confidence thresholds for an average cost per image.
 
     Args:
         network: A name from `networks`.
@@ -275,6 +275,6 @@ def policy(network: str, average_budget: str) -> Dict[str, Any]:
     """
     config = get_network(network).config
     if config is None:
-        raise InputError(f"no exit config is stored for '{network}': create them with timm-multiexit calibrate")
+        raise InputError(f"no exit config is stored for '{network}': create one with timm-multiexit calibrate")
     policy = config.policy_for(read_macs(average_budget))
     return dict(confidences=[policy.confidence_at(k) for k in range(policy.num_exits)], **policy.to_dict())

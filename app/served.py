@@ -27,11 +27,11 @@ class Network:
         name: 'arch.tag' in the registry, or timm's 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
 
     Attributes:
-        config: The stored policies, or None.
+        config: The stored exit config, or None.
         milliseconds: Median cumulative time to each exit at batch size 1 on this machine.
 
     Raises:
-        InputError: unknown name, no weights, or stored policies for another network.
+        InputError: unknown name, no weights, or an exit config of another network.
     """
 
     def __init__(self, name: str):

@@ -6,6 +6,7 @@ The packages, in the order of the data flow:
     stopping     when to stop: policies, temperatures, what is stored with weights; arrays only, no network
     pretrained   networks, weights and their exit configs by name
     inference    engines, the early-exit and the anytime runner, the image reader
+    data         labelled images: splits, and images as training and evaluation read them
     evaluation   accuracy, calibration, figures and timing
     training     what `train_timm.py` runs
     cli          the `timm-multiexit` command

@@ -125,9 +125,9 @@ def write_json(path: Union[str, Path], content: Any) -> None:
 
 
 def write_csv(path: Union[str, Path], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of the same columns, beside and renamed."""
+    """Writes rows, beside and renamed, under a header of all their keys in the order in which they first occur."""
     with written_beside(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
 

@@ -122,7 +122,7 @@ def make_assets(
     Args:
         name: 'arch.tag'.
         labels: Class names.
-        config: The stored policies.
+        config: The stored exit config.
         images: uint8 (N, C, H, W).
         outputs: Their logits and targets.
         split: What they are called, 'test' or 'validation'.
@@ -155,7 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', metavar='MODEL',
                         help='arch.tag, or local-dir:FOLDER for your own, whose images lie beside the weights '
-                             '(default: all with weights and policies)')
+                             '(default: all with weights and an exit config)')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
     args = parser.parse_args(argv)
     for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):

@@ -1,4 +1,5 @@
 """The command line: classify, costs, and what it says to bad input."""
+import dataclasses
 import json
 import re
 import statistics
@@ -11,6 +12,7 @@ import torch
 from conftest import PROJECT, SAMPLES, SMALL
 from safetensors.torch import save_file
 
+from timm_multiexit import load_exit_config
 from timm_multiexit.cli import main
 from timm_multiexit.errors import InputError
 from timm_multiexit.files import write_json
@@ -102,6 +104,14 @@ def test_average_budget_uses_the_stored_thresholds(capsys):
     assert main(['classify', IMAGES[0], '--average-budget', '3M']) == 2
 
 
+def test_classes_are_named_as_in_the_exit_config(capsys, tmp_path):
+    config = load_exit_config('msfuse_cifar')
+    file = tmp_path / 'mine.json'
+    dataclasses.replace(config, class_names=tuple(f'kind {i}' for i in range(10))).save(file)
+    assert main(['classify', IMAGES[0], '--average-budget', '25M', '--exit-config', str(file)]) == 0
+    assert re.search(r'-> kind \d', capsys.readouterr().out)
+
+
 def test_average_latency_runs_the_exits_that_its_policy_uses(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     code = main(['classify', *IMAGES, '--average-latency', '75%', '--engine', 'torch', '--json'])
@@ -126,7 +136,7 @@ def test_average_latency_runs_the_exits_that_its_policy_uses(capsys, tmp_path, m
     assert main(['classify', IMAGES[0], '--average-latency', 'soon']) == 2 and not list(kept.parent.iterdir())
 
 
-def test_costs_of_weights_on_a_backbone(tmp_path, capsys):
+def test_costs_and_times_of_weights_on_a_backbone(tmp_path, capsys, monkeypatch):
     """Of that backbone and its size of images, where the last map is a single pixel."""
     model = timm.create_model('multiexit', backbone='resnet10t', at=1, num_classes=4)
     describe(model, TrainingData('folder'), list('abcd'), input_size=(3, 32, 32))
@@ -137,6 +147,9 @@ def test_costs_of_weights_on_a_backbone(tmp_path, capsys):
     costs = json.loads(printed.out)
     assert costs['num_classes'] == 4 and costs['input_size'] == [3, 32, 32] and 'Traceback' not in printed.err
     assert costs['macs'] == list(exit_costs(model.train()).macs) and costs['macs'][-1] < 50e6
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    assert main(['profile', '--checkpoint', str(tmp_path), '--engine', 'torch', '--json']) == 0
+    assert len(json.loads(capsys.readouterr().out)['stages_ms']) == 2
 
 
 def test_probabilities_are_calibrated_unless_asked_otherwise(capsys):

@@ -146,3 +146,15 @@ def test_a_split_is_divided_without_loss(tmp_path):
     assert set(some.sources) | set(others.sources) == set(split.sources)
     label = dict(zip(split.sources, split.targets.tolist()))
     assert [label[s] for s in others.sources] == others.targets.tolist()
+
+
+def test_part_of_a_data_set_is_taken_without_decoding_it(tmp_path):
+    """Of one that timm reads from files; pixels of torchvision's are in memory anyway."""
+    root = folder(tmp_path, {'train': 20, 'validation': 3})
+    splits = open_splits('torch/image_folder', root, development=8)
+    for file in root.glob('*/*/*.png'):
+        file.write_bytes(b'')
+    some, others = splits.train.divided(10)
+    assert len(some) == 10 and len(others) == 62
+    with pytest.raises(OSError):
+        some.sources[0]

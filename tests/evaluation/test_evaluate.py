@@ -63,7 +63,7 @@ def options(folder):
 @pytest.fixture(scope='module')
 def report(options, tmp_path_factory):
     output = tmp_path_factory.mktemp('report') / 'new'
-    assert main(['evaluate', NAME, *options, '--batch-size', '64', '--output', str(output)]) == 0
+    assert main(['evaluate', NAME, *options, '--batch-size', '64', '--guarantee', '--output', str(output)]) == 0
     return output
 
 
@@ -215,7 +215,7 @@ def test_thresholds_are_set_on_the_images_that_the_run_held_out(tmp_path, folder
     (['evaluate', NAME, '--data-dir', '/nowhere'], "'torch/cifar10' cannot be read from '/nowhere'"),
     (['evaluate', 'msfuse', '--data-dir', '.'], 'did you mean msfuse_cifar'),
     (['evaluate', NAME, '--data-dir', '.', '--batch-size', '0'], 'argument --batch-size'),
-    (['evaluate', NAME, '--data-dir', '.', '--validation-images', '0'], '--validation-images 0'),
+    (['evaluate', NAME, '--data-dir', '.', '--validation-images', '0'], 'argument --validation-images'),
     (['calibrate', NAME, '--data-dir', '.'], 'pass that, or --output FILE'),
     (['calibrate', NAME, '--data-dir', '.', '--checkpoint', 'none.pth'], "'none.pth' is not a file"),
 ])

@@ -1,4 +1,6 @@
 """Prepared networks: folding changes nothing but the speed, and both engines run any segment of any network."""
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -119,8 +121,10 @@ def test_engines_that_cannot_be_had_are_refused(small_msfuse, monkeypatch):
         make_engine(small_msfuse, 'tensorrt')
     with pytest.raises(InputError, match='0 classes'):
         make_engine(timm.create_model('msfuse_cifar', num_classes=0))
-    with pytest.raises(InputError, match='runs on the CPU only'):
+    with pytest.raises(InputError, match="runs on the CPU only, not on 'cuda'"):
         make_engine(small_msfuse, 'onnx', device='cuda')
+    with pytest.raises(InputError, match="runs on the CPU only, not on 'meta'"):
+        make_engine(copy.deepcopy(small_msfuse).to('meta'), 'onnx')
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)  # as if nothing were installed
     with pytest.raises(InputError, match='needs onnx, onnxruntime, onnxscript: pip install'):
         make_engine(small_msfuse, 'onnx')

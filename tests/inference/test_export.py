@@ -162,7 +162,7 @@ def test_a_folder_is_replaced_whole_and_no_other(folder, network, tmp_path):
         reader.build([(1, 2)])
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'notes.txt').write_text('mine')
-    with pytest.raises(InputError, match='holds something else than an export'):
+    with pytest.raises(InputError, match='holds something other than an earlier export'):
         export_folder(*network, tmp_path / 'mine')
 
 

@@ -333,7 +333,7 @@ def test_another_command_into_the_same_folder_is_refused(folder, photos, tmp_pat
     for text in ('[]', '{}', '{'):
         (output / '_predict.json').write_text(text)
         refused('record', *command, *STOP)
-    refused('holds something else', folder, place, '--output', place, *STOP)
+    refused('holds something other than predictions', folder, place, '--output', place, *STOP)
 
 
 def test_a_rerun_keeps_the_policy_that_was_solved(folder, photos, tmp_path):

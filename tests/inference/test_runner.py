@@ -364,5 +364,7 @@ def test_a_deadline_that_is_no_time_is_refused(small, deadline):
 def test_anytime_refuses_what_does_not_fit(small):
     with pytest.raises(InputError, match='3 costs and 2 temperatures for a network with 3 exits'):
         AnytimeRunner(small[0], costs=small[1], temperatures=(1., 1.))
-    with pytest.raises(InputError, match='not empty'):
+    with pytest.raises(InputError, match='empty batch'):
         AnytimeRunner(small[0], costs=small[1]).within_budget(torch.zeros(0, 3, 32, 32), small[1].macs[0])
+    with pytest.raises(InputError, match='normalise them to floats'):
+        AnytimeRunner(small[0], costs=small[1]).within_time(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), 1e6)

@@ -228,5 +228,8 @@ def test_budgets_are_texts_too(tmp_path):
     for wrong in (dict(average_budget='lots'), dict(average_ms='soon', profile=profile)):
         with pytest.raises(InputError, match='write it like'):
             config.policy_for(**wrong)
+    for wrong in (0, -1., float('nan')):
+        with pytest.raises(InputError, match='write it like'):
+            config.policy_for(average_ms=wrong, profile=profile)
     config.save(tmp_path / 'mine.json')
     assert load_exit_config(str(tmp_path / 'mine.json')).policy_for('25M') == config.policy_for('25M')

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from ..commands import COUNT, device
+from ..commands import COUNT, POSITIVE, device
 from ..data.splits import Splits, open_splits
 from ..datasets import VALIDATION_IMAGES
 from ..errors import InputError
@@ -98,7 +98,7 @@ def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None
     group.add_argument('--average-latency', metavar='MS', **kwargs,
                        help="average milliseconds per image on this machine, like 2ms, or a share of the full "
                             "network's, like 50%%")
-    group.add_argument('--max-loss', metavar='POINTS', **kwargs,
+    group.add_argument('--max-loss', type=POSITIVE, metavar='POINTS', **kwargs,
                        help='the fewest multiply-adds that lose at most so many points of accuracy against the full '
                             'network, guaranteed (needs calibrate --certify)')
     add_exit_config_option(parser)
@@ -137,16 +137,4 @@ def requested_policy(args: argparse.Namespace, config: ExitConfig, profile: Opti
         return config.policy_for(args.average_budget)
     if args.average_latency is not None:
         return config.policy_for(average_ms=args.average_latency, profile=profile)
-    return config.policy_for(max_loss=parse_points(args.max_loss), certainty=args.certainty, risk=args.risk)
-
-
-def parse_points(text: str) -> float:
-    """Percentage points, like '0.5'.
-
-    Raises:
-        InputError: not a number.
-    """
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"'{text}' is not a number of points: write it like 0.5, for half a percent") from None
+    return config.policy_for(max_loss=args.max_loss, certainty=args.certainty, risk=args.risk)

@@ -28,7 +28,6 @@ from ._common import (
     load_network,
     network_name,
     open_data,
-    parse_points,
     stored_exit_config,
 )
 
@@ -59,7 +58,7 @@ def add_parser(subparsers) -> None:
                         help=f'the large batch (default: {BATCH_SIZE}, smaller in the same way)')
     parser.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='measurements of each')
     parser.add_argument('--threads', type=Number(int, 1, os.cpu_count() or 1), default=None, metavar='N',
-                        help='CPU threads (default: all cores)')
+                        help="CPU threads (default: PyTorch's)")
     parser.add_argument('--json', action='store_true', help='for programs: one object')
     parser.add_argument('--output', default='', metavar='FILE', help='also write that object to a file')
     parser.set_defaults(run=run)
@@ -86,8 +85,8 @@ def named_policies(args: argparse.Namespace, config: Optional[ExitConfig], num_e
         check_exits(policy, num_exits)
     if config is not None:
         policies.update((format_macs(b), config.policy_for(b)) for b in map(parse_macs, args.average_budget))
-        policies.update((f'{x} points', config.policy_for(max_loss=x, certainty=args.certainty, risk=args.risk))
-                        for x in map(parse_points, args.max_loss))
+        policies.update((f'{x:g} points', config.policy_for(max_loss=x, certainty=args.certainty, risk=args.risk))
+                        for x in args.max_loss)
     return policies
 
 

@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     temperatures = stored.temperatures if stored and not args.uncalibrated else (1.,) * model.num_exits
     steps_of = steps_under_options(args, model, costs, stored, temperatures)
     preprocess = Preprocessing.of(model)
-    labels = class_labels(model)
+    labels = class_labels(model, stored.class_names if stored else None)
     results, failed = [], False
     for path in named_images(args.images):
         try:

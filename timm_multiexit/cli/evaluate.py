@@ -10,7 +10,6 @@ from .. import __version__
 from ..commands import COUNT
 from ..data.images import Images
 from ..data.splits import Splits
-from ..errors import InputError
 from ..evaluation.classes import (
     CLASSES_NAME,
     ClassResult,
@@ -39,7 +38,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'evaluate', help='accuracy of each exit and under average budgets',
         description='Measures every exit on the test set, and average budgets under thresholds from validation images. '
-                    'Writes results.json, two CSV tables and two figures.')
+                    'Writes results.json, three CSV tables and two figures.')
     add_model_argument(parser)
     add_model_options(parser)
     add_data_options(parser)
@@ -47,7 +46,7 @@ def add_parser(subparsers) -> None:
                         help='default: beside your own weights, else evaluation/MODEL')
     parser.add_argument('--guarantee', nargs='?', const='accuracy', choices=RISKS, metavar='RISK',
                         help='also check promises "at most so many points lost": 500 random splits of the test images '
-                             'into 2,000 to certify on and the rest to check on; of '
+                             'into 2,000, at most half, to certify on and the rest to check on; of '
                              f"{', '.join(RISKS)} (default: accuracy)")
     parser.set_defaults(run=run)
 
@@ -65,7 +64,7 @@ def add_image_options(parser: argparse.ArgumentParser, **kwargs) -> None:
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: that of the weights)")
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download it')
-    parser.add_argument('--validation-images', type=int, default=None, metavar='N',
+    parser.add_argument('--validation-images', type=COUNT, default=None, metavar='N',
                         help='training images on which thresholds are set, held out as in train_timm.py (default: '
                              'those that the run held out)')
     parser.add_argument('--batch-size', type=COUNT, default=256, metavar='N')
@@ -77,8 +76,6 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, Splits]:
     Raises:
         InputError: options that cannot be used.
     """
-    if args.validation_images is not None and args.validation_images < 1:
-        raise InputError(f'--validation-images {args.validation_images}: give 1 or more')
     model = load_network(args)
     model = model.to(memory_format=torch.channels_last)
     return model, open_data(args, model)
@@ -107,10 +104,13 @@ def run(args: argparse.Namespace) -> None:
         args.output or weights_folder(args) or Path('evaluation') / args.model.replace('/', '_')))
     print_results(results)
     rows = class_results(test.logits[-1].argmax(1), test.targets, class_labels(model, splits.classes))
-    write_classes(rows, paths[0].with_name(CLASSES_NAME))
+    paths.append(paths[0].with_name(CLASSES_NAME))
+    write_classes(rows, paths[-1])
     print_classes(rows, splits.test.title)
     if args.guarantee:
-        print_guarantees(check_guarantees(config.path(), test, costs, args.guarantee), args.guarantee, costs)
+        images = min(2000, len(test.targets) // 2)
+        checks = check_guarantees(config.path(), test, costs, args.guarantee, images=images)
+        print_guarantees(checks, args.guarantee, costs, images)
     print('written: ' + ', '.join(map(str, paths)))
 
 
@@ -140,9 +140,9 @@ def print_classes(rows: Sequence[ClassResult], measured_on: str) -> None:
         print(f'{row.taken:,} of {row.images:,} {row.name} taken for {row.taken_for}')
 
 
-def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts) -> None:
-    print(f'\nguaranteed loss ({risk}), certainty 95 %, if new images are like these: certified on 2,000 test images, '
-          'checked on the rest, 500 splits')
+def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts, images: int) -> None:
+    print(f'\nguaranteed loss ({risk}), certainty 95 %, if new images are like these: certified on {images:,} test '
+          'images, checked on the rest, 500 splits')
     print(f"{'at most':>8} {'broken in':>10} {'plug-in rule in':>16} {'median cost':>12} {'of full':>8} {'none':>6}")
     for c in checks:
         print(f'{c.max_loss:>8.2f} {c.broken:>10.1%} {c.plug_in_broken:>16.1%} {format_macs(c.median_macs):>12} '

@@ -57,7 +57,8 @@ def add_parser(subparsers) -> None:
                         help='int8 for processors with VNNI or dot products only: weights of 8 bits in place of 7')
     add_image_options(parser, help='folder of the data set, for --int8')
     parser.add_argument('--certify', default='', metavar='DIR',
-                        help='for --int8: images for --max-loss, as of calibrate; its scores are of the float network')
+                        help='for --int8: images for --max-loss, as for calibrate, whose own scores are of the float '
+                             'network')
     parser.set_defaults(run=run)
 
 

@@ -4,12 +4,12 @@ import json
 
 import torch
 
-from ..errors import InputError
+from ..commands import COUNT
 from ..inference.engine import ENGINES, make_engine
 from ..inference.profile import device_name, kept_profile, profile
 from ..models import exit_costs
 from ..stopping.costs import format_macs
-from ._common import add_model_options, load_network
+from ._common import add_model_argument, add_model_options, load_network, network_name
 
 
 def add_parser(subparsers) -> None:
@@ -17,18 +17,16 @@ def add_parser(subparsers) -> None:
         'profile', help='milliseconds of each stage and head on this machine',
         description='Measures what each stage and each head takes on this machine, on random images, and keeps it in '
                     'the cache folder. --average-latency does so by itself at its first use; this measures anew.')
-    parser.add_argument('model', help='name in the registry, hf-hub:... or local-dir:...')
+    add_model_argument(parser)
     add_model_options(parser)
     parser.add_argument('--engine', choices=ENGINES, default='auto',
                         help='default: onnx if it is installed, else torch')
-    parser.add_argument('--batch-size', type=int, default=1, metavar='N', help='images that come at once')
+    parser.add_argument('--batch-size', type=COUNT, default=1, metavar='N', help='images that come at once')
     parser.add_argument('--json', action='store_true', help='for programs: one object')
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.batch_size < 1:
-        raise InputError(f'--batch-size {args.batch_size}: give 1 or more')
     model = load_network(args)
     engine = make_engine(model, args.engine)
     costs = exit_costs(model)
@@ -37,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(dict(stages_ms=times.stages, heads_ms=times.heads, full_ms=times.full, file=str(path))))
         return
-    print(f'{args.model}, {engine.name} engine, {device_name(engine.device)}, {torch.get_num_threads()} threads: '
-          f'milliseconds per image at batch {args.batch_size}')
+    print(f'{network_name(args.model, model)}, {engine.name} engine, {device_name(engine.device)}, '
+          f'{torch.get_num_threads()} threads: milliseconds per image at batch {args.batch_size}')
     print(f"{'exit':>4} {'MACs':>9} {'stage':>8} {'head':>8} {'all images leave here':>22}")
     for k, macs in enumerate(costs.macs):
         head = f'{times.heads[k]:>8.3f}' if k < engine.num_exits - 1 else f"{'':>8}"

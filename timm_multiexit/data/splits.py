@@ -44,6 +44,9 @@ class _DatasetImages(Sequence):
     def __getitem__(self, i):
         return self.dataset[self.index[i]][0]
 
+    def at(self, index: Sequence[int]) -> '_DatasetImages':
+        return _DatasetImages(self.dataset, [self.index[i] for i in index])
+
 
 @dataclass(frozen=True)
 class Split:
@@ -66,16 +69,19 @@ class Split:
 
     def some(self, count: int) -> 'Split':
         """At most so many of the images, evenly spaced: files are in the order of their classes."""
-        return self._of(torch.linspace(0, len(self) - 1, min(count, len(self))).long())
+        return self.at(torch.linspace(0, len(self) - 1, min(count, len(self))).long())
 
     def divided(self, count: int) -> Tuple['Split', 'Split']:
         """`some(count)`, and the images that are not among them."""
         others = torch.ones(len(self), dtype=torch.bool)
         others[torch.linspace(0, len(self) - 1, min(count, len(self))).long()] = False
-        return self.some(count), self._of(others.nonzero().flatten())
+        return self.some(count), self.at(others.nonzero().flatten())
 
-    def _of(self, index: torch.Tensor) -> 'Split':
-        return Split(self.title, [self.sources[i] for i in index.tolist()], self.targets[index],
+    def at(self, index: torch.Tensor) -> 'Split':
+        """The images with these numbers, int64 (n,); still none is decoded."""
+        chosen, sources = index.tolist(), self.sources
+        return Split(self.title, sources.at(chosen) if isinstance(sources, _DatasetImages) else
+                     [sources[i] for i in chosen], self.targets[index],
                      None if self.pixels is None else self.pixels[index])
 
 

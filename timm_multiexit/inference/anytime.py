@@ -12,7 +12,7 @@ from ..models import MultiExitNet, exit_costs
 from ..stopping.costs import ExitCosts
 from ..stopping.policy import confidence
 from .engine import Engine, make_engine
-from .runner import Run
+from .runner import Run, check_images
 
 _WARM_UP_PASSES = 3
 _TIMED_PASSES = 15
@@ -62,7 +62,8 @@ class AnytimeRunner:
             InputError: no images, NaN logits, or a budget below the first exit.
         """
         k = self.costs.deepest_within(budget)
-        _, logits = self.engine.run(0, k, self.engine.start(self._check(images)))
+        check_images(self.engine, images)
+        _, logits = self.engine.run(0, k, self.engine.start(images))
         return self._answer(k, logits)
 
     def within_time(self, images: torch.Tensor, milliseconds: float) -> Run:
@@ -81,7 +82,7 @@ class AnytimeRunner:
         """
         if not 0. < milliseconds < math.inf:
             raise InputError(f'a deadline of {milliseconds} ms: give a positive number')
-        self._check(images)
+        check_images(self.engine, images)
         if tuple(images.shape) not in self.step_times:
             self.measure(images)
         times = self.step_times[tuple(images.shape)]
@@ -100,7 +101,7 @@ class AnytimeRunner:
 
         A deadline depends on the slow case: the time within which nine of ten passes finish.
         """
-        self._check(images)
+        check_images(self.engine, images)
         passes = []
         for number in range(_WARM_UP_PASSES + _TIMED_PASSES):
             state, times = self.engine.start(images), []
@@ -113,12 +114,6 @@ class AnytimeRunner:
         slow = tuple(statistics.quantiles(column, n=10)[-1] for column in zip(*passes))
         self.step_times[tuple(images.shape)] = slow
         return slow
-
-    def _check(self, images: torch.Tensor) -> torch.Tensor:
-        if not isinstance(images, torch.Tensor) or images.ndim != 4 or len(images) == 0:
-            shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-            raise InputError(f'images of shape {shape}: give a tensor (images, channels, height, width), not empty')
-        return images
 
     def _answer(self, k: int, logits: np.ndarray) -> Run:
         size = (len(logits),)

@@ -211,7 +211,7 @@ def check(engine: FolderEngine, config: ExitConfig) -> Tuple[bool, str]:
         moved |= there.exits(policy.thresholds) != here.exits(policy.thresholds)
     import onnxruntime
     return not moved.any(), (
-        f'{moved.sum()} of {len(moved)} sample images are answered otherwise on {processor()} with onnxruntime '
+        f'{moved.sum()} of {len(moved)} sample images are answered differently on {processor()} with onnxruntime '
         f'{onnxruntime.__version__} than on {engine.graphs["processor"]} with {engine.graphs["onnxruntime"]}; '
         f'scores differ by up to {abs(there.scores - here.scores).max():.1e}')
 

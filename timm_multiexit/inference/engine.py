@@ -83,7 +83,8 @@ def make_engine(
         raise InputError(f"unknown engine '{engine}': choose one of {', '.join(ENGINES)}")
     if model.num_classes < 2:
         raise InputError(f'a network of {model.num_classes} classes has no confidence to stop on: give two or more')
-    on_cpu = torch.device(device or next(model.parameters()).device).type == 'cpu'
+    target = torch.device(device or next(model.parameters()).device)
+    on_cpu = target.type == 'cpu'
     if engine == 'auto':
         engine = 'onnx' if on_cpu and not missing_packages('export') else 'torch'
     if engine == 'torch':
@@ -91,6 +92,6 @@ def make_engine(
         return TorchEngine(model, device, **kwargs)
     require_extra('export', 'the onnx engine')
     if not on_cpu:
-        raise InputError(f"the onnx engine runs on the CPU only, not on '{device}': use the torch engine there")
+        raise InputError(f"the onnx engine runs on the CPU only, not on '{target}': use the torch engine there")
     from .onnx_engine import OnnxEngine
     return OnnxEngine(model, **kwargs)

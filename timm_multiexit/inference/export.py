@@ -82,7 +82,7 @@ def replaced(folder: Union[str, Path], mark: str) -> Iterator[Path]:
     """
     folder = Path(folder)
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"'{folder}' holds something else than an export: give another folder")
+        raise InputError(f"'{folder}' holds something other than an earlier export: give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
         made = Path(scratch) / 'made'

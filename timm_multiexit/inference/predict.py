@@ -1,4 +1,4 @@
-"""Answers to millions of images as a folder of Parquet files: streamed, in bounded memory, gone on with after a kill.
+"""Answers to millions of images as a folder of Parquet files: streamed, in bounded memory, resumable after a kill.
 
 A source has an order, and each file (a part) holds the answers for a fixed range of it. Parts are written beside and
 renamed, so those that are there are whole, and a rerun skips their images.
@@ -92,7 +92,8 @@ def check_output(output: Path) -> None:
         # A kill before the record was written leaves these.
         others = [path.name for path in output.iterdir() if not path.name.lstrip('.').startswith(('lock', '_predict'))]
         if others:
-            raise InputError(f"'{output}' holds something else than predictions ('{others[0]}'): give another --output")
+            raise InputError(
+                f"'{output}' holds something other than predictions ('{others[0]}'): give another --output")
 
 
 def predict(

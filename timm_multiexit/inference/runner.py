@@ -45,8 +45,9 @@ class Run(Simulation):
 class EarlyExitRunner:
     """Runs images under a stopping rule; no stage runs on an image that has left, or when no image remains.
 
-    The exit and the logits of an image do not depend on the batch it is in. Heads of exits that the rule does not use
-    do not run.
+    With the onnx engine the exit and the logits of an image do not depend on its batch, to the last bit. With PyTorch
+    logits agree up to rounding, so an image whose confidence nearly ties with a threshold may leave elsewhere. Heads of
+    exits that the rule does not use do not run.
 
     Under torchrun, once the process group is up, each process runs its share of the images, and every process returns
     the result for all of them. All processes must be given the same images in the same order.
@@ -129,7 +130,7 @@ class EarlyExitRunner:
         Raises:
             InputError: no images, not images of this network, or NaN logits.
         """
-        self._check(images)
+        check_images(self.engine, images)
         if batch_size < 1:
             raise InputError(f'batch_size {batch_size}: give 1 or more')
         rank, world = _process()
@@ -158,7 +159,7 @@ class EarlyExitRunner:
         def images() -> Iterator[torch.Tensor]:
             for i, batch in enumerate(loader):
                 x, y = batch[:2] if isinstance(batch, (list, tuple)) else (batch, None)
-                self._check(x)
+                check_images(self.engine, x)
                 if i % world == rank:
                     targets.append((i, None if y is None else torch.as_tensor(y)))
                     yield x
@@ -186,20 +187,6 @@ class EarlyExitRunner:
         images = (torch.stack([preprocess(p)[0] for p in batches[i]]) for i in mine)
         bar = tqdm(self._map(images), unit='batch', total=len(mine), disable=True if rank else None)
         return paths, self._finish((i, None, rows) for i, rows in zip(mine, bar))
-
-    def _check(self, images: torch.Tensor) -> None:
-        chans = self.engine.in_chans
-        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != chans:
-            kind = type(images).__name__
-            given = f'shape {tuple(images.shape)}' if isinstance(images, torch.Tensor) else f'type {kind}'
-            raise InputError(f'images of {given}: give a tensor (images, {chans}, height, width)')
-        if len(images) == 0:
-            raise InputError('an empty batch: give at least one image')
-        if not images.is_floating_point():
-            raise InputError(f'images of {images.dtype}: normalise them to floats first, as the network was trained')
-        precision = getattr(self.engine, 'dtype', torch.float32)
-        if torch.finfo(images.dtype).bits < torch.finfo(precision).bits:  # what they lost moves images between exits
-            raise InputError(f'images of {images.dtype} for an engine of {precision}: give them in that precision')
 
     def _map(self, batches: Iterable[torch.Tensor]) -> Iterator[Answers]:
         """Answers for each batch, in order; one batch per worker at a time, and one waiting."""
@@ -260,6 +247,26 @@ class EarlyExitRunner:
     def _result(self, answers: Answers, targets: Optional[torch.Tensor]) -> Run:
         exit_index, prediction, confidence, logits = map(torch.from_numpy, answers)
         return Run(exit_index, prediction, confidence, self.macs[exit_index], logits, targets)
+
+
+def check_images(engine: Engine, images: torch.Tensor) -> None:
+    """Checks that a batch is what an engine runs on.
+
+    Raises:
+        InputError: no float tensor (B, C, H, W) with its channels, empty, or in a precision below its own.
+    """
+    chans = engine.in_chans
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != chans:
+        kind = type(images).__name__
+        given = f'shape {tuple(images.shape)}' if isinstance(images, torch.Tensor) else f'type {kind}'
+        raise InputError(f'images of {given}: give a tensor (images, {chans}, height, width)')
+    if len(images) == 0:
+        raise InputError('an empty batch: give at least one image')
+    if not images.is_floating_point():
+        raise InputError(f'images of {images.dtype}: normalise them to floats first, as the network was trained')
+    precision = getattr(engine, 'dtype', torch.float32)
+    if torch.finfo(images.dtype).bits < torch.finfo(precision).bits:  # what they lost moves images between exits
+        raise InputError(f'images of {images.dtype} for an engine of {precision}: give them in that precision')
 
 
 def _process() -> Tuple[int, int]:

@@ -17,7 +17,7 @@ from ..stopping.config import ExitConfig
 from ..stopping.policy import NEVER
 from ..stopping.solve import budget_grid
 from .export import IR_VERSION, preprocessing_of
-from .onnx_engine import cut, export_graph
+from .onnx_engine import cut, export_graph, maps_made
 
 DOMAIN = 'timm_multiexit'
 _BUDGETS = 11  # for which thresholds are stored
@@ -116,7 +116,7 @@ def _network(model: MultiExitNet, temperatures: Sequence[float], input_size: Seq
         branches = {a.g.name: a.g for node in graph.node if node.op_type == 'If' for a in node.attribute}
         if k < last:
             branches[f'go_on_{k}'].CopyFrom(rest)
-        made = [name for name in states[k + 1] if name not in states[k]]
+        made = maps_made(states, k, k)
         for place, name, inputs, outputs in (
                 (branches.get(f'head_{k}', graph), f'head_{k + 1}', states[k + 1][-1:], [f'logits{k}']),
                 (graph, f'stage_{k + 1}', states[k], made)):

@@ -103,5 +103,6 @@ def _check(package: Path) -> None:
     """
     data = package.read_bytes() if package.is_file() else b''
     if f'sha512-{base64.b64encode(hashlib.sha512(data).digest()).decode()}' != INTEGRITY:
-        raise InputError(f"'{package}' is {'not' if data else 'missing, instead of'} the package onnxruntime-web "
-                         f'{VERSION}: delete it if it is in the cache folder, else give another --onnxruntime-web')
+        raise InputError(f"'{package}' {'is not' if data else 'is missing; it should be'} the package "
+                         f'onnxruntime-web {VERSION}: delete it if it is in the cache folder, else give another '
+                         '--onnxruntime-web')

@@ -5,7 +5,7 @@ from typing import Any, Dict
 
 from ..datasets import DATASETS
 
-# Weights ship with the package: `ARCH.TAG/model.safetensors` in this folder, with their results and policies.
+# Weights ship with the package: `ARCH.TAG/model.safetensors` in this folder, with their results and exit config.
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / 'weights'
 
 

@@ -102,7 +102,7 @@ def stored_path(name: str, filename: str, checkpoint: Union[str, Path] = '') -> 
 
 
 def list_stored() -> List[str]:
-    """Names 'arch.tag' of the weights whose policies come with the package."""
+    """Names 'arch.tag' of the weights whose exit config comes with the package."""
     return sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{FILE_NAME}'))
 
 

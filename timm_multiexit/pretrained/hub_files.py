@@ -22,6 +22,7 @@ from huggingface_hub.utils import build_hf_headers, get_session
 from timm.models._hub import download_from_hf, hf_split  # private: they alone know timm's 'ORG/NAME@REVISION'
 
 from ..errors import InputError, MissingFileError
+from ..files import sha256
 
 EXAMPLES_FILE, SPRITE_FILE = 'examples.json', 'images.png'  # images that the app shows
 WEIGHTS_FILE = 'model.safetensors'
@@ -149,8 +150,7 @@ def hub_file(place: str, filename: str) -> Path:
 def _hash_like(blob: Path) -> str:
     """The hash of a cached file, of the kind that its name is; the name itself if it is not a hash."""
     if re.fullmatch('[0-9a-f]{64}', blob.name):
-        with blob.open('rb') as file:
-            return hashlib.sha256(file.read()).hexdigest()
+        return sha256(blob)
     if re.fullmatch('[0-9a-f]{40}', blob.name):  # git's hash, for small files
         content = blob.read_bytes()
         return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()

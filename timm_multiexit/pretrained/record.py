@@ -96,7 +96,7 @@ def read_training_data(path: Union[str, Path]) -> Optional[TrainingData]:
     """What config.json holds under the key `multiexit`; None if it holds no record.
 
     Raises:
-        InputError: the file cannot be read, or the record is of another version.
+        InputError: the file cannot be read, or the record has unknown fields.
     """
     values = read_json(path, 'config')
     stored = values.get(RECORD_KEY) if isinstance(values, dict) else None

@@ -26,7 +26,7 @@ from .temperature import fit_temperature
 VERSION = 2
 FILE_NAME = 'multiexit.json'
 RECIPE_NAME = 'recipe.yaml'
-# A policy in time is tried so often, until its logarithm is so close.
+# A policy for a time is measured up to this often, until the logarithms of both times differ by less than this.
 _TRIALS, _CLOSE = 4, 0.04
 
 
@@ -207,7 +207,7 @@ class ExitConfig:
             raise InputError(f'a profile of {len(costs.stages)} exits does not fit a network with {self.num_exits}')
         if isinstance(average_budget, str):
             average_budget = parse_macs(average_budget)
-        if isinstance(average_ms, str):
+        if average_ms is not None:
             average_ms = parse_latency(average_ms, costs.full)
         key = (average_budget, average_ms, max_loss, certainty, risk, costs)
         if key not in self._solved:
@@ -270,7 +270,7 @@ class ExitConfig:
         return self._solved['solver', costs]
 
     def _promised(self, costs: StageCosts, max_loss: float, certainty: float, risk: str) -> ExitPolicy:
-        candidates = self.path(None if costs.unit == 'MACs' else costs)
+        candidates = self.path(costs)
         assert self.scores is not None  # or there would be no path
         kept = self.scores.certified
         kept = kept.subset(np.random.default_rng(0).permutation(kept.num_images))  # the bound needs a random order
@@ -291,11 +291,12 @@ class ExitConfig:
                 f'a loss of at most {max_loss:g} points cannot be promised from {kept.num_images} certification images '
                 f'with certainty {certainty:g}: ask for {tightest(losses[0], certainty, risk):.2f} points or more, or '
                 'for less certainty, or certify more images')
-        what = {'accuracy': 'points less accurate than', 'harm': '% wrong where it is right, against',
-                'consistency': '% answered otherwise than by'}[risk]
+        what = {'accuracy': 'points less accurate than the full network',
+                'harm': '% of images wrong that the full network gets right',
+                'consistency': '% of answers that differ from those of the full network'}[risk]
         return dataclasses.replace(
-            candidates[chosen], promise=f'at most {max_loss:g} {what} the full network, with certainty {certainty:g}, '
-            f'for images like the {kept.num_images:,} certification images')
+            candidates[chosen], promise=f'at most {max_loss:g} {what}, with certainty {certainty:g}, for images '
+            f' like the {kept.num_images:,} certification images')
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON, without the scores."""

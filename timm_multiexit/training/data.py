@@ -61,8 +61,8 @@ def describe_data(args: argparse.Namespace, model: MultiExitNet, splits: Splits)
                          f"--input-size {cfg['input_size'][1]}, or --model-kwargs img_size={height}")
     limits = value_range(splits.train) if deep else None
     known = find_dataset(args.dataset)
-    mean, std = (cfg if transferred or not known else vars(known))['mean'], \
-        (cfg if transferred or not known else vars(known))['std']
+    source = cfg if transferred or not known else vars(known)
+    mean, std = source['mean'], source['std']
     if model.in_chans == 1 and len(mean) == 3:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     config: Dict[str, Any] = dict(input_size=(model.in_chans, height, width), mean=tuple(mean), std=tuple(std))

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 import yaml
 
 from ..errors import InputError
-from ..files import read_yaml, sha256, written_beside
+from ..files import read_yaml, sha256, write_csv, written_beside
 from ..pretrained.load import stored_checkpoint
 
 STEPS_NAME = 'history.yaml'
@@ -98,7 +98,7 @@ class History:
         with written_beside(folder / STEPS_NAME) as partial:
             text = yaml.dump(entries, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=118)
             partial.write_text(_HEAD + text, encoding='utf-8')
-        write_rows(folder / LOG_NAME, self.log)
+        write_csv(folder / LOG_NAME, self.log)
 
 
 def initial_history(files: Sequence[Union[str, Path]], run: str) -> History:
@@ -157,14 +157,6 @@ def read_rows(path: Path) -> List[Dict[str, str]]:
         return []
     with path.open(newline='', encoding='utf-8') as file:
         return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Writes a CSV file with a header of all keys, in the order in which they first occur."""
-    with written_beside(path) as partial, partial.open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 class _Inline(dict):

@@ -270,9 +270,7 @@ class StreamedEvaluation:
     """
 
     def __init__(self, images: Images, device: torch.device, rank: int, world_size: int):
-        share = range(rank, len(images.split), world_size)
-        split = replace(images.split, sources=[images.split.sources[i] for i in share],
-                        targets=images.split.targets[rank::world_size], pixels=None)
+        split = replace(images.split.at(torch.arange(rank, len(images.split), world_size)), pixels=None)
         self.images, self.device = Images(split, images.preprocess, images.batch_size), device
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:

@@ -179,7 +179,7 @@ def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mixup-switch-prob', type=SHARE, default=0.5)
     group.add_argument('--mixup-mode', choices=['batch', 'pair', 'elem'], default='batch')
     group.add_argument('--mixup-off-epoch', type=WHOLE, default=0, metavar='N',
-                       help='no mixup or cutmix from epoch N on')
+                       help='no mixup or cutmix from epoch N on (default: never)')
     group.add_argument('--drop', type=BELOW_ONE, default=0., help='dropout before the classifiers')
 
 
@@ -188,7 +188,7 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu')
     group.add_argument('--world-size', type=COUNT, default=None, metavar='N',
                        help='processes that a recipe is written for; another number under torchrun gives a warning')
-    group.add_argument('--threads', type=THREADS, default=0, help='CPU threads, 0 for all')
+    group.add_argument('--threads', type=THREADS, default=0, help="CPU threads; 0 leaves PyTorch's default")
     group.add_argument('--amp', action='store_true', help='autocast')
     group.add_argument('--amp-dtype', choices=['bfloat16', 'float16'], default='bfloat16')
     group.add_argument('--channels-last', action='store_true')

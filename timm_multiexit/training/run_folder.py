@@ -17,16 +17,15 @@ from safetensors.torch import save
 from timm.utils import CheckpointSaver, unwrap_model
 
 from ..errors import InputError
-from ..files import sha256, write_json, written_beside
-from ..pretrained.hub_files import CONFIG_FILE
+from ..files import sha256, write_csv, write_json, written_beside
+from ..pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE
 from ..pretrained.load import stored_checkpoint
 from ..stopping.config import RECIPE_NAME
-from .history import SUMMARY_NAME, History, initial_history, read_rows, write_rows
+from .history import SUMMARY_NAME, History, initial_history, read_rows
 from .trainer import Trainer
 
 _logger = logging.getLogger('train')
 LAST_NAME = 'last.pth.tar'
-WEIGHTS_NAME = 'model.safetensors'
 # Options that say where a run took place, not what it computed.
 _NOT_IN_RECIPE = (
     'config', 'data_dir', 'output', 'resume', 'rank', 'local_rank', 'distributed', 'device', 'experiment',
@@ -92,7 +91,7 @@ def changed_options(checkpoint: Dict[str, Any], args: argparse.Namespace) -> Dic
 
 def is_finished(folder: Path, checkpoint: Dict[str, Any], epochs: int) -> bool:
     """Whether the run has done its epochs and its final weights are there."""
-    final, steps = folder / 'final' / WEIGHTS_NAME, History.read(folder).steps
+    final, steps = folder / 'final' / WEIGHTS_FILE, History.read(folder).steps
     return (checkpoint['epoch'] + 1 == epochs and final.is_file() and bool(steps)
             and steps[-1].sha256 == sha256(final))
 
@@ -160,7 +159,7 @@ class RunFolder:
             self.saver.load_state_dict_from_checkpoint(checkpoint)
         self.summary = path / SUMMARY_NAME
         self.rows = [row for row in read_rows(self.summary) if int(row['epoch']) < start_epoch]
-        write_rows(self.summary, self.rows)
+        write_csv(self.summary, self.rows)
         for row in self.rows:
             if row['eval_top1_mean']:
                 self.step.reached = {name: float(row[f'eval_{name}']) for name in trainer.metrics}
@@ -214,7 +213,7 @@ class RunFolder:
         evaluated = {f'eval_{name}': eval_metrics.get(name, '') for name in self.trainer.metrics}
         trained = {f'train_{name}': value for name, value in train_metrics.items()}
         self.rows.append(dict(epoch=epoch, **trained, **evaluated, **more))
-        write_rows(self.summary, self.rows)
+        write_csv(self.summary, self.rows)
 
     def export(self) -> None:
         """Writes `final/`, whole or not at all: the weights (EMA if kept) in half precision, recipe and history.
@@ -234,18 +233,18 @@ class RunFolder:
             raise InputError(f"the weights are not finite in half precision ('{wrong[0]}'), and not exported: use a "
                              'smaller --lr')
         shutil.rmtree(partial, ignore_errors=True)
-        with written_beside(partial / WEIGHTS_NAME) as file:
+        with written_beside(partial / WEIGHTS_FILE) as file:
             file.write_bytes(save(state, {'format': 'pt'}))
         for name in (RECIPE_NAME, CONFIG_FILE):
             shutil.copy(self.path / name, partial / name)
-        self.step.sha256 = sha256(partial / WEIGHTS_NAME)
+        self.step.sha256 = sha256(partial / WEIGHTS_FILE)
         self.history.write(self.path)  # a checkpoint of this run may be a parent too
         History(self.history.steps, History.read(self.path).log).write(partial)
         if target.exists():
             os.replace(target, next(path for k in itertools.count(1)
                                     if not (path := self.path / f'final.{k}').exists()))
         os.replace(partial, target)
-        _logger.info(f'Final weights: {target / WEIGHTS_NAME}')
+        _logger.info(f'Final weights: {target / WEIGHTS_FILE}')
 
 
 def _accuracy_line(metrics: Dict[str, float]) -> str:
