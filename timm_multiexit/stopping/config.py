@@ -296,7 +296,7 @@ class ExitConfig:
                 'consistency': '% of answers that differ from those of the full network'}[risk]
         return dataclasses.replace(
             candidates[chosen], promise=f'at most {max_loss:g} {what}, with certainty {certainty:g}, for images '
-            f' like the {kept.num_images:,} certification images')
+            f'like the {kept.num_images:,} certification images')
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON, without the scores."""
