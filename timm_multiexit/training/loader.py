@@ -1,7 +1,6 @@
 """Loaders of a run: batches augmented as tensors where the images are kept, or timm's pipeline of PIL images."""
 import argparse
 import logging
-from dataclasses import replace
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
@@ -270,8 +269,8 @@ class StreamedEvaluation:
     """
 
     def __init__(self, images: Images, device: torch.device, rank: int, world_size: int):
-        split = replace(images.split.at(torch.arange(rank, len(images.split), world_size)), pixels=None)
-        self.images, self.device = Images(split, images.preprocess, images.batch_size), device
+        share = images.split.at(torch.arange(rank, len(images.split), world_size))
+        self.images, self.device = Images(share, images.preprocess, images.batch_size), device
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
         mean, std = self.images.preprocess.mean, self.images.preprocess.std
