@@ -9,7 +9,15 @@ from conftest import PROJECT
 
 from timm_multiexit.cli import main
 from timm_multiexit.errors import InputError
-from timm_multiexit.evaluation.compare import Entry, check_comparable, comparison_rows, read_logits, saved, time_budgets
+from timm_multiexit.evaluation.compare import (
+    Entry,
+    check_comparable,
+    comparison_rows,
+    joined_runs,
+    read_logits,
+    saved,
+    time_budgets,
+)
 from timm_multiexit.evaluation.figures import comparison_figure
 from timm_multiexit.evaluation.published import PUBLISHED
 from timm_multiexit.evaluation.results import BudgetResult, Results
@@ -24,7 +32,7 @@ def entry(name, *points, **changes):
     """A network whose budget curve has these (M MACs, accuracy)."""
     stored = Results.load(WEIGHTS / NAMES[0] / 'results.json')
     rows = tuple(dataclasses.replace(stored.budgeted[0], average_macs=round(x * 1e6), accuracy=y) for x, y in points)
-    return Entry(name, dataclasses.replace(stored, budgeted=rows, **changes))
+    return Entry(name, (dataclasses.replace(stored, budgeted=rows, **changes),))
 
 
 def test_equal_cost_and_equal_accuracy():
@@ -43,6 +51,59 @@ def test_equal_cost_and_equal_accuracy():
     assert comparison_rows([one, apart]) == [] and saved(one, apart) == []
 
 
+def test_runs_of_one_network_have_a_mean_and_a_spread():
+    runs = [entry('one', (10, 60.), (20, 70.)), entry('one', (10, 62.), (15, 71.), (20, 70.)), entry('one', (10, 64.),
+                                                                                                     (20, 72.))]
+    other = entry('other', (10, 60.), (20, 64.))
+    one, alone = joined_runs([runs[0], other, *runs[1:]])
+    assert (one.label, alone.label) == ('one (3 runs)', 'other') and alone is other
+    assert one.accuracies_at([10e6, 15e6]).tolist() == [[60., 65.], [62., 71.], [64., 68.]]
+    assert one.accuracy_at(20e6) == pytest.approx((70 + 71 + 72) / 3)  # the best at no more than that cost
+    assert one.drawn().tolist() == [[10e6, 15e6, 20e6], [62., 68., pytest.approx(212 / 3)], [60., 65., 70.],
+                                    [64., 71., 72.]]
+    assert one.cost_at(65.) == 12.5e6
+    row = comparison_rows([one, alone])[0]
+    assert row == {'macs': 10e6, 'one': 62., 'one ±': 2., 'other': 60.}
+    (ax,) = comparison_figure([one, alone], 'budgeted').axes
+    (band,) = ax.collections
+    assert {tuple(v) for v in band.get_paths()[0].vertices} >= {(10., 60.), (10., 64.), (15., 65.), (15., 71.)}
+    exits = [dataclasses.replace(e, accuracy=e.accuracy + 1.) for e in one.results.exits]
+    two = joined_runs([runs[0], entry('one', (10, 61.), exits=tuple(exits))])[0].exits()
+    assert two[1] == pytest.approx(two[2] + 0.5) and two[1] == pytest.approx(two[3] - 0.5)
+
+
+def test_results_of_three_seeds_in_one_table(tmp_path, capsys):
+    stored = Results.load(WEIGHTS / NAMES[0] / 'results.json')
+    for seed in (1, 2):
+        rows = tuple(dataclasses.replace(r, accuracy=r.accuracy - seed) for r in stored.budgeted)
+        dataclasses.replace(stored, budgeted=rows).save(tmp_path / str(seed) / 'results.json')
+    paths = [WEIGHTS / NAMES[0] / 'results.json', *(tmp_path / f'{seed}/results.json' for seed in (1, 2)),
+             WEIGHTS / NAMES[1] / 'results.json']
+    assert main(['compare', *map(str, paths), '--output', str(tmp_path / 'out')]) == 0
+    printed = capsys.readouterr().out
+    assert f'{NAMES[0]} (3 runs)' in printed and '±1.00' in printed and 'were trained once' in printed
+    assert json.loads((tmp_path / 'out' / 'comparison.json').read_text())['runs'] == [3, 1]
+
+
+def test_stopping_rules_side_by_side(tmp_path, capsys):
+    """Agreement by hand: with two exits to agree an image leaves at the first that repeats the one before it."""
+    stored = save_logits(tmp_path / 'theirs.npz')
+    rules = ['max_softmax', 'entropy', 'margin', 'agreement']
+    assert main(['compare', str(tmp_path / 'theirs.npz'), '--measure', *rules, '--output', str(tmp_path / 'out')]) == 0
+    printed = capsys.readouterr().out
+    assert all(f'theirs, {rule}' in printed for rule in rules)
+    results = read_logits(tmp_path / 'theirs.npz', 'agreement')
+    said, labels = stored['logits'].argmax(2)[:, 200:], stored['labels'][200:]
+    alike = said[0] == said[1]
+    answers, costs = np.where(alike, said[1], said[2]), np.where(alike, 2e6, 4e6)
+    assert [round(100 * (answers == labels).mean(), 3), round(costs.mean())] == [
+        results.budgeted[0].accuracy, results.budgeted[0].average_macs]
+    assert [row.thresholds for row in results.budgeted] == [(1., 1., 1.), (2., 2., 2.)]
+    assert results.budgeted[1].average_macs == 4e6  # all three must agree: only the last exit answers
+    assert main(['compare', *NAMES, '--measure', 'entropy', '--output', str(tmp_path / 'none')]) == 2
+    assert 'holds results of max_softmax alone' in capsys.readouterr().err
+
+
 def test_time_counts_the_stages_run_and_the_heads_evaluated():
     """By hand: half of the images leave at exit 1, the rest at exit 3; exit 2 is not used, so its head does not run."""
     row = BudgetResult(20., 20, 90., 0., 20., 90., (0.5, 0., 0.5), (1., NEVER, ALWAYS))
@@ -55,7 +116,7 @@ def test_stored_results_side_by_side(tmp_path, capsys):
     assert main(['compare', *NAMES, '--output', str(tmp_path / 'out')]) == 0
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / 'out' / 'comparison.json').read_text())
-    entries = [Entry(name, Results.load(WEIGHTS / name / 'results.json')) for name in NAMES]
+    entries = [Entry(name, (Results.load(WEIGHTS / name / 'results.json'),)) for name in NAMES]
     assert written['networks'] == NAMES and written['test_images'] == 10_000
     assert written['at_equal_cost'] == comparison_rows(entries) and len(written['at_equal_cost']) == 9
     middle = written['at_equal_cost'][4]
@@ -121,9 +182,11 @@ def test_bad_logits_are_named(tmp_path, changes, words):
 def test_what_cannot_be_compared(tmp_path, capsys):
     one = entry('one', (10, 60.), (20, 70.))
     for others, words in [((), 'two networks'), ((one,), 'given twice'), (
+            (entry('one', (30, 60.), (40, 70.)),), 'share no average cost'), (
+            (entry('one', (10, 60.), exits=one.results.exits[:2]),), "two networks are called 'one'"), (
             (entry('other', (10, 60.), dataset='torch/cifar10'),), 'compare on the same')]:
         with pytest.raises(InputError, match=words):
-            check_comparable([one, *others])
+            check_comparable(joined_runs([one, *others]))
     (tmp_path / 'text.npz').write_text('no arrays')
     for names, words in [
             (['msdnet_cifar', NAMES[0]], "no results are stored with 'msdnet_cifar': pass --data-dir"),

@@ -7,11 +7,11 @@ import torch
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.files import written_beside
+from timm_multiexit.stopping.agreement import Agreement
 from timm_multiexit.stopping.policy import (
     ALWAYS,
     MEASURES,
     NEVER,
-    Decision,
     ExitPolicy,
     confidence,
     log_odds,
@@ -226,24 +226,25 @@ def test_exits_in_use_are_those_where_images_can_leave(thresholds, used):
     assert ExitPolicy(thresholds, (1.,) * 3).exits_in_use == used
 
 
-class TwoExitsAgree:
-    """A rule of its own, with a memory: stop when an exit predicts what the exit before it did."""
-
-    num_exits = 3
-    exits_in_use = (0, 1, 2)
-
-    def decide(self, exit_index, logits, memory=None):
-        prediction = logits.argmax(1)
-        leaves = (prediction == memory) if exit_index else prediction < 0
-        if exit_index == 2:
-            leaves = prediction >= 0
-        return Decision(confidence(logits), leaves, prediction)
-
-
 def test_a_rule_with_a_memory_sees_the_rows_of_its_own_images():
     logits = random_logits().numpy()
-    result = simulate(TwoExitsAgree(), logits, MACS)
+    result = simulate(Agreement(3), logits, MACS)
     said = logits.argmax(2)
     expected = np.where(said[0] == said[1], 1, 2)
     assert set(expected) == {1, 2} and result.exit_index.tolist() == expected.tolist()
     assert result.prediction.tolist() == said[expected, np.arange(said.shape[1])].tolist()
+
+
+def test_agreement_counts_repeats_of_the_answer_before():
+    """By hand: three images whose four exits say 0 0 0 1, 0 1 1 1 and 0 1 0 0."""
+    said = np.array([[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 0, 0]])
+    logits = np.eye(3, dtype=np.float32)[said.T]
+    costs = (1, 2, 3, 4)
+    assert simulate(Agreement(4, 1), logits, costs).exit_index.tolist() == [1, 2, 3]
+    assert simulate(Agreement(4, 2), logits, costs).exit_index.tolist() == [2, 3, 3]
+    assert simulate(Agreement(4, 3), logits, costs).exit_index.tolist() == [3, 3, 3]
+    decision = Agreement(4).decide(1, torch.from_numpy(logits[1]), torch.tensor([[0, 0], [0, 0], [0, 0]]))
+    assert decision.leaves.tolist() == [True, False, False] and decision.memory.tolist() == [[0, 1], [1, 0], [1, 0]]
+    for patience in (0, 4):
+        with pytest.raises(InputError, match=f'a patience of {patience} with 4 exits: give a number from 1 to 3'):
+            Agreement(4, patience)

@@ -1,7 +1,7 @@
 """Several networks side by side: accuracy at equal cost, and cost at equal accuracy, from their `Results`."""
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from .evaluate import LabelledLogits, evaluate
 from .results import Results, curve
 
 LOGITS_HELP = 'logits (exits, images, classes), labels (images,), held_out (images,) and macs (exits,)'
+DEVIATION = ' ±'  # after a network's name: standard deviation over its runs
 
 
 @dataclass(frozen=True)
@@ -22,56 +23,124 @@ class Entry:
 
     Attributes:
         name: For tables and legends.
-        results: What was measured.
-        milliseconds: Average time of an image under each budget of `results.budgeted` on this machine; None if it was
-            not measured.
+        runs: What was measured; several where the network was trained more than once, from other seeds.
+        milliseconds: Average time of an image under each budget of the only run on this machine; None if it was not
+            measured.
     """
 
     name: str
-    results: Results
+    runs: Tuple[Results, ...]
     milliseconds: Optional[np.ndarray] = None
 
+    @property
+    def results(self) -> Results:
+        """Those of the first run."""
+        return self.runs[0]
+
+    @property
+    def label(self) -> str:
+        return self.name if len(self.runs) == 1 else f'{self.name} ({len(self.runs)} runs)'
+
+    def exits(self) -> np.ndarray:
+        """MACs of each exit, and its mean, lowest and highest accuracy in percent, float64 (4, exits)."""
+        accuracies = np.array([[e.accuracy for e in run.exits] for run in self.runs])
+        return np.array([[e.macs for e in self.results.exits], accuracies.mean(0), accuracies.min(0),
+                         accuracies.max(0)])
+
     def costs(self, time: bool = False) -> np.ndarray:
-        """Average cost under each budget: MACs, or milliseconds."""
-        macs = curve(self.results.budgeted)[0]
-        return macs if not time or self.milliseconds is None else self.milliseconds
+        """Average costs to draw, rising, where all runs have an accuracy: MACs, or milliseconds."""
+        every = [self._curve(run, time)[0] for run in self.runs]
+        grid = np.unique(np.concatenate(every))
+        return grid[(grid >= max(x[0] for x in every)) & (grid <= min(x[-1] for x in every))]
+
+    def accuracies_at(self, costs: Sequence[float], time: bool = False, best: bool = True) -> np.ndarray:
+        """Accuracy in percent of each run at average costs, interpolated, (runs, costs); NaN below the cheapest.
+
+        Args:
+            costs: MACs or milliseconds.
+            time: Whether they are milliseconds.
+            best: Take the best at no more than that cost: what is better at a lower cost serves at a higher one too.
+        """
+        rows = []
+        for run in self.runs:
+            x, y = self._curve(run, time)
+            rows.append(np.interp(costs, x, np.maximum.accumulate(y) if best else y, left=np.nan))
+        return np.array(rows)
 
     def accuracy_at(self, cost: float, time: bool = False) -> float:
-        """The best accuracy in percent at an average cost of at most `cost`, interpolated; NaN below the cheapest."""
-        x, y = self.front(time)
-        return float(np.interp(cost, x, y, left=np.nan))
+        """Mean over the runs of `accuracies_at`."""
+        return float(self.accuracies_at([cost], time).mean())
 
     def cost_at(self, accuracy: float, time: bool = False) -> float:
-        """The least average cost that reaches an accuracy, interpolated; NaN if none does."""
+        """The least average cost at which the mean of the runs reaches an accuracy; NaN if it never does."""
         x, y = self.front(time)
         if accuracy > y[-1]:
             return float('nan')
         k = int(np.argmax(y >= accuracy))
         return float(x[0] if k == 0 else np.interp(accuracy, y[k - 1:k + 1], x[k - 1:k + 1]))
 
-    def front(self, time: bool) -> np.ndarray:
-        """Costs and accuracies (2, budgets), rising: what is better at a lower cost serves at a higher one too."""
-        x, y = self.costs(time), curve(self.results.budgeted)[1]
-        order = np.argsort(x)
-        return np.array([x[order], np.maximum.accumulate(y[order])])
+    def front(self, time: bool = False) -> np.ndarray:
+        """Costs, and the mean over the runs of the best accuracy at each, rising, (2, costs)."""
+        x = self.costs(time)
+        return np.array([x, self.accuracies_at(x, time).mean(0)])
+
+    def drawn(self, time: bool = False) -> np.ndarray:
+        """Costs, and the mean, lowest and highest accuracy of the runs at each, as measured, (4, costs)."""
+        if len(self.runs) == 1:
+            x, y = self._curve(self.results, time)
+            return np.array([x, y, y, y])
+        x = self.costs(time)
+        accuracies = self.accuracies_at(x, time, best=False)
+        return np.array([x, accuracies.mean(0), accuracies.min(0), accuracies.max(0)])
+
+    def _curve(self, run: Results, time: bool) -> np.ndarray:
+        x, y = curve(run.budgeted)
+        if time and self.milliseconds is not None:
+            x = self.milliseconds
+        order = np.argsort(x, kind='stable')
+        return np.array([x[order], y[order]])
+
+
+def joined_runs(entries: Sequence[Entry]) -> List[Entry]:
+    """Entries of one name as runs of one network.
+
+    Raises:
+        InputError: their exits cost other MACs, their average costs do not overlap, or a run is given twice.
+    """
+    by_name: Dict[str, List[Entry]] = {}
+    for entry in entries:
+        by_name.setdefault(entry.name, []).append(entry)
+    joined = []
+    for name, same in by_name.items():
+        runs = tuple(run for entry in same for run in entry.runs)
+        if any(run in runs[:i] for i, run in enumerate(runs)):
+            raise InputError(f"'{name}' is given twice, with the same results")
+        costs = [[e.macs for e in run.exits] for run in runs]
+        if any(c != costs[0] for c in costs):
+            raise InputError(f"two networks are called '{name}', and their exits cost {costs[0]} and "
+                             f"{next(c for c in costs if c != costs[0])} MACs: rename a file")
+        joined.append(same[0] if len(same) == 1 else Entry(name, runs))
+        if not len(joined[-1].costs()):
+            raise InputError(f"the runs of '{name}' share no average cost: compare them one by one")
+    return joined
 
 
 def check_comparable(entries: Sequence[Entry]) -> None:
     """Checks that networks were measured on the same images.
 
     Raises:
-        InputError: fewer than two, a name twice, or other images.
+        InputError: fewer than two, or other images.
     """
     if len(entries) < 2:
         raise InputError('nothing to compare: give two networks or more')
     first = entries[0]
-    for i, entry in enumerate(entries):
-        if entry.name in [e.name for e in entries[:i]]:
-            raise InputError(f"'{entry.name}' is given twice")
-        ours, theirs = ((e.results.dataset, e.results.test_images) for e in (first, entry))
-        if ours != theirs:
-            raise InputError(f"'{first.name}' was measured on {ours[1]:,} images of {ours[0] or 'unknown origin'}, "
-                             f"'{entry.name}' on {theirs[1]:,} of {theirs[0] or 'unknown origin'}: compare on the same")
+    for entry in entries:
+        for run in entry.runs:
+            ours, theirs = ((r.dataset, r.test_images) for r in (first.results, run))
+            if ours != theirs:
+                raise InputError(
+                    f"'{first.name}' was measured on {ours[1]:,} images of {ours[0] or 'unknown origin'}, "
+                    f"'{entry.name}' on {theirs[1]:,} of {theirs[0] or 'unknown origin'}: compare on the same")
 
 
 def time_budgets(results: Results, profile: StageCosts) -> np.ndarray:
@@ -83,12 +152,13 @@ def time_budgets(results: Results, profile: StageCosts) -> np.ndarray:
     return np.array(times)
 
 
-def read_logits(path: Path) -> Results:
+def read_logits(path: Path, measure: str = 'max_softmax') -> Results:
     """Evaluates a network of any kind from the logits of its exits.
 
     Args:
         path: A .npz file with the arrays of `LOGITS_HELP`: `macs` is the cumulative cost of each exit, and thresholds
             are set on the images for which `held_out` is true.
+        measure: See `evaluate.evaluate`.
 
     Raises:
         InputError: not such a file, or arrays that cannot be used.
@@ -108,18 +178,26 @@ def read_logits(path: Path) -> Results:
         raise InputError(f"held_out in '{path}' is true for {held_out.sum()} of {len(held_out)} images: mark some to "
                          'set thresholds on, and leave some to measure on')
     costs = ExitCosts(macs, (1,) * len(macs), (1, 1, 1))  # parameters and image size are unknown and not compared
-    return evaluate(*parts, costs)[0]
+    return evaluate(*parts, costs, measure=measure)[0]
 
 
 def comparison_rows(entries: Sequence[Entry], time: bool = False) -> List[dict]:
-    """One row per cost of a grid that all networks share: accuracy of each."""
-    low = max(entry.costs(time).min() for entry in entries)
-    high = min(entry.costs(time).max() for entry in entries)
+    """One row per cost of a grid that all networks share: accuracy of each, and its deviation over several runs."""
+    low = max(entry.costs(time)[0] for entry in entries)
+    high = min(entry.costs(time)[-1] for entry in entries)
     if low >= high:
         return []
     unit = 'ms' if time else 'macs'
-    return [{unit: float(cost), **{e.name: round(e.accuracy_at(cost, time), 3) for e in entries}}
-            for cost in np.linspace(low, high, 9)]
+    rows = []
+    for cost in np.linspace(low, high, 9):
+        row = {unit: float(cost)}
+        for entry in entries:
+            accuracies = entry.accuracies_at([cost], time)
+            row[entry.name] = round(float(accuracies.mean()), 3)
+            if len(entry.runs) > 1:
+                row[entry.name + DEVIATION] = round(float(accuracies.std(ddof=1)), 3)
+        rows.append(row)
+    return rows
 
 
 def saved(entry: Entry, other: Entry, time: bool = False) -> List[dict]:
@@ -144,7 +222,7 @@ def write_comparison(entries: Sequence[Entry], folder: Path) -> List[Path]:
     rows = comparison_rows(entries)
     savings = [row for other in entries[1:] for row in saved(entries[0], other)]
     write_json(folder / 'comparison.json', dict(
-        networks=[e.name for e in entries], dataset=entries[0].results.dataset,
+        networks=[e.name for e in entries], runs=[len(e.runs) for e in entries], dataset=entries[0].results.dataset,
         test_images=entries[0].results.test_images, at_equal_cost=rows, at_equal_accuracy=savings,
         at_equal_time=comparison_rows(entries, True) if timed else []))
     paths = [folder / 'comparison.json']

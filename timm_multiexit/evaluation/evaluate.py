@@ -4,7 +4,7 @@ Nothing is chosen on the test images: temperatures and thresholds come from the 
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
@@ -13,15 +13,18 @@ from ..datasets import normalize
 from ..errors import InputError
 from ..files import write_csv, written_beside
 from ..models import MultiExitNet
+from ..stopping.agreement import Agreement
 from ..stopping.config import ExitConfig
 from ..stopping.costs import ExitCosts
-from ..stopping.policy import ExitPolicy
+from ..stopping.policy import MEASURES, StoppingRule
 from ..stopping.scores import check_labelled_logits
 from ..stopping.simulate import simulate
 from ..stopping.solve import budget_grid
 from .results import RESULTS_NAME, BudgetResult, ExitResult, OracleResult, Results
 
 CALIBRATION_BINS = 15
+AGREEMENT = 'agreement'
+RULES = (*MEASURES, AGREEMENT)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ def evaluate(
         test: Everything is measured on these; the average cost is that of the exits really taken.
         costs: Of the exits.
         budgets: Average MACs per image, rising; None for `solve.budget_grid`.
-        measure: Confidence measure, see `policy.scores`.
+        measure: Confidence measure, see `policy.scores`; or 'agreement', where the budgets are what each number of
+            exits that must agree costs on the validation images, see `agreement`.
 
     Returns:
         The results, without the names of model, data set and checkpoint, which the caller knows, and the exit config of
@@ -116,30 +120,53 @@ def evaluate(
     Raises:
         InputError: logits, labels or budgets that cannot be used, or an unknown confidence measure.
     """
-    config = ExitConfig.fit(validation.logits, validation.targets, costs, measure=measure)
+    config = ExitConfig.fit(validation.logits, validation.targets, costs,
+                            measure='max_softmax' if measure == AGREEMENT else measure)
     exits = []
     for k, (accuracy, held_out) in enumerate(zip(test.accuracies(), validation.accuracies())):
         errors = [calibration_error(test.logits[k], test.targets, t) for t in (1., config.temperatures[k])]
         exits.append(ExitResult(
             k + 1, costs.macs[k], costs.params[k], round(accuracy, 3), round(held_out, 3), config.temperatures[k],
             *(round(e, 3) for e in errors)))
-    if budgets is None:
-        budgets = budget_grid(costs.macs[0], costs.macs[-1])
-    budgeted = tuple(_measure(b, config.policy_for(b), test, costs) for b in budgets)
+    if measure == AGREEMENT:
+        budgeted = tuple(_agreements(validation, test, costs))
+    else:
+        if budgets is None:
+            budgets = budget_grid(costs.macs[0], costs.macs[-1])
+        policies = [config.policy_for(b) for b in budgets]
+        budgeted = tuple(
+            _measure(p, p.thresholds, b, (p.expected_macs, p.expected_accuracy), test, costs)
+            for b, p in zip(budgets, policies))
     return Results(
         validation_images=len(validation.targets), test_images=len(test.targets), measure=measure,
         input_size=tuple(costs.input_size), exits=tuple(exits), budgeted=budgeted,
         oracle=oracle(test, costs.macs)), config
 
 
-def _measure(budget: float, policy: ExitPolicy, test: LabelledLogits, costs: ExitCosts) -> BudgetResult:
-    result = simulate(policy, test.logits, costs.macs)
+def _measure(
+        rule: StoppingRule,
+        thresholds: Sequence[float],
+        budget: float,
+        expected: Tuple[Any, Any],
+        test: LabelledLogits,
+        costs: ExitCosts,
+) -> BudgetResult:
+    """What a rule gives on the test images, beside the MACs and the accuracy that it gave on the validation images."""
+    result = simulate(rule, test.logits, costs.macs)
     return BudgetResult(
         budget=round(budget), average_macs=round(result.average_macs), accuracy=round(result.accuracy(test.targets), 3),
         over_budget=round(100. * (result.average_macs / budget - 1.), 3),
-        validation_macs=policy.expected_macs, validation_accuracy=policy.expected_accuracy,
-        exit_shares=tuple(round(s, 5) for s in result.exit_shares(policy.num_exits)),
-        thresholds=tuple(round(t, 6) for t in policy.thresholds))
+        validation_macs=expected[0], validation_accuracy=expected[1],
+        exit_shares=tuple(round(s, 5) for s in result.exit_shares(rule.num_exits)),
+        thresholds=tuple(round(t, 6) for t in thresholds))
+
+
+def _agreements(validation: LabelledLogits, test: LabelledLogits, costs: ExitCosts) -> Iterator[BudgetResult]:
+    for patience in range(1, max(len(costs.macs), 2)):  # a single exit is refused
+        rule = Agreement(len(costs.macs), patience)
+        held_out = simulate(rule, validation.logits, costs.macs)
+        expected = round(held_out.average_macs), round(held_out.accuracy(validation.targets), 3)
+        yield _measure(rule, (patience,) * rule.num_exits, held_out.average_macs, expected, test, costs)
 
 
 def write_report(results: Results, folder: Path) -> List[Path]:

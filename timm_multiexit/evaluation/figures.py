@@ -1,5 +1,5 @@
 """The figures of a report, accuracy of each exit and under average budgets, of one network or of several."""
-from typing import TYPE_CHECKING, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -62,6 +62,8 @@ def budgeted_figure(results: Results) -> Figure:
 def comparison_figure(entries: 'Sequence[Entry]', kind: str) -> Figure:
     """Several networks in one figure, with the published curves for their data set as thin lines.
 
+    Of a network with several runs the mean, over a band from the lowest to the highest.
+
     Args:
         entries: Measured on the same images.
         kind: 'anytime', each exit; 'budgeted', average multiply-adds; 'time', average milliseconds.
@@ -73,12 +75,18 @@ def comparison_figure(entries: 'Sequence[Entry]', kind: str) -> Figure:
     for work, dashes in zip(published, DASHES):
         ax.plot(*zip(*work.points), color=GREY, linewidth=1, dashes=dashes, label=f'published: {work.work}')
     for i, entry in enumerate(entries):
-        look = dict(color=COLOURS[i % len(COLOURS)], label=entry.name)
+        colour = COLOURS[i % len(COLOURS)]
         if kind == 'anytime':
-            ax.plot(*_exits(entry.results), marker=MARKS[i % len(MARKS)], markersize=5, **look)
+            look: Dict[str, Any] = dict(marker=MARKS[i % len(MARKS)], markersize=5)
+            costs, mean, low, high = entry.exits()
         else:
-            costs = entry.costs(kind == 'time') / (1. if kind == 'time' else 1e6)
-            ax.plot(costs, curve(entry.results.budgeted)[1], linewidth=2, **look)
+            # A few points only, like those of stopping by agreement, are marked.
+            costs, mean, low, high = entry.drawn(kind == 'time')
+            look = dict(linewidth=2, marker=MARKS[i % len(MARKS)] if len(costs) < 12 else '', markersize=5)
+        costs = costs / (1. if kind == 'time' else 1e6)
+        ax.plot(costs, mean, color=colour, label=entry.label, **look)
+        if len(entry.runs) > 1:
+            ax.fill_between(costs, low, high, color=colour, alpha=0.2, linewidth=0)
     ax.set_ylabel('top-1 accuracy (%)')
     ax.set_xlabel({'anytime': 'multiply-adds for one image (M)', 'time': 'average milliseconds for one image'}.get(
         kind, 'average multiply-adds for one image (M)'))

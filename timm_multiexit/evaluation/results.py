@@ -40,7 +40,7 @@ class BudgetResult:
     validation_macs: float  # average on the validation images
     validation_accuracy: float  # top-1 on the validation images
     exit_shares: Tuple[float, ...]  # share of the test images that leave at each exit
-    thresholds: Tuple[float, ...]  # one per exit
+    thresholds: Tuple[float, ...]  # one per exit; with the measure 'agreement', how many exits must agree
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Results:
     timm_multiexit: str = ''  # version of the package
     validation_images: int  # on which temperatures and thresholds were set
     test_images: int  # on which everything was measured
-    measure: str  # confidence measure, see `policy.scores`
+    measure: str  # confidence measure, see `policy.scores`, or 'agreement'
     input_size: Tuple[int, int, int]  # (C, H, W) of an image
     exits: Tuple[ExitResult, ...]  # shallow to deep
     budgeted: Tuple[BudgetResult, ...]  # average budgets, rising

@@ -90,7 +90,7 @@ def scores(logits: Any, measure: str = 'max_softmax', temperature: float = 1.) -
         InputError: unknown measure, an empty batch, a single class, or NaN logits.
     """
     if not isinstance(logits, np.ndarray):
-        return _like(logits, scores(as_array(logits), measure, temperature))
+        return like(logits, scores(as_array(logits), measure, temperature))
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise InputError(f'confidence needs logits (images, classes) of two or more classes, got {tuple(logits.shape)}')
     if len(logits) == 0:
@@ -122,7 +122,7 @@ def scores(logits: Any, measure: str = 'max_softmax', temperature: float = 1.) -
     return value.clip(ALWAYS / 2, NEVER / 2).astype(np.float32)
 
 
-def _like(logits: Any, value: np.ndarray) -> Any:
+def like(logits: Any, value: np.ndarray) -> Any:
     """A tensor where the logits are: NumPy computes, so that arrays and tensors are decided alike to the last bit."""
     return logits.detach().float().new_tensor(value)
 
@@ -144,7 +144,7 @@ def confidence(logits: Any, measure: str = 'max_softmax', temperature: float = 1
     [0.5]
     """
     value = probability(scores(as_array(logits), measure, temperature))
-    return value if isinstance(logits, np.ndarray) else _like(logits, value)
+    return value if isinstance(logits, np.ndarray) else like(logits, value)
 
 
 def leaves(score: Any, threshold: Any) -> Any:
@@ -261,7 +261,7 @@ class ExitPolicy:
         stops = leaves(score, ALWAYS if exit_index == self.num_exits - 1 else self.thresholds[exit_index])
         if isinstance(logits, np.ndarray):
             return Decision(probability(score), stops)
-        return Decision(_like(logits, probability(score)), _like(logits, stops).bool())
+        return Decision(like(logits, probability(score)), like(logits, stops).bool())
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain values for JSON; what is not known is left out."""
