@@ -195,7 +195,7 @@ def test_display_names():
     assert served.display_name('hf-hub:a/b.c') == 'hf-hub:a/b.c'
 
 
-@pytest.mark.parametrize('name', ['no_such_net', 'resnet18', 'msdnet_cifar'])
+@pytest.mark.parametrize('name', ['no_such_net', 'resnet18', 'vgg8_mc_cifar'])
 def test_networks_without_weights_are_not_listed(name):
     assert name not in [n.partition('.')[0] for n in served.available_networks()]
     with pytest.raises(InputError):

@@ -67,7 +67,7 @@ classify IMAGE --confidence x | classify IMAGE --deadline 0 | classify IMAGE --d
 classify IMAGE --deadline x | classify IMAGE --budget 30M --confidence 0.9 | classify IMAGE --max-loss x
 classify IMAGE --model nope | classify IMAGE --model resnet18 | classify IMAGE --model msfuse_cifar.nope
 classify IMAGE --model ftp:x | classify IMAGE --model local-dir:/nope | classify IMAGE --model local-dir:FILES
-classify IMAGE --model ranet_cifar | classify IMAGE --device foo | classify IMAGE --device cuda:99
+classify IMAGE --model vgg8_mc_cifar | classify IMAGE --device foo | classify IMAGE --device cuda:99
 classify IMAGE --device mps | classify IMAGE --device meta: | classify IMAGE --num-classes 5
 classify IMAGE --num-classes 0 | classify IMAGE --num-classes -1 | classify IMAGE --num-classes x
 classify /nope.png | classify FILES/folder | classify FILES/text.png | classify FILES/nothing.png

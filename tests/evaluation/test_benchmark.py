@@ -136,7 +136,7 @@ def test_amounts_start_at_one(option, value, capsys):
 
 
 def test_a_network_without_weights_is_refused(capsys):
-    assert main(['benchmark', 'msdnet_cifar.cifar100']) == 2
+    assert main(['benchmark', 'vgg8_mc_cifar.cifar100']) == 2
     assert 'no trained weights' in capsys.readouterr().err
     assert main(['benchmark', 'msfus_cifar']) == 2
     assert 'did you mean msfuse_cifar' in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_what_cannot_be_compared(tmp_path, capsys):
             check_comparable(joined_runs([one, *others]))
     (tmp_path / 'text.npz').write_text('no arrays')
     for names, words in [
-            (['msdnet_cifar', NAMES[0]], "no results are stored with 'msdnet_cifar': pass --data-dir"),
+            (['vgg8_mc_cifar', NAMES[0]], "no results are stored with 'vgg8_mc_cifar': pass --data-dir"),
             ([str(tmp_path / 'text.npz'), NAMES[0]], 'is not a .npz file with logits'),
             ([str(tmp_path / 'text.npz'), NAMES[0], '--time'], 'leave out --time'),
             ([NAMES[0]], 'two networks'), ([NAMES[0], 'msfuse_cifar.cifar10'], 'compare on the same')]:

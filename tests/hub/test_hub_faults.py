@@ -253,4 +253,4 @@ def test_folder_that_cannot_be_published(client, server, final, tmp_path, change
 def test_unknown_names(client):
     client.push('msfuse_cifra.cifar10').refused("did you mean msfuse_cifar?")
     client.push('no/such/folder').refused('is not a folder')
-    client.push('msdnet_cifar.cifar100', '--dry-run').refused('holds no weights')
+    client.push('vgg8_mc_cifar.cifar100', '--dry-run').refused('holds no weights')

@@ -293,7 +293,7 @@ def test_benchmark_prints_both_rates(folder_dataset, tmp_path):
     (['--kd-model-name', 'msfuse_cifar.cifar10'], 'the teacher has 10 classes and the network 2'),
     (['--kd-model-name', 'msfuse'], "choose one of timm's networks"),
     (['--kd-model-name', 'msfuse_cifar.cifar10', '--kd-model-kwargs', 'size=3'], "'size'"),
-    (['--kd-model-name', 'ranet_cifar.cifar10'], 'no trained weights'),
+    (['--kd-model-name', 'vgg8_mc_cifar.cifar10'], 'no trained weights'),
     (['--kd-model-name', 'msfuse_cifar', '--kd-checkpoint', 'none.pt'], "checkpoint 'none.pt' is not a file"),
     (['--freeze', 'stem'], "cannot freeze 'stem'"),
     (['--batch-size', '5000'], 'smaller --batch-size'),
