@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from conftest import NETWORKS, SMALL, SMALL_NETWORKS
+from timm.models import generate_default_cfgs
 from torch import nn
 
-from timm_multiexit.models import MultiExitNet
+from timm_multiexit.models import MultiExitNet, _pretrained
 from timm_multiexit.models._costs import exit_costs
 
 
@@ -210,3 +211,12 @@ def test_gradient_checkpointing_changes_nothing(name):
         assert torch.equal(a, b)
     for a, b in zip(plain.parameters(), saving.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_default_tag_is_the_first_data_set_s_whichever_weights_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(_pretrained, 'WEIGHTS_DIR', tmp_path)
+    (tmp_path / 'some_net.cifar100').mkdir()
+    (tmp_path / 'some_net.cifar100' / 'model.safetensors').touch()
+    cfg = generate_default_cfgs(_pretrained.pretrained_cfgs(dict(some_net=2)))['some_net']
+    assert list(cfg.tags) == ['cifar10', 'cifar100']
+    assert not cfg.default.has_weights and cfg.cfgs['cifar100'].has_weights

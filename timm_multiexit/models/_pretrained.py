@@ -21,6 +21,9 @@ def imagenet_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, A
 def pretrained_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, Any]]:
     """A cfg `ARCH.TAG` for each network and data set of `DATASETS`, for timm's `generate_default_cfgs`.
 
+    The first data set is the default, also where only another one's weights are in the package: timm takes the last cfg
+    that a `*` marks, so it comes last.
+
     `file` is set only where the weights are in the package: timm then lists only names that load, and says that the
     others have no pretrained weights.
 
@@ -29,9 +32,10 @@ def pretrained_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str,
         **kwargs: Further entries, the same in every cfg.
     """
     cfgs = {}
-    for (arch, num_exits), (tag, dataset) in itertools.product(exits.items(), DATASETS.items()):
+    for (arch, num_exits), (tag, dataset) in itertools.product(exits.items(), reversed(DATASETS.items())):
         weights = WEIGHTS_DIR / f'{arch}.{tag}' / 'model.safetensors'
-        cfgs[f'{arch}.{tag}'] = dict(
+        default = '*' if tag == next(iter(DATASETS)) else ''
+        cfgs[f'{arch}.{tag}{default}'] = dict(
             file=str(weights) if weights.is_file() else None,
             input_size=dataset.input_size,
             min_input_size=(3, 32, 32),

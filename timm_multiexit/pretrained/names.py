@@ -80,7 +80,7 @@ def require_weights(name: str) -> None:
     if arch not in networks:
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(networks)}")
     trained = list_networks(pretrained=True)
-    if not any(t == name or (not tag and t.partition('.')[0] == arch) for t in trained):
+    if f'{arch}.{tag or timm.get_pretrained_cfg(arch).tag}' not in trained:
         raise InputError(
             f"there are no trained weights for '{name}' yet: give a checkpoint of your own, or choose one of "
             f"{', '.join(trained) or 'none so far'}")
