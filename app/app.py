@@ -34,8 +34,9 @@ def launch_options() -> Dict[str, Any]:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         prog='app.py', description='Serves a page that shows a multi-exit network decide, exit by exit.')
-    parser.add_argument('--model', default='', help='network to show first: a registered name, hf-hub:... or '
-                                                    'local-dir:... (default: the first with weights)')
+    parser.add_argument('--model', default='msfuse_cifar',
+                        help='network to show first: a registered name, hf-hub:... or local-dir:... (default: '
+                             '%(default)s)')
     parser.add_argument('--port', type=int, help='port to listen on (default: the first free port from 7860)')
     parser.add_argument('--share', action='store_true', help='also open a public link through gradio.live')
     parser.add_argument('--mcp', action='store_true', help='also serve the API as tools over MCP')

@@ -104,10 +104,12 @@ def test_other_networks_are_drawn_behind():
     curve, policy = examples.load_curve('no.results', config), config.policy_for(20e6)
     other = examples.Curve(curve.images, (5e6, 50e6), (
         examples.CurvePoint(5e6, 20., (1., 0.)), examples.CurvePoint(50e6, 99., (0., 1.))))
-    html = dataset_view.budget_view(curve, policy, config.exit_macs, examples.Assets(()), 20e6, {'a <rival>': other})
+    others = {'X · a <rival>': other, 'b': other}
+    html = dataset_view.budget_view(curve, policy, config.exit_macs, examples.Assets(()), 20e6, others)
     tree = Tree(html)
     lines = [attrs for name, attrs in tree.tags if name == 'polyline']
-    assert [line['class'] for line in lines] == ['line other', 'line'] and 'a <rival>' in tree.text
+    assert [line['class'].split() for line in lines] == [['line', 'other'], ['line', 'other', 'dashed'], ['line']]
+    assert lines[0]['style'] != lines[1]['style'] and 'a <rival>b' in tree.text.replace('\n', '')
     points = [[float(v) for v in p.split(',')] for p in lines[0]['points'].split()]
     low, high = dataset_view.accuracy_range(curve, other)
     assert low < 20. and high >= 99. and points[0][0] == pytest.approx(100 * 0.5 / 45.5, abs=0.1)
