@@ -53,7 +53,7 @@ def stored_for(name: str) -> Tuple[Network, Assets, Optional[Curve]]:
 
 @functools.cache
 def other_curves(name: str) -> Dict[str, Curve]:
-    """Curves of the other networks served for the same classes and measured on the same images, by name."""
+    """Curves of the other networks served for the same classes and measured on the same images, by architecture."""
     network, _, curve = stored_for(name)
     others = {}
     for other in served_names():
@@ -66,7 +66,7 @@ def other_curves(name: str) -> Dict[str, Curve]:
         if config.class_names == network.config.class_names:
             theirs = load_curve(other, config)
             if theirs is not None and theirs.images == curve.images:
-                others[display_name(other)] = theirs
+                others[display_name(other).rpartition(' · ')[2]] = theirs
     return others
 
 

@@ -1,4 +1,5 @@
 """compare: equal cost and equal accuracy from results, stored or made from logits, and what cannot be compared."""
+import contextlib
 import csv
 import dataclasses
 import json
@@ -37,59 +38,77 @@ def entry(name, *points, **changes):
 
 def test_equal_cost_and_equal_accuracy():
     one, other = entry('one', (10, 60.), (20, 70.), (30, 69.), (40, 72.)), entry('other', (20, 60.), (40, 70.))
-    assert one.accuracy_at(15e6) == 65. and one.accuracy_at(30e6) == 70.  # what is worse at a higher cost is not used
-    assert np.isnan(one.accuracy_at(9e6)) and one.accuracy_at(50e6) == 72.
+    assert one.accuracies_at(15e6) == 65. and one.accuracies_at(30e6) == 70.  # the best so far
+    assert np.isnan(one.accuracies_at(9e6)) and one.accuracies_at(50e6) == 72.
     assert one.cost_at(65.) == 15e6 and one.cost_at(60.) == 10e6 and np.isnan(one.cost_at(73.))
     assert one.cost_at(71.) == pytest.approx(35e6)
     rows = comparison_rows([one, other])
-    assert [rows[0]['macs'], rows[-1]['macs']] == [20e6, 40e6]
-    assert rows[4] == {'macs': 30e6, 'one': 70., 'other': 65.}
+    assert [row['macs'] for row in rows] == [10e6 + i * 30e6 / 8 for i in range(9)]
+    assert rows[0] == {'macs': 10e6, 'one': 60., 'other': None}
+    assert rows[4] == {'macs': 25e6, 'one': 70., 'other': 62.5}
     halves = {row['accuracy']: row for row in saved(one, other)}
     assert list(halves) == [60. + i / 2 for i in range(21)]
     assert (halves[65.]['own'], halves[65.]['its'], halves[65.]['share']) == (15e6, 30e6, 0.5)
     apart = entry('apart', (50, 80.), (60, 90.))
-    assert comparison_rows([one, apart]) == [] and saved(one, apart) == []
+    assert comparison_rows([one, apart])[-1] == {'macs': 60e6, 'one': 72., 'apart': 90.} and saved(one, apart) == []
+    point = entry('point', (30, 60.3))
+    assert comparison_rows([point, point]) == [{'macs': 30e6, 'point': 60.3}] and saved(one, point) == []
 
 
 def test_runs_of_one_network_have_a_mean_and_a_spread():
-    runs = [entry('one', (10, 60.), (20, 70.)), entry('one', (10, 62.), (15, 71.), (20, 70.)), entry('one', (10, 64.),
-                                                                                                     (20, 72.))]
+    runs = [entry('one', (10, 60.), (20, 70.)), entry('one', (10, 62.), (16, 71.)), entry('one', (10, 64.), (21, 72.))]
     other = entry('other', (10, 60.), (20, 64.))
     one, alone = joined_runs([runs[0], other, *runs[1:]])
-    assert (one.label, alone.label) == ('one (3 runs)', 'other') and alone is other
-    assert one.accuracies_at([10e6, 15e6]).tolist() == [[60., 65.], [62., 71.], [64., 68.]]
-    assert one.accuracy_at(20e6) == pytest.approx((70 + 71 + 72) / 3)  # the best at no more than that cost
-    assert one.drawn().tolist() == [[10e6, 15e6, 20e6], [62., 68., pytest.approx(212 / 3)], [60., 65., 70.],
-                                    [64., 71., 72.]]
-    assert one.cost_at(65.) == 12.5e6
+    assert (len(one.runs), alone) == (3, other)
+    assert one.accuracies_at(13e6).tolist() == pytest.approx([63., 66.5, 64 + 8 * 3 / 11])
+    assert one.curve().tolist() == [[10e6, 19e6], [62., 71.], [60., 70.], [64., 72.]]
+    assert one.cost_at(66.5) == 14.5e6 and one.cost_at(71.) == 19e6 and np.isnan(one.cost_at(71.01))
     row = comparison_rows([one, alone])[0]
     assert row == {'macs': 10e6, 'one': 62., 'one ±': 2., 'other': 60.}
     (ax,) = comparison_figure([one, alone], 'budgeted').axes
     (band,) = ax.collections
-    assert {tuple(v) for v in band.get_paths()[0].vertices} >= {(10., 60.), (10., 64.), (15., 65.), (15., 71.)}
+    assert {tuple(v) for v in band.get_paths()[0].vertices} >= {(10., 60.), (10., 64.), (19., 70.), (19., 72.)}
+    assert [line.get_label() for line in ax.lines[-2:]] == ['one (mean of 3 runs, lowest to highest)', 'other']
     exits = [dataclasses.replace(e, accuracy=e.accuracy + 1.) for e in one.results.exits]
-    two = joined_runs([runs[0], entry('one', (10, 61.), exits=tuple(exits))])[0].exits()
+    two = joined_runs([runs[0], entry('one', (10, 61.), (20, 70.), exits=tuple(exits))])[0].exits()
     assert two[1] == pytest.approx(two[2] + 0.5) and two[1] == pytest.approx(two[3] - 0.5)
+
+
+def test_the_mean_of_runs_reaches_its_own_best():
+    """69.1, 70.3 and 70.6 have the mean 70, and 69.99999999999999 in floats."""
+    one = joined_runs([entry('one', (10, 60.), (20, y)) for y in (69.1, 70.3, 70.6)])[0]
+    assert one.front()[1][-1] < 70. and one.cost_at(70.) == pytest.approx(20e6)
 
 
 def test_results_of_three_seeds_in_one_table(tmp_path, capsys):
     stored = Results.load(WEIGHTS / NAMES[0] / 'results.json')
-    for seed in (1, 2):
+    files = []
+    for seed in range(3):
         rows = tuple(dataclasses.replace(r, accuracy=r.accuracy - seed) for r in stored.budgeted)
-        dataclasses.replace(stored, budgeted=rows).save(tmp_path / str(seed) / 'results.json')
-    paths = [WEIGHTS / NAMES[0] / 'results.json', *(tmp_path / f'{seed}/results.json' for seed in (1, 2)),
-             WEIGHTS / NAMES[1] / 'results.json']
-    assert main(['compare', *map(str, paths), '--output', str(tmp_path / 'out')]) == 0
+        files.append(str(tmp_path / str(seed) / 'results.json'))
+        dataclasses.replace(stored, budgeted=rows).save(files[-1])
+    output = ['--output', str(tmp_path / 'out')]
+    assert main(['compare', *(f'mine={file}' for file in files), NAMES[0], *output]) == 0
     printed = capsys.readouterr().out
-    assert f'{NAMES[0]} (3 runs)' in printed and '±1.00' in printed and 'were trained once' in printed
-    assert json.loads((tmp_path / 'out' / 'comparison.json').read_text())['runs'] == [3, 1]
+    assert f'mine against {NAMES[0]}' in printed and '±1.00' in printed and 'of a single run' in printed
+    written = json.loads((tmp_path / 'out' / 'comparison.json').read_text())
+    assert (written['networks'], written['runs']) == (['mine', NAMES[0]], [3, 1])
+    assert main(['compare', *(f'mine={file}' for file in files), *output]) == 0  # the spread alone
+    capsys.readouterr()
+    for given, words in [
+            (files[:2], f"two networks are called '{NAMES[0]}': give each a name, NAME={files[1]}"),
+            ([files[0]] * 2, 'is given twice'), ([f'macs={files[0]}', NAMES[0]], "cannot be called 'macs'"),
+            ([f'mine={files[0]}', f'mine={NAMES[1]}'], "runs of 'mine' are of different networks")]:
+        assert main(['compare', *given, *output]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_stopping_rules_side_by_side(tmp_path, capsys):
     """Agreement by hand: with two exits to agree an image leaves at the first that repeats the one before it."""
     stored = save_logits(tmp_path / 'theirs.npz')
     rules = ['max_softmax', 'entropy', 'margin', 'agreement']
-    assert main(['compare', str(tmp_path / 'theirs.npz'), '--measure', *rules, '--output', str(tmp_path / 'out')]) == 0
+    assert main(['compare', str(tmp_path / 'theirs.npz'), '--measure', ','.join(rules), '--output',
+                 str(tmp_path / 'out')]) == 0
     printed = capsys.readouterr().out
     assert all(f'theirs, {rule}' in printed for rule in rules)
     results = read_logits(tmp_path / 'theirs.npz', 'agreement')
@@ -100,8 +119,33 @@ def test_stopping_rules_side_by_side(tmp_path, capsys):
         results.budgeted[0].accuracy, results.budgeted[0].average_macs]
     assert [row.thresholds for row in results.budgeted] == [(1., 1., 1.), (2., 2., 2.)]
     assert results.budgeted[1].average_macs == 4e6  # all three must agree: only the last exit answers
-    assert main(['compare', *NAMES, '--measure', 'entropy', '--output', str(tmp_path / 'none')]) == 2
-    assert 'holds results of max_softmax alone' in capsys.readouterr().err
+    lines = {kind: [line.get_label() for line in comparison_figure(joined_runs(
+        [Entry('theirs', (read_logits(tmp_path / 'theirs.npz', rule),)) for rule in rules]), kind).axes[0].lines]
+        for kind in ('anytime', 'budgeted')}
+    assert lines == dict(anytime=['theirs'], budgeted=[f'theirs, {rule}' for rule in rules])
+    one = save_logits(tmp_path / 'one.npz', logits=stored['logits'][:1], macs=np.array([10**6]))
+    assert len(one['logits']) == 1
+    for argv, words in [
+            ([*NAMES, '--measure', 'entropy'], 'holds results of max_softmax alone'),
+            ([*NAMES, '--measure', 'doubt'], "unknown stopping rule 'doubt'"),
+            ([str(tmp_path / 'one.npz'), '--measure', 'agreement'], 'needs two exits or more')]:
+        with contextlib.suppress(SystemExit):
+            assert main(['compare', *argv, '--output', str(tmp_path / 'none')]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_logits_join_networks_measured_on_the_same_images(tmp_path, capsys):
+    results = Results.load(WEIGHTS / NAMES[0] / 'results.json')
+    logits = np.random.default_rng(0).normal(size=(2, results.test_images + 50, 10))
+    rows = dict(labels=np.arange(logits.shape[1]) % 10, held_out=np.arange(logits.shape[1]) < 50,
+                macs=np.array([10**7, 3 * 10**7]))
+    save_logits(tmp_path / 'theirs.npz', logits=logits, **rows)
+    command = ['compare', NAMES[0], str(tmp_path / 'theirs.npz'), '--output', str(tmp_path / 'out')]
+    assert main(command) == 2
+    assert "name it in the .npz file, as 'dataset'" in capsys.readouterr().err
+    save_logits(tmp_path / 'theirs.npz', logits=logits, dataset=results.dataset, **rows)
+    assert main(command) == 0
+    assert f'of {results.dataset}' in capsys.readouterr().out
 
 
 def test_time_counts_the_stages_run_and_the_heads_evaluated():
@@ -122,8 +166,8 @@ def test_stored_results_side_by_side(tmp_path, capsys):
     middle = written['at_equal_cost'][4]
     assert f'{middle[NAMES[0]]:.2f}' in printed and f'{middle[NAMES[1]]:.2f}' in printed
     with open(tmp_path / 'out' / 'comparison.csv', newline='') as file:
-        assert [float(row[NAMES[0]]) for row in csv.DictReader(file)] == [
-            row[NAMES[0]] for row in written['at_equal_cost']]
+        assert [row[NAMES[0]] and float(row[NAMES[0]]) for row in csv.DictReader(file)] == [
+            row[NAMES[0]] or '' for row in written['at_equal_cost']]
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
         'anytime.png', 'budgeted.png', 'comparison.csv', 'comparison.json']
     for kind in ('anytime', 'budgeted'):
@@ -169,9 +213,11 @@ def test_logits_of_any_network(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(macs=np.array([4, 2, 1])), 'rising'), (dict(macs=np.array([1, 2])), 'of 3 exits'),
-    (dict(labels=np.arange(600)), 'labels from'), (dict(held_out=np.ones(600, bool)), 'leave some'),
-    (dict(logits=np.zeros((3, 599, 4))), 'is not a .npz file with'),
+    (dict(macs=np.array([4, 2, 1]) * 10**6), 'rising'), (dict(macs=np.array([1, 2]) * 10**6), 'of 3 exits'),
+    (dict(macs=np.array([1., 2., 4.])), 'not in millions'), (dict(macs=np.array([1e6, 2e6, np.inf])), 'of 3 exits'),
+    (dict(labels=np.arange(600)), 'labels from'), (dict(labels=np.zeros(600)), 'give whole numbers'),
+    (dict(held_out=np.ones(600, bool)), 'leave some'), (dict(held_out=np.arange(600)), 'of type bool'),
+    (dict(logits=np.zeros((3, 599, 4))), 'give \\(exits, images, classes\\)'),
     (dict(logits=np.full((3, 600, 4), np.nan)), 'NaN')])
 def test_bad_logits_are_named(tmp_path, changes, words):
     save_logits(tmp_path / 'bad.npz', **changes)
@@ -181,16 +227,18 @@ def test_bad_logits_are_named(tmp_path, changes, words):
 
 def test_what_cannot_be_compared(tmp_path, capsys):
     one = entry('one', (10, 60.), (20, 70.))
-    for others, words in [((), 'two networks'), ((one,), 'given twice'), (
-            (entry('one', (30, 60.), (40, 70.)),), 'share no average cost'), (
-            (entry('one', (10, 60.), exits=one.results.exits[:2]),), "two networks are called 'one'"), (
+    for others, words in [((), 'two networks'), ((entry('one', (10, 60.)),), 'budgets number 2 and 1'), (
+            (entry('one', (10, 60.), (20, 70.), exits=one.results.exits[:2]),), 'their exits cost'), (
             (entry('other', (10, 60.), dataset='torch/cifar10'),), 'compare on the same')]:
         with pytest.raises(InputError, match=words):
             check_comparable(joined_runs([one, *others]))
     (tmp_path / 'text.npz').write_text('no arrays')
+    (tmp_path / 'empty.npz').touch()
     for names, words in [
             (['vgg8_mc_cifar', NAMES[0]], "no results are stored with 'vgg8_mc_cifar': pass --data-dir"),
             ([str(tmp_path / 'text.npz'), NAMES[0]], 'is not a .npz file with logits'),
+            ([str(tmp_path / 'empty.npz'), NAMES[0]], 'is not a .npz file with logits'),
+            ([str(tmp_path / 'none.npz'), NAMES[0]], 'is not a file'), (['msfus_cifar', NAMES[0]], 'did you mean'),
             ([str(tmp_path / 'text.npz'), NAMES[0], '--time'], 'leave out --time'),
             ([NAMES[0]], 'two networks'), ([NAMES[0], 'msfuse_cifar.cifar10'], 'compare on the same')]:
         assert main(['compare', *names, '--output', str(tmp_path / 'out')]) == 2

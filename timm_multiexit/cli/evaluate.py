@@ -18,7 +18,7 @@ from ..evaluation.classes import (
     most_confused,
     write_classes,
 )
-from ..evaluation.evaluate import RULES, LabelledLogits, evaluate, exit_logits, write_report
+from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
 from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
 from ..evaluation.results import Results
 from ..inference.preprocess import Preprocessing
@@ -41,7 +41,7 @@ def add_parser(subparsers) -> None:
                     'Writes results.json, three CSV tables and two figures.')
     add_model_argument(parser)
     add_model_options(parser)
-    add_data_options(parser, measures=RULES)
+    add_data_options(parser)
     parser.add_argument('--output', metavar='DIR', default='',
                         help='default: beside your own weights, else evaluation/MODEL')
     parser.add_argument('--guarantee', nargs='?', const='accuracy', choices=RISKS, metavar='RISK',
@@ -51,16 +51,11 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def add_data_options(
-        parser: argparse.ArgumentParser,
-        required: bool = True,
-        measures: Sequence[str] = MEASURES,
-        **kwargs,
-) -> None:
-    """Options that name the images and the confidence measure; keyword arguments are those of --measure."""
+def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Options that name the images and the confidence measure."""
     add_image_options(parser, required=required, help='folder of the data set')
-    parser.add_argument('--measure', choices=measures, **{
-        'default': 'max_softmax', 'help': 'confidence measure (default: %(default)s)', **kwargs})
+    parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
+                        help='confidence measure (default: %(default)s)')
 
 
 def add_image_options(parser: argparse.ArgumentParser, **kwargs) -> None:

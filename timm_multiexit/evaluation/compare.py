@@ -1,7 +1,8 @@
 """Several networks side by side: accuracy at equal cost, and cost at equal accuracy, from their `Results`."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -10,137 +11,127 @@ from ..errors import InputError
 from ..files import write_csv, write_json, written_beside
 from ..stopping.costs import ExitCosts, StageCosts
 from ..stopping.policy import NEVER
+from ..stopping.scores import check_labelled_logits
 from .evaluate import LabelledLogits, evaluate
 from .results import Results, curve
 
-LOGITS_HELP = 'logits (exits, images, classes), labels (images,), held_out (images,) and macs (exits,)'
+LOGITS_HELP = ('logits (exits, images, classes), labels (images,), held_out (images,), true where thresholds are set, '
+               'cumulative macs (exits,) and, to compare with other files, dataset, like torch/cifar10')
+UNITS = ('macs', 'ms')
 DEVIATION = ' ±'  # after a network's name: standard deviation over its runs
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A network in a comparison.
+    """A network in a comparison, under one stopping rule.
 
     Attributes:
-        name: For tables and legends.
-        runs: What was measured; several where the network was trained more than once, from other seeds.
+        network: Its name.
+        runs: What was measured; several where the network was trained more than once, say from other seeds.
         milliseconds: Average time of an image under each budget of the only run on this machine; None if it was not
             measured.
+        rule: Named where entries differ in it.
     """
 
-    name: str
+    network: str
     runs: Tuple[Results, ...]
     milliseconds: Optional[np.ndarray] = None
+    rule: str = ''
 
     @property
     def results(self) -> Results:
-        """Those of the first run."""
+        """Of the first run; networks, costs and images are those of all."""
         return self.runs[0]
 
     @property
-    def label(self) -> str:
-        return self.name if len(self.runs) == 1 else f'{self.name} ({len(self.runs)} runs)'
+    def name(self) -> str:
+        return f'{self.network}, {self.rule}' if self.rule else self.network
 
     def exits(self) -> np.ndarray:
-        """MACs of each exit, and its mean, lowest and highest accuracy in percent, float64 (4, exits)."""
-        accuracies = np.array([[e.accuracy for e in run.exits] for run in self.runs])
-        return np.array([[e.macs for e in self.results.exits], accuracies.mean(0), accuracies.min(0),
-                         accuracies.max(0)])
+        """MACs of each exit, and its mean, lowest and highest accuracy in percent over the runs, (4, exits)."""
+        return _over_runs([[[e.macs for e in run.exits], [e.accuracy for e in run.exits]] for run in self.runs])
 
-    def costs(self, time: bool = False) -> np.ndarray:
-        """Average costs to draw, rising, where all runs have an accuracy: MACs, or milliseconds."""
-        every = [self._curve(run, time)[0] for run in self.runs]
-        grid = np.unique(np.concatenate(every))
-        return grid[(grid >= max(x[0] for x in every)) & (grid <= min(x[-1] for x in every))]
+    def curve(self, time: bool = False) -> np.ndarray:
+        """Average cost under each budget, in MACs or milliseconds, and accuracies as in `exits`, (4, budgets)."""
+        return _over_runs([self._curve(run, time) for run in self.runs])
 
-    def accuracies_at(self, costs: Sequence[float], time: bool = False, best: bool = True) -> np.ndarray:
-        """Accuracy in percent of each run at average costs, interpolated, (runs, costs); NaN below the cheapest.
+    def accuracies_at(self, cost: float, time: bool = False) -> np.ndarray:
+        """The best accuracy in percent of each run at an average cost of at most `cost`, interpolated, (runs,).
 
-        Args:
-            costs: MACs or milliseconds.
-            time: Whether they are milliseconds.
-            best: Take the best at no more than that cost: what is better at a lower cost serves at a higher one too.
+        What is better at a lower cost serves at a higher one too. NaN below the cheapest.
         """
-        rows = []
-        for run in self.runs:
-            x, y = self._curve(run, time)
-            rows.append(np.interp(costs, x, np.maximum.accumulate(y) if best else y, left=np.nan))
-        return np.array(rows)
-
-    def accuracy_at(self, cost: float, time: bool = False) -> float:
-        """Mean over the runs of `accuracies_at`."""
-        return float(self.accuracies_at([cost], time).mean())
+        return np.array([np.interp(cost, *_best(self._curve(run, time)), left=np.nan) for run in self.runs])
 
     def cost_at(self, accuracy: float, time: bool = False) -> float:
         """The least average cost at which the mean of the runs reaches an accuracy; NaN if it never does."""
         x, y = self.front(time)
-        if accuracy > y[-1]:
+        reached = y >= accuracy - 1e-9  # a mean of runs is rounded
+        if not reached.any():
             return float('nan')
-        k = int(np.argmax(y >= accuracy))
+        k = int(np.argmax(reached))
         return float(x[0] if k == 0 else np.interp(accuracy, y[k - 1:k + 1], x[k - 1:k + 1]))
 
     def front(self, time: bool = False) -> np.ndarray:
-        """Costs, and the mean over the runs of the best accuracy at each, rising, (2, costs)."""
-        x = self.costs(time)
-        return np.array([x, self.accuracies_at(x, time).mean(0)])
-
-    def drawn(self, time: bool = False) -> np.ndarray:
-        """Costs, and the mean, lowest and highest accuracy of the runs at each, as measured, (4, costs)."""
-        if len(self.runs) == 1:
-            x, y = self._curve(self.results, time)
-            return np.array([x, y, y, y])
-        x = self.costs(time)
-        accuracies = self.accuracies_at(x, time, best=False)
-        return np.array([x, accuracies.mean(0), accuracies.min(0), accuracies.max(0)])
+        """Average costs, and the best accuracy at no more than each, both rising, (2, budgets)."""
+        return _best(self.curve(time)[:2])
 
     def _curve(self, run: Results, time: bool) -> np.ndarray:
         x, y = curve(run.budgeted)
-        if time and self.milliseconds is not None:
-            x = self.milliseconds
-        order = np.argsort(x, kind='stable')
-        return np.array([x[order], y[order]])
+        return np.array([x if not time or self.milliseconds is None else self.milliseconds, y])
+
+
+def _over_runs(curves: Sequence) -> np.ndarray:
+    """Mean cost, and mean, lowest and highest accuracy, of curves (2, points) of several runs."""
+    costs, accuracies = np.array(curves, np.float64).swapaxes(0, 1)
+    return np.array([costs.mean(0), accuracies.mean(0), accuracies.min(0), accuracies.max(0)])
+
+
+def _best(points: np.ndarray) -> np.ndarray:
+    x, y = points[:, np.argsort(points[0], kind='stable')]
+    return np.array([x, np.maximum.accumulate(y)])
 
 
 def joined_runs(entries: Sequence[Entry]) -> List[Entry]:
-    """Entries of one name as runs of one network.
+    """Entries of one network and rule as its runs; the rule is named if they differ in it.
 
     Raises:
-        InputError: their exits cost other MACs, their average costs do not overlap, or a run is given twice.
+        InputError: runs whose exits or budgets differ, or a name that the tables need.
     """
-    by_name: Dict[str, List[Entry]] = {}
+    several = len({entry.results.measure for entry in entries}) > 1
+    groups: Dict[Tuple[str, str], List[Entry]] = {}
     for entry in entries:
-        by_name.setdefault(entry.name, []).append(entry)
+        groups.setdefault((entry.network, entry.results.measure if several else ''), []).append(entry)
     joined = []
-    for name, same in by_name.items():
+    for (network, rule), same in groups.items():
+        if network in UNITS or network.endswith(DEVIATION):
+            raise InputError(f"a network cannot be called '{network}' in a table: name it, NAME=FILE")
         runs = tuple(run for entry in same for run in entry.runs)
-        if any(run in runs[:i] for i, run in enumerate(runs)):
-            raise InputError(f"'{name}' is given twice, with the same results")
-        costs = [[e.macs for e in run.exits] for run in runs]
-        if any(c != costs[0] for c in costs):
-            raise InputError(f"two networks are called '{name}', and their exits cost {costs[0]} and "
-                             f"{next(c for c in costs if c != costs[0])} MACs: rename a file")
-        joined.append(same[0] if len(same) == 1 else Entry(name, runs))
-        if not len(joined[-1].costs()):
-            raise InputError(f"the runs of '{name}' share no average cost: compare them one by one")
+        for what, values in (('exits cost', [[e.macs for e in run.exits] for run in runs]),
+                             ('budgets number', [len(run.budgeted) for run in runs])):
+            for value in values:
+                if value != values[0]:
+                    raise InputError(f"the runs of '{network}' are of different networks, their {what} {values[0]} and "
+                                     f'{value}: give them other names, NAME=FILE')
+        joined.append(Entry(network, runs, same[0].milliseconds if len(same) == 1 else None, rule))
     return joined
 
 
 def check_comparable(entries: Sequence[Entry]) -> None:
-    """Checks that networks were measured on the same images.
+    """Checks that there is something to compare, measured on the same images.
 
     Raises:
-        InputError: fewer than two, or other images.
+        InputError: a single run, or other images.
     """
-    if len(entries) < 2:
+    runs = [(entry.name, run) for entry in entries for run in entry.runs]
+    if len(runs) < 2:
         raise InputError('nothing to compare: give two networks or more')
-    first = entries[0]
-    for entry in entries:
-        for run in entry.runs:
-            ours, theirs = ((r.dataset, r.test_images) for r in (first.results, run))
-            if ours != theirs:
-                raise InputError(
-                    f"'{first.name}' was measured on {ours[1]:,} images of {ours[0] or 'unknown origin'}, "
-                    f"'{entry.name}' on {theirs[1]:,} of {theirs[0] or 'unknown origin'}: compare on the same")
+    (first, results), *others = runs
+    for name, run in others:
+        ours, theirs = ((r.dataset, r.test_images) for r in (results, run))
+        if ours != theirs:
+            hint = '' if ours[0] and theirs[0] else ", and name it in the .npz file, as 'dataset'"
+            raise InputError(f"'{first}' was measured on {ours[1]:,} images of {ours[0] or 'unknown origin'}, '{name}' "
+                             f"on {theirs[1]:,} of {theirs[0] or 'unknown origin'}: compare on the same{hint}")
 
 
 def time_budgets(results: Results, profile: StageCosts) -> np.ndarray:
@@ -156,46 +147,58 @@ def read_logits(path: Path, measure: str = 'max_softmax') -> Results:
     """Evaluates a network of any kind from the logits of its exits.
 
     Args:
-        path: A .npz file with the arrays of `LOGITS_HELP`: `macs` is the cumulative cost of each exit, and thresholds
-            are set on the images for which `held_out` is true.
+        path: A .npz file with the arrays of `LOGITS_HELP`.
         measure: See `evaluate.evaluate`.
 
     Raises:
         InputError: not such a file, or arrays that cannot be used.
     """
+    names = ('logits', 'labels', 'held_out', 'macs')
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in ('logits', 'labels', 'held_out', 'macs')}
-        held_out, labels = arrays['held_out'].astype(bool), torch.from_numpy(arrays['labels'].astype(np.int64))
-        logits = torch.from_numpy(arrays['logits'].astype(np.float32))
-        macs = tuple(int(m) for m in arrays['macs'])
-        parts = [LabelledLogits(logits[:, rows], labels[rows]) for rows in (held_out, ~held_out)]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            logits, labels, held_out, macs = (stored[name] for name in names)
+            dataset = str(stored['dataset']) if 'dataset' in stored else ''
+    except FileNotFoundError:
+        raise InputError(f"'{path}' is not a file") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"'{path}' is not a .npz file with {LOGITS_HELP} ({error})") from None
-    if len(macs) != len(logits) or list(macs) != sorted(set(macs)) or macs[0] < 1:
-        raise InputError(f"macs {macs} in '{path}': give the cumulative multiply-adds of {len(logits)} exits, rising")
+    if logits.ndim != 3 or held_out.shape != logits.shape[1:2] or held_out.dtype != bool:
+        raise InputError(f"logits {logits.shape} and held_out {held_out.shape} of type {held_out.dtype} in '{path}': "
+                         'give (exits, images, classes), and (images,) of type bool')
     if not 0 < held_out.sum() < len(held_out):
         raise InputError(f"held_out in '{path}' is true for {held_out.sum()} of {len(held_out)} images: mark some to "
                          'set thresholds on, and leave some to measure on')
-    costs = ExitCosts(macs, (1,) * len(macs), (1, 1, 1))  # parameters and image size are unknown and not compared
-    return evaluate(*parts, costs, measure=measure)[0]
+    if (macs.shape != logits.shape[:1] or macs.dtype.kind not in 'iuf' or not np.isfinite(macs).all()
+            or macs[0] < 1000 or (np.diff(macs) <= 0).any()):
+        raise InputError(f"macs {macs.tolist()} in '{path}': give the cumulative multiply-adds of {len(logits)} exits, "
+                         'not in millions, rising')
+    try:
+        logits, labels = check_labelled_logits(logits, labels)
+    except InputError as error:
+        raise InputError(f"'{path}': {error}") from None
+    parts = [LabelledLogits(torch.from_numpy(logits[:, rows]), torch.from_numpy(labels[rows].astype(np.int64)))
+             for rows in (held_out, ~held_out)]
+    # Parameters and image size are not known, and not compared.
+    costs = ExitCosts(tuple(int(m) for m in macs), (1,) * len(macs), (1, 1, 1))
+    return replace(evaluate(*parts, costs, measure=measure)[0], dataset=dataset)
 
 
 def comparison_rows(entries: Sequence[Entry], time: bool = False) -> List[dict]:
-    """One row per cost of a grid that all networks share: accuracy of each, and its deviation over several runs."""
-    low = max(entry.costs(time)[0] for entry in entries)
-    high = min(entry.costs(time)[-1] for entry in entries)
-    if low >= high:
-        return []
-    unit = 'ms' if time else 'macs'
+    """One row per cost, from the cheapest of all to the most expensive: accuracy of each network, mean and deviation.
+
+    None where a network has no answer as cheap. At more than its full cost it has the accuracy of that.
+    """
+    ends = [entry.front(time)[0][[0, -1]] for entry in entries]
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
     rows = []
-    for cost in np.linspace(low, high, 9):
-        row = {unit: float(cost)}
+    for cost in np.linspace(low, high, 9 if high > low else 1):
+        row = {UNITS[time]: float(cost)}
         for entry in entries:
-            accuracies = entry.accuracies_at([cost], time)
-            row[entry.name] = round(float(accuracies.mean()), 3)
+            accuracies = entry.accuracies_at(cost, time)
+            known = not np.isnan(accuracies).any()
+            row[entry.name] = round(float(accuracies.mean()), 3) if known else None
             if len(entry.runs) > 1:
-                row[entry.name + DEVIATION] = round(float(accuracies.std(ddof=1)), 3)
+                row[entry.name + DEVIATION] = round(float(accuracies.std(ddof=1)), 3) if known else None
         rows.append(row)
     return rows
 
@@ -225,10 +228,8 @@ def write_comparison(entries: Sequence[Entry], folder: Path) -> List[Path]:
         networks=[e.name for e in entries], runs=[len(e.runs) for e in entries], dataset=entries[0].results.dataset,
         test_images=entries[0].results.test_images, at_equal_cost=rows, at_equal_accuracy=savings,
         at_equal_time=comparison_rows(entries, True) if timed else []))
-    paths = [folder / 'comparison.json']
-    if rows:
-        write_csv(folder / 'comparison.csv', rows)
-        paths.append(folder / 'comparison.csv')
+    write_csv(folder / 'comparison.csv', rows)
+    paths = [folder / 'comparison.json', folder / 'comparison.csv']
     for kind in ('anytime', 'budgeted', *(['time'] if timed else [])):
         path = folder / f'{kind}.png'
         with written_beside(path) as partial:

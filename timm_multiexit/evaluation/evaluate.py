@@ -4,7 +4,7 @@ Nothing is chosen on the test images: temperatures and thresholds come from the 
 """
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
@@ -110,8 +110,8 @@ def evaluate(
         test: Everything is measured on these; the average cost is that of the exits really taken.
         costs: Of the exits.
         budgets: Average MACs per image, rising; None for `solve.budget_grid`.
-        measure: Confidence measure, see `policy.scores`; or 'agreement', where the budgets are what each number of
-            exits that must agree costs on the validation images, see `agreement`.
+        measure: Confidence measure, see `policy.scores`; or 'agreement', which has one budget for each patience, what
+            it costs on the validation images, see `agreement`.
 
     Returns:
         The results, without the names of model, data set and checkpoint, which the caller knows, and the exit config of
@@ -135,7 +135,7 @@ def evaluate(
             budgets = budget_grid(costs.macs[0], costs.macs[-1])
         policies = [config.policy_for(b) for b in budgets]
         budgeted = tuple(
-            _measure(p, p.thresholds, b, (p.expected_macs, p.expected_accuracy), test, costs)
+            _measure(p, p.thresholds, b, p.expected_macs, p.expected_accuracy, test, costs)
             for b, p in zip(budgets, policies))
     return Results(
         validation_images=len(validation.targets), test_images=len(test.targets), measure=measure,
@@ -147,26 +147,30 @@ def _measure(
         rule: StoppingRule,
         thresholds: Sequence[float],
         budget: float,
-        expected: Tuple[Any, Any],
+        validation_macs: Optional[float],
+        validation_accuracy: Optional[float],
         test: LabelledLogits,
         costs: ExitCosts,
 ) -> BudgetResult:
-    """What a rule gives on the test images, beside the MACs and the accuracy that it gave on the validation images."""
     result = simulate(rule, test.logits, costs.macs)
     return BudgetResult(
         budget=round(budget), average_macs=round(result.average_macs), accuracy=round(result.accuracy(test.targets), 3),
         over_budget=round(100. * (result.average_macs / budget - 1.), 3),
-        validation_macs=expected[0], validation_accuracy=expected[1],
+        validation_macs=validation_macs, validation_accuracy=validation_accuracy,
         exit_shares=tuple(round(s, 5) for s in result.exit_shares(rule.num_exits)),
         thresholds=tuple(round(t, 6) for t in thresholds))
 
 
 def _agreements(validation: LabelledLogits, test: LabelledLogits, costs: ExitCosts) -> Iterator[BudgetResult]:
-    for patience in range(1, max(len(costs.macs), 2)):  # a single exit is refused
-        rule = Agreement(len(costs.macs), patience)
+    count = len(costs.macs)
+    if count < 2:
+        raise InputError('stopping by agreement needs two exits or more')
+    for patience in range(1, count):
+        rule = Agreement(count, patience)
         held_out = simulate(rule, validation.logits, costs.macs)
-        expected = round(held_out.average_macs), round(held_out.accuracy(validation.targets), 3)
-        yield _measure(rule, (patience,) * rule.num_exits, held_out.average_macs, expected, test, costs)
+        yield _measure(
+            rule, (patience,) * count, held_out.average_macs, round(held_out.average_macs),
+            round(held_out.accuracy(validation.targets), 3), test, costs)
 
 
 def write_report(results: Results, folder: Path) -> List[Path]:

@@ -1,6 +1,7 @@
 """The figures of a report, accuracy of each exit and under average budgets, of one network or of several."""
-from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
+from typing import TYPE_CHECKING, Sequence, Tuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,6 +15,7 @@ BLUE, GREY = '#0b5394', '#7a7a7a'
 # Apart for people with any colour vision (Okabe and Ito), and each with a mark of its own.
 COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000', '#8a7a00')
 MARKS = 'osD^vPX*'
+LINES = ('-', '--', ':')  # after eight networks
 DASHES = ((4, 2), (1, 1.5), (6, 2, 1, 2), (3, 1, 1, 1, 1, 1))
 
 
@@ -74,26 +76,28 @@ def comparison_figure(entries: 'Sequence[Entry]', kind: str) -> Figure:
     published = [c for c in PUBLISHED.get(entries[0].results.dataset, ()) if c.mode == kind]
     for work, dashes in zip(published, DASHES):
         ax.plot(*zip(*work.points), color=GREY, linewidth=1, dashes=dashes, label=f'published: {work.work}')
+    if kind == 'anytime':  # the same under every rule
+        entries = list({entry.network: entry for entry in reversed(entries)}.values())[::-1]
     for i, entry in enumerate(entries):
-        colour = COLOURS[i % len(COLOURS)]
-        if kind == 'anytime':
-            look: Dict[str, Any] = dict(marker=MARKS[i % len(MARKS)], markersize=5)
-            costs, mean, low, high = entry.exits()
-        else:
-            # A few points only, like those of stopping by agreement, are marked.
-            costs, mean, low, high = entry.drawn(kind == 'time')
-            look = dict(linewidth=2, marker=MARKS[i % len(MARKS)] if len(costs) < 12 else '', markersize=5)
+        curve = entry.exits() if kind == 'anytime' else entry.curve(kind == 'time')
+        costs, mean, low, high = curve[:, np.argsort(curve[0], kind='stable')]
         costs = costs / (1. if kind == 'time' else 1e6)
-        ax.plot(costs, mean, color=colour, label=entry.label, **look)
+        name = entry.network if kind == 'anytime' else entry.name
+        label = ('' if name[0] != '_' else ' ') + name.replace('$', r'\$')  # to Matplotlib both have a meaning
         if len(entry.runs) > 1:
-            ax.fill_between(costs, low, high, color=colour, alpha=0.2, linewidth=0)
+            label += f' (mean of {len(entry.runs)} runs, lowest to highest)'
+            ax.fill_between(costs, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
+        few = len(set(costs)) < 12
+        ax.plot(costs, mean, color=COLOURS[i % len(COLOURS)], linestyle=LINES[i // len(COLOURS) % len(LINES)],
+                linewidth=1.5 if few else 2, marker=MARKS[i % len(MARKS)] if few else '', markersize=5, label=label)
     ax.set_ylabel('top-1 accuracy (%)')
     ax.set_xlabel({'anytime': 'multiply-adds for one image (M)', 'time': 'average milliseconds for one image'}.get(
         kind, 'average multiply-adds for one image (M)'))
     ax.legend(frameon=False, fontsize=8, loc='lower right')
     first = entries[0].results
     title = {'anytime': 'Anytime', 'budgeted': 'Average budgets', 'time': 'Average time on this machine'}[kind]
-    figure.suptitle(f'{title}: {first.dataset}, {first.test_images:,} test images', fontsize=10)
+    subject = f'{first.dataset}, ' if first.dataset else ''
+    figure.suptitle(f'{title}: {subject}{first.test_images:,} test images', fontsize=10)
     return figure
 
 

@@ -40,7 +40,7 @@ class BudgetResult:
     validation_macs: float  # average on the validation images
     validation_accuracy: float  # top-1 on the validation images
     exit_shares: Tuple[float, ...]  # share of the test images that leave at each exit
-    thresholds: Tuple[float, ...]  # one per exit; with the measure 'agreement', how many exits must agree
+    thresholds: Tuple[float, ...]  # one per exit; of 'agreement' the patience, for each
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def imagenet_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, A
 def pretrained_cfgs(exits: Dict[str, int], **kwargs: Any) -> Dict[str, Dict[str, Any]]:
     """A cfg `ARCH.TAG` for each network and data set of `DATASETS`, for timm's `generate_default_cfgs`.
 
-    The first data set is the default, also where only another one's weights are in the package: timm takes the last cfg
-    that a `*` marks, so it comes last.
+    The first data set is the default, also where only another one's weights are in the package. It comes last, since
+    timm puts a cfg with weights in front of those before it if none of them has any, the one with a `*` too.
 
     `file` is set only where the weights are in the package: timm then lists only names that load, and says that the
     others have no pretrained weights.

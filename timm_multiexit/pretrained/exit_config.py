@@ -3,8 +3,6 @@ import hashlib
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
-import timm
-
 from ..errors import InputError, MissingFileError
 from ..files import read_yaml
 from ..models import MultiExitNet
@@ -12,7 +10,7 @@ from ..models._pretrained import WEIGHTS_DIR
 from ..stopping.config import FILE_NAME, RECIPE_NAME, SCORES_NAME, ExitConfig
 from ..stopping.policy import CALIBRATE_HINT
 from .hub_files import hub_file
-from .names import check_name
+from .names import check_name, with_default_tag
 
 
 def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig:
@@ -98,14 +96,9 @@ def stored_path(name: str, filename: str, checkpoint: Union[str, Path] = '') -> 
     source, colon, place = name.partition(':')
     if colon:
         return Path(place) / filename if source == 'local-dir' else hub_file(place, filename)
-    return WEIGHTS_DIR / (name if '.' in name else _with_default_tag(name)) / filename
+    return WEIGHTS_DIR / (name if '.' in name else with_default_tag(name)) / filename
 
 
 def list_stored() -> List[str]:
     """Names 'arch.tag' of the weights whose exit config comes with the package."""
     return sorted(p.parent.name for p in WEIGHTS_DIR.glob(f'*/{FILE_NAME}'))
-
-
-def _with_default_tag(arch: str) -> str:
-    cfg = timm.get_pretrained_cfg(arch)
-    return f'{arch}.{cfg.tag}' if cfg is not None and cfg.tag else arch

@@ -66,6 +66,12 @@ def _stored_arch(name: str, source: str, place: str) -> str:
         raise InputError(f"'{name}' cannot be read, {CONFIG_FILE}: {first_line(error)}") from error
 
 
+def with_default_tag(arch: str) -> str:
+    """'arch.tag' with the tag that timm takes without one; 'arch' alone where it has none."""
+    cfg = timm.get_pretrained_cfg(arch)
+    return f'{arch}.{cfg.tag}' if cfg is not None and cfg.tag else arch
+
+
 def require_weights(name: str) -> None:
     """Checks that a registered name has exits and pretrained weights; names of repositories and folders pass.
 
@@ -80,7 +86,7 @@ def require_weights(name: str) -> None:
     if arch not in networks:
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(networks)}")
     trained = list_networks(pretrained=True)
-    if f'{arch}.{tag or timm.get_pretrained_cfg(arch).tag}' not in trained:
+    if (name if tag else with_default_tag(arch)) not in trained:
         raise InputError(
             f"there are no trained weights for '{name}' yet: give a checkpoint of your own, or choose one of "
             f"{', '.join(trained) or 'none so far'}")

@@ -18,7 +18,7 @@ class Agreement:
 
     Attributes:
         num_exits: Exits of the network.
-        patience: From 1, two exits that agree, to num_exits - 1, all of them.
+        patience: From 1, where two exits agree, to num_exits - 1, where all do.
 
     Raises:
         InputError: another patience.
