@@ -10,7 +10,7 @@ from killer import Killer
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.models._costs import exit_costs
-from timm_multiexit.pretrained.exit_config import load_exit_config, weights_digest
+from timm_multiexit.pretrained.exit_config import load_exit_config, load_recipe, weights_digest
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.stopping.config import FILE_NAME, SCORES_NAME, ExitConfig
@@ -187,6 +187,9 @@ def test_packaged_weights_come_with_scores_for_policies_from_the_cheapest_exit_t
     assert (config.exit_macs, config.exit_params, config.input_size) == (costs.macs, costs.params, costs.input_size)
     assert config.class_names == tuple(model.pretrained_cfg['label_names'])
     assert config.weights == weights_digest(model)
+    recipe = load_recipe(name)
+    assert config.scores.development.num_images == recipe['validation_images']
+    assert config.scores.certified.num_images == (recipe.get('certification_images') or 0)
     for budget in budget_grid(costs.macs[0], costs.macs[-1], 9):
         assert budget * 0.995 < config.policy_for(budget).expected_macs <= budget + 1
 

@@ -56,9 +56,11 @@ def open_data(args: argparse.Namespace, model: MultiExitNet) -> Splits:
     data = training_data(model)
     dataset = args.dataset or trained_on(model)
     same, held_out = dataset == data.dataset, data.held_out
-    if same and not held_out:  # weights from before there was a record
-        held_out = {'from': 'training images', 'development': load_recipe(args.model, args.checkpoint).get(
-            'validation_images', VALIDATION_IMAGES)}
+    if same and not held_out:  # the package's weights have no record but their recipe
+        recipe = load_recipe(args.model, args.checkpoint)
+        held_out = {'from': 'training images',
+                    'development': recipe.get('validation_images', VALIDATION_IMAGES),
+                    'certification': recipe.get('certification_images') or 0}
     names = model.pretrained_cfg.get('label_names')
     splits = open_splits(
         dataset, args.data_dir, names if names and len(names) == model.num_classes else None,
