@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import timm
-from conftest import SMALL
+from conftest import PROJECT, SMALL
 from killer import Killer
 
 from timm_multiexit.errors import InputError
@@ -19,6 +19,7 @@ from timm_multiexit.stopping.simulate import simulate
 from timm_multiexit.stopping.solve import budget_grid
 
 MACS = (10_000_000, 20_000_000, 40_000_000)
+COMPARED = [f'local-dir:{folder}' for folder in sorted((PROJECT / 'hub' / 'comparison').iterdir())]
 
 
 def small_config(**changes):
@@ -179,7 +180,7 @@ def test_names_without_a_config_are_refused(name, words):
         load_exit_config(name)
 
 
-@pytest.mark.parametrize('name', [n for n in list_networks(pretrained=True)])
+@pytest.mark.parametrize('name', [*list_networks(pretrained=True), *COMPARED])
 def test_packaged_weights_come_with_scores_for_policies_from_the_cheapest_exit_to_the_full_cost(name):
     config, model = load_exit_config(name), load_model(name)
     config.check_network(model)
