@@ -21,7 +21,7 @@ from answers import (
 )
 from answers import status_text as answer_text
 from examples import Assets, Curve, load_assets, load_curve, parse_position
-from served import Network, display_name, get_network, served_names
+from served import Network, get_network, served_names
 
 from timm_multiexit import InputError, load_exit_config
 from timm_multiexit.inference.images import check_sent
@@ -66,7 +66,7 @@ def other_curves(name: str) -> Dict[str, Curve]:
         if config.class_names == network.config.class_names:
             theirs = load_curve(other, config)
             if theirs is not None and theirs.images == curve.images:
-                others[display_name(other).rpartition(' · ')[2]] = theirs
+                others[other if ':' in other else other.partition('.')[0]] = theirs
     return others
 
 

@@ -19,6 +19,7 @@ from timm_multiexit.evaluation.compare import (
     saved,
     time_budgets,
 )
+from timm_multiexit.evaluation.evaluate import evaluate
 from timm_multiexit.evaluation.figures import comparison_figure
 from timm_multiexit.evaluation.published import PUBLISHED
 from timm_multiexit.evaluation.results import BudgetResult, Results
@@ -34,6 +35,11 @@ def entry(name, *points, **changes):
     stored = Results.load(WEIGHTS / NAMES[0] / 'results.json')
     rows = tuple(dataclasses.replace(stored.budgeted[0], average_macs=round(x * 1e6), accuracy=y) for x, y in points)
     return Entry(name, (dataclasses.replace(stored, budgeted=rows, **changes),))
+
+
+def results_of(path, measure='max_softmax'):
+    validation, test, costs, _ = read_logits(path)
+    return evaluate(validation, test, costs, measure=measure)[0]
 
 
 def test_equal_cost_and_equal_accuracy():
@@ -74,6 +80,14 @@ def test_runs_of_one_network_have_a_mean_and_a_spread():
     assert two[1] == pytest.approx(two[2] + 0.5) and two[1] == pytest.approx(two[3] - 0.5)
 
 
+def test_runs_keep_their_times():
+    timed = [dataclasses.replace(entry('one', (10, 60.), (20, y)), milliseconds=(np.array([1., ms]),))
+             for y, ms in ((70., 2.), (80., 3.))]
+    one = joined_runs(timed)[0]
+    assert one.curve(time=True)[:2].tolist() == [[1., 2.5], [60., 75.]]
+    assert one.accuracies_at(2., time=True).tolist() == [70., 70.]
+
+
 def test_the_mean_of_runs_reaches_its_own_best():
     """69.1, 70.3 and 70.6 have the mean 70, and 69.99999999999999 in floats."""
     one = joined_runs([entry('one', (10, 60.), (20, y)) for y in (69.1, 70.3, 70.6)])[0]
@@ -111,7 +125,7 @@ def test_stopping_rules_side_by_side(tmp_path, capsys):
                  str(tmp_path / 'out')]) == 0
     printed = capsys.readouterr().out
     assert all(f'theirs, {rule}' in printed for rule in rules)
-    results = read_logits(tmp_path / 'theirs.npz', 'agreement')
+    results = results_of(tmp_path / 'theirs.npz', 'agreement')
     said, labels = stored['logits'].argmax(2)[:, 200:], stored['labels'][200:]
     alike = said[0] == said[1]
     answers, costs = np.where(alike, said[1], said[2]), np.where(alike, 2e6, 4e6)
@@ -120,7 +134,7 @@ def test_stopping_rules_side_by_side(tmp_path, capsys):
     assert [row.thresholds for row in results.budgeted] == [(1., 1., 1.), (2., 2., 2.)]
     assert results.budgeted[1].average_macs == 4e6  # all three must agree: only the last exit answers
     lines = {kind: [line.get_label() for line in comparison_figure(joined_runs(
-        [Entry('theirs', (read_logits(tmp_path / 'theirs.npz', rule),)) for rule in rules]), kind).axes[0].lines]
+        [Entry('theirs', (results_of(tmp_path / 'theirs.npz', rule),)) for rule in rules]), kind).axes[0].lines]
         for kind in ('anytime', 'budgeted')}
     assert lines == dict(anytime=['theirs'], budgeted=[f'theirs, {rule}' for rule in rules])
     one = save_logits(tmp_path / 'one.npz', logits=stored['logits'][:1], macs=np.array([10**6]))
@@ -202,7 +216,7 @@ def save_logits(path, **changes):
 def test_logits_of_any_network(tmp_path, capsys):
     stored = save_logits(tmp_path / 'theirs.npz')
     save_logits(tmp_path / 'better.npz', logits=stored['logits'] + 0.5 * np.eye(4)[stored['labels']])
-    results = read_logits(tmp_path / 'theirs.npz')
+    results = results_of(tmp_path / 'theirs.npz')
     right = (stored['logits'].argmax(2) == stored['labels'])[:, 200:].mean(1)
     assert [e.accuracy for e in results.exits] == pytest.approx((100 * right).round(3).tolist())
     assert [e.macs for e in results.exits] == [10**6, 2 * 10**6, 4 * 10**6]

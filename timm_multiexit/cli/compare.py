@@ -75,16 +75,12 @@ def measure(args: argparse.Namespace, given: str) -> List[Entry]:
     name, equals, source = given.rpartition('=')
     if not equals or not name or Path(given).exists():
         name, source = '', given
-    path, model = Path(source), None
+    path, model, logits = Path(source), None, None
     if path.suffix in ('.npz', '.json'):
         if args.time:
             raise InputError(f"'{source}' holds no network to profile: leave out --time")
         if path.suffix == '.npz':
-            results = [read_logits(path, m) for m in args.measure]
-            name = name or path.stem
-        else:
-            results = _stored(args, path)
-            name = name or results[0].model or source
+            name, logits = name or path.stem, read_logits(path)
     else:
         name = name or source
         args.model, args.checkpoint, args.num_classes = source, '', None
@@ -92,26 +88,30 @@ def measure(args: argparse.Namespace, given: str) -> List[Entry]:
         if args.data_dir:
             splits = open_data(args, model)
             validation, costs = split_logits(args, model, splits, 'development')
-            test, _ = split_logits(args, model, splits, 'test')
-            results = [replace(evaluate(validation, test, costs, measure=m)[0], model=source, dataset=splits.dataset)
-                       for m in args.measure]
+            logits = validation, split_logits(args, model, splits, 'test')[0], costs, splits.dataset
         else:
             if ':' not in source:
                 check_name(source)
             path = stored_path(source, RESULTS_NAME)
             if not path.is_file():
                 raise InputError(f"no results are stored with '{source}': pass --data-dir to evaluate it now")
-            results = _stored(args, path)
+    if logits is None:
+        results = [_stored(args, path)]
+    else:
+        *images_and_costs, dataset = logits
+        results = [replace(evaluate(*images_and_costs, measure=m)[0], model=name, dataset=dataset)
+                   for m in args.measure]
+    name = name or results[0].model or source
     profile = measure_profile(make_engine(model, args.engine), results[0].input_size) if args.time else None
-    return [Entry(name, (r,), None if profile is None else time_budgets(r, profile)) for r in results]
+    return [Entry(name, (r,), () if profile is None else (time_budgets(r, profile),)) for r in results]
 
 
-def _stored(args: argparse.Namespace, path: Path) -> List[Results]:
+def _stored(args: argparse.Namespace, path: Path) -> Results:
     results = Results.load(path)
     if args.measure not in (['max_softmax'], [results.measure]):
         raise InputError(f"'{path}' holds results of {results.measure} alone: for other rules pass --data-dir, or "
                          'logits in a .npz file')
-    return [results]
+    return results
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,7 +135,7 @@ def print_comparison(entries: Sequence[Entry]) -> None:
     first = entries[0].results
     print(f'{first.test_images:,} test images{f" of {first.dataset}" if first.dataset else ""}\n')
     _print_table('accuracy at the same average MACs', entries, comparison_rows(entries))
-    if all(entry.milliseconds is not None for entry in entries):
+    if all(entry.milliseconds for entry in entries):
         _print_table('accuracy at the same average milliseconds', entries, comparison_rows(entries, True))
     if any(len(entry.runs) > 1 for entry in entries):
         print('±: standard deviation over the runs; where there is none, of a single run\n')

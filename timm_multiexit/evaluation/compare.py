@@ -1,7 +1,7 @@
 """Several networks side by side: accuracy at equal cost, and cost at equal accuracy, from their `Results`."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..files import write_csv, write_json, written_beside
 from ..stopping.costs import ExitCosts, StageCosts
 from ..stopping.policy import NEVER
 from ..stopping.scores import check_labelled_logits
-from .evaluate import LabelledLogits, evaluate
+from .evaluate import LabelledLogits
 from .results import Results, curve
 
 LOGITS_HELP = ('logits (exits, images, classes), labels (images,), held_out (images,), true where thresholds are set, '
@@ -28,14 +28,14 @@ class Entry:
     Attributes:
         network: Its name.
         runs: What was measured; several where the network was trained more than once, say from other seeds.
-        milliseconds: Average time of an image under each budget of the only run on this machine; None if it was not
+        milliseconds: Average time of an image on this machine under each budget, of each run; empty if it was not
             measured.
         rule: Named where entries differ in it.
     """
 
     network: str
     runs: Tuple[Results, ...]
-    milliseconds: Optional[np.ndarray] = None
+    milliseconds: Tuple[np.ndarray, ...] = ()
     rule: str = ''
 
     @property
@@ -53,14 +53,14 @@ class Entry:
 
     def curve(self, time: bool = False) -> np.ndarray:
         """Average cost under each budget, in MACs or milliseconds, and accuracies as in `exits`, (4, budgets)."""
-        return _over_runs([self._curve(run, time) for run in self.runs])
+        return _over_runs(self._curves(time))
 
     def accuracies_at(self, cost: float, time: bool = False) -> np.ndarray:
         """The best accuracy in percent of each run at an average cost of at most `cost`, interpolated, (runs,).
 
         What is better at a lower cost serves at a higher one too. NaN below the cheapest.
         """
-        return np.array([np.interp(cost, *_best(self._curve(run, time)), left=np.nan) for run in self.runs])
+        return np.array([np.interp(cost, *_best(points), left=np.nan) for points in self._curves(time)])
 
     def cost_at(self, accuracy: float, time: bool = False) -> float:
         """The least average cost at which the mean of the runs reaches an accuracy; NaN if it never does."""
@@ -75,9 +75,9 @@ class Entry:
         """Average costs, and the best accuracy at no more than each, both rising, (2, budgets)."""
         return _best(self.curve(time)[:2])
 
-    def _curve(self, run: Results, time: bool) -> np.ndarray:
-        x, y = curve(run.budgeted)
-        return np.array([x if not time or self.milliseconds is None else self.milliseconds, y])
+    def _curves(self, time: bool) -> List[np.ndarray]:
+        curves = [curve(run.budgeted) for run in self.runs]
+        return [np.array([ms, y]) for ms, (_, y) in zip(self.milliseconds, curves)] if time else curves
 
 
 def _over_runs(curves: Sequence) -> np.ndarray:
@@ -112,7 +112,7 @@ def joined_runs(entries: Sequence[Entry]) -> List[Entry]:
                 if value != values[0]:
                     raise InputError(f"the runs of '{network}' are of different networks, their {what} {values[0]} and "
                                      f'{value}: give them other names, NAME=FILE')
-        joined.append(Entry(network, runs, same[0].milliseconds if len(same) == 1 else None, rule))
+        joined.append(Entry(network, runs, tuple(ms for entry in same for ms in entry.milliseconds), rule))
     return joined
 
 
@@ -143,12 +143,14 @@ def time_budgets(results: Results, profile: StageCosts) -> np.ndarray:
     return np.array(times)
 
 
-def read_logits(path: Path, measure: str = 'max_softmax') -> Results:
-    """Evaluates a network of any kind from the logits of its exits.
+def read_logits(path: Path) -> Tuple[LabelledLogits, LabelledLogits, ExitCosts, str]:
+    """The logits of a network of any kind.
 
     Args:
         path: A .npz file with the arrays of `LOGITS_HELP`.
-        measure: See `evaluate.evaluate`.
+
+    Returns:
+        Validation and test images, the costs, and the name of the data set, '' if it is not stored.
 
     Raises:
         InputError: not such a file, or arrays that cannot be used.
@@ -176,11 +178,11 @@ def read_logits(path: Path, measure: str = 'max_softmax') -> Results:
         logits, labels = check_labelled_logits(logits, labels)
     except InputError as error:
         raise InputError(f"'{path}': {error}") from None
-    parts = [LabelledLogits(torch.from_numpy(logits[:, rows]), torch.from_numpy(labels[rows].astype(np.int64)))
-             for rows in (held_out, ~held_out)]
+    targets = labels.astype(np.int64)
+    validation, test = (LabelledLogits(torch.from_numpy(logits[:, rows]), torch.from_numpy(targets[rows]))
+                        for rows in (held_out, ~held_out))
     # Parameters and image size are not known, and not compared.
-    costs = ExitCosts(tuple(int(m) for m in macs), (1,) * len(macs), (1, 1, 1))
-    return replace(evaluate(*parts, costs, measure=measure)[0], dataset=dataset)
+    return validation, test, ExitCosts(tuple(int(m) for m in macs), (1,) * len(macs), (1, 1, 1)), dataset
 
 
 def comparison_rows(entries: Sequence[Entry], time: bool = False) -> List[dict]:
@@ -221,7 +223,7 @@ def write_comparison(entries: Sequence[Entry], folder: Path) -> List[Path]:
         InputError: the folder cannot be written to.
     """
     from .figures import comparison_figure
-    timed = all(entry.milliseconds is not None for entry in entries)
+    timed = all(entry.milliseconds for entry in entries)
     rows = comparison_rows(entries)
     savings = [row for other in entries[1:] for row in saved(entries[0], other)]
     write_json(folder / 'comparison.json', dict(

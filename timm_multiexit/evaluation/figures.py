@@ -79,8 +79,8 @@ def comparison_figure(entries: 'Sequence[Entry]', kind: str) -> Figure:
     if kind == 'anytime':  # the same under every rule
         entries = list({entry.network: entry for entry in reversed(entries)}.values())[::-1]
     for i, entry in enumerate(entries):
-        curve = entry.exits() if kind == 'anytime' else entry.curve(kind == 'time')
-        costs, mean, low, high = curve[:, np.argsort(curve[0], kind='stable')]
+        points = entry.exits() if kind == 'anytime' else entry.curve(kind == 'time')
+        costs, mean, low, high = points[:, np.argsort(points[0], kind='stable')]
         costs = costs / (1. if kind == 'time' else 1e6)
         name = entry.network if kind == 'anytime' else entry.name
         label = ('' if name[0] != '_' else ' ') + name.replace('$', r'\$')  # to Matplotlib both have a meaning

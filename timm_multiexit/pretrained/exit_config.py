@@ -96,7 +96,7 @@ def stored_path(name: str, filename: str, checkpoint: Union[str, Path] = '') -> 
     source, colon, place = name.partition(':')
     if colon:
         return Path(place) / filename if source == 'local-dir' else hub_file(place, filename)
-    return WEIGHTS_DIR / (name if '.' in name else with_default_tag(name)) / filename
+    return WEIGHTS_DIR / with_default_tag(name) / filename
 
 
 def list_stored() -> List[str]:

@@ -66,10 +66,10 @@ def _stored_arch(name: str, source: str, place: str) -> str:
         raise InputError(f"'{name}' cannot be read, {CONFIG_FILE}: {first_line(error)}") from error
 
 
-def with_default_tag(arch: str) -> str:
-    """'arch.tag' with the tag that timm takes without one; 'arch' alone where it has none."""
-    cfg = timm.get_pretrained_cfg(arch)
-    return f'{arch}.{cfg.tag}' if cfg is not None and cfg.tag else arch
+def with_default_tag(name: str) -> str:
+    """'arch.tag' of a registered name, with the tag that timm takes without one; 'arch' alone where it has none."""
+    cfg = None if '.' in name else timm.get_pretrained_cfg(name)
+    return f'{name}.{cfg.tag}' if cfg is not None and cfg.tag else name
 
 
 def require_weights(name: str) -> None:
@@ -86,7 +86,7 @@ def require_weights(name: str) -> None:
     if arch not in networks:
         raise InputError(f"'{name}' has no exits: choose one of {', '.join(networks)}")
     trained = list_networks(pretrained=True)
-    if (name if tag else with_default_tag(arch)) not in trained:
+    if with_default_tag(name) not in trained:
         raise InputError(
             f"there are no trained weights for '{name}' yet: give a checkpoint of your own, or choose one of "
             f"{', '.join(trained) or 'none so far'}")
