@@ -15,12 +15,12 @@ from timm_multiexit.evaluation.compare import (
     check_comparable,
     comparison_rows,
     joined_runs,
-    read_logits,
     saved,
     time_budgets,
 )
 from timm_multiexit.evaluation.evaluate import evaluate
 from timm_multiexit.evaluation.figures import comparison_figure
+from timm_multiexit.evaluation.logits_file import read_logits
 from timm_multiexit.evaluation.published import PUBLISHED
 from timm_multiexit.evaluation.results import BudgetResult, Results
 from timm_multiexit.stopping.costs import StageCosts
@@ -224,6 +224,15 @@ def test_logits_of_any_network(tmp_path, capsys):
     assert main(['compare', str(tmp_path / 'better.npz'), str(tmp_path / 'theirs.npz'), '--output', str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert '400 test images\n' in printed and 'better against theirs' in printed and 'fewer' in printed
+    assert main(['evaluate', str(tmp_path / 'theirs.npz'), '--guarantee', '--output', str(tmp_path / 'report')]) == 0
+    printed = capsys.readouterr().out
+    assert 'theirs: 400 test images, thresholds from 200' in printed and 'certified on 200 test images' in printed
+    report = Results.load(tmp_path / 'report' / 'results.json')
+    assert (report.model, report.exits, report.budgeted) == ('theirs', results.exits, results.budgeted)
+    with open(tmp_path / 'report' / 'classes.csv', newline='') as file:
+        assert sum(int(row['images']) for row in csv.DictReader(file)) == 400
+    assert main(['evaluate', str(tmp_path / 'theirs.npz'), '--data-dir', str(tmp_path)]) == 2
+    assert 'leave out --data-dir' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('changes, words', [

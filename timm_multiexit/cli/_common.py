@@ -19,10 +19,11 @@ from ..stopping.guarantee import RISKS
 from ..stopping.policy import ExitPolicy
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """The positional `model`, which a checkpoint with a record replaces."""
+def add_model_argument(parser: argparse.ArgumentParser, instead: str = '') -> None:
+    """The positional `model`, which a checkpoint with a record replaces; `instead`: what else it may be."""
     parser.add_argument('model', nargs='?', default='',
-                        help='name in the registry, hf-hub:... or local-dir:...; not needed with --checkpoint FOLDER')
+                        help='name in the registry, hf-hub:... or local-dir:...; not needed with --checkpoint FOLDER'
+                             f'{instead}')
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

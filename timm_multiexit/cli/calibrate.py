@@ -32,7 +32,7 @@ def add_parser(subparsers) -> None:
                     '--certify, images that serve for nothing else are added, on which --max-loss makes its promise.')
     add_model_argument(parser)
     add_model_options(parser)
-    add_data_options(parser, required=False)
+    add_data_options(parser)
     parser.add_argument('--certify', default='', metavar='DIR',
                         help='images for a guarantee, in folders named after their classes; without such folders the '
                              'risk "consistency" alone can be promised. Used for nothing else, ever')

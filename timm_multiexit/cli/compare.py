@@ -8,17 +8,16 @@ from ..commands import device
 from ..errors import InputError
 from ..evaluation.compare import (
     DEVIATION,
-    LOGITS_HELP,
     Entry,
     check_comparable,
     comparison_rows,
     joined_runs,
-    read_logits,
     saved,
     time_budgets,
     write_comparison,
 )
 from ..evaluation.evaluate import AGREEMENT, RULES, evaluate
+from ..evaluation.logits_file import LOGITS_HELP, SUFFIX, read_logits
 from ..evaluation.results import RESULTS_NAME, Results
 from ..inference.engine import ENGINES, make_engine
 from ..inference.profile import measure_profile
@@ -50,7 +49,7 @@ def add_parser(subparsers) -> None:
                         help=f'name in the registry, hf-hub:... or local-dir:...; a {RESULTS_NAME}; or a .npz file '
                              f'with {LOGITS_HELP}. The first is compared with each other one. Of several runs with the '
                              'same NAME=, mean and spread are shown')
-    add_image_options(parser, help='folder of the data set')
+    add_image_options(parser)
     parser.add_argument('--measure', type=rules, default=['max_softmax'], metavar='RULE,...',
                         help='stopping rules to lay side by side, for --data-dir or .npz files: confidence by '
                              f'{", ".join(MEASURES)}, or {AGREEMENT}, where an image leaves once so many exits in a '
@@ -76,10 +75,10 @@ def measure(args: argparse.Namespace, given: str) -> List[Entry]:
     if not equals or not name or Path(given).exists():
         name, source = '', given
     path, model, logits = Path(source), None, None
-    if path.suffix in ('.npz', '.json'):
+    if path.suffix in (SUFFIX, '.json'):
         if args.time:
             raise InputError(f"'{source}' holds no network to profile: leave out --time")
-        if path.suffix == '.npz':
+        if path.suffix == SUFFIX:
             name, logits = name or path.stem, read_logits(path)
     else:
         name = name or source

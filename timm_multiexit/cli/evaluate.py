@@ -1,8 +1,8 @@
 """`timm-multiexit evaluate MODEL --data-dir D`: accuracy of each exit and under average budgets, on the test set."""
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -10,6 +10,7 @@ from .. import __version__
 from ..commands import COUNT
 from ..data.images import Images
 from ..data.splits import Splits
+from ..errors import InputError
 from ..evaluation.classes import (
     CLASSES_NAME,
     ClassResult,
@@ -20,6 +21,7 @@ from ..evaluation.classes import (
 )
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
 from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
+from ..evaluation.logits_file import LOGITS_HELP, SUFFIX, read_logits
 from ..evaluation.results import Results
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet, exit_costs
@@ -39,7 +41,7 @@ def add_parser(subparsers) -> None:
         'evaluate', help='accuracy of each exit and under average budgets',
         description='Measures every exit on the test set, and average budgets under thresholds from validation images. '
                     'Writes results.json, three CSV tables and two figures.')
-    add_model_argument(parser)
+    add_model_argument(parser, f'; or a {SUFFIX} file with {LOGITS_HELP}')
     add_model_options(parser)
     add_data_options(parser)
     parser.add_argument('--output', metavar='DIR', default='',
@@ -51,16 +53,16 @@ def add_parser(subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options that name the images and the confidence measure."""
-    add_image_options(parser, required=required, help='folder of the data set')
+    add_image_options(parser)
     parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
                         help='confidence measure (default: %(default)s)')
 
 
-def add_image_options(parser: argparse.ArgumentParser, **kwargs) -> None:
-    """Options that `open_data` reads; keyword arguments are those of --data-dir."""
-    parser.add_argument('--data-dir', default='', metavar='DIR', **kwargs)
+def add_image_options(parser: argparse.ArgumentParser, data_dir: str = 'folder of the data set') -> None:
+    """Options that `open_data` reads; `data_dir` is the help of --data-dir."""
+    parser.add_argument('--data-dir', default='', metavar='DIR', help=data_dir)
     parser.add_argument('--dataset', default='', metavar='NAME',
                         help="timm's name, like torch/cifar10 or folder (default: that of the weights)")
     parser.add_argument('--dataset-download', action='store_true', help='let torchvision download it')
@@ -92,21 +94,62 @@ def split_logits(
     return exit_logits(model, images, args.device), exit_costs(model)
 
 
-def run(args: argparse.Namespace) -> None:
-    require_extra('plots', 'evaluate')
+@dataclass(frozen=True)
+class Measured:
+    """Answers to evaluate, and what the report says of them.
+
+    Attributes:
+        validation: For temperatures and thresholds.
+        test: For everything else.
+        costs: Costs of the exits.
+        about: Fields of `Results` that say what was measured.
+        classes: Names of the classes.
+        images: The test images in words.
+        folder: For the report, without --output.
+    """
+
+    validation: LabelledLogits
+    test: LabelledLogits
+    costs: ExitCosts
+    about: Dict[str, Optional[str]]
+    classes: Sequence[str]
+    images: str
+    folder: Path
+
+
+def _of_network(args: argparse.Namespace) -> Measured:
+    if not args.data_dir:
+        raise InputError('nothing to evaluate on: pass --data-dir with the data set')
     model, splits = prepare(args)
     validation, costs = split_logits(args, model, splits, 'development')
-    test, _ = split_logits(args, model, splits, 'test')
-    results, config = evaluate(validation, test, costs, measure=args.measure)
-    results = replace(results, model=network_name(args.model, model), dataset=splits.dataset,
-                      checkpoint=Path(args.checkpoint).name or None, timm_multiexit=__version__)
-    paths = write_report(results, Path(
-        args.output or weights_folder(args) or Path('evaluation') / args.model.replace('/', '_')))
+    about = dict(model=network_name(args.model, model), dataset=splits.dataset,
+                 checkpoint=Path(args.checkpoint).name or None)
+    folder = Path(weights_folder(args) or Path('evaluation') / args.model.replace('/', '_'))
+    return Measured(validation, split_logits(args, model, splits, 'test')[0], costs, about,
+                    class_labels(model, splits.classes), splits.test.title, folder)
+
+
+def _of_logits(args: argparse.Namespace) -> Measured:
+    if args.data_dir or args.checkpoint:
+        raise InputError(f"'{args.model}' holds the answers: leave out --data-dir and --checkpoint")
+    path = Path(args.model)
+    validation, test, costs, dataset = read_logits(path)
+    return Measured(validation, test, costs, dict(model=path.stem, dataset=dataset),
+                    [str(k) for k in range(test.logits.shape[2])], path.name, Path('evaluation') / path.stem)
+
+
+def run(args: argparse.Namespace) -> None:
+    require_extra('plots', 'evaluate')
+    measured = (_of_logits if args.model.endswith(SUFFIX) else _of_network)(args)
+    test, costs = measured.test, measured.costs
+    results, config = evaluate(measured.validation, test, costs, measure=args.measure)
+    results = replace(results, timm_multiexit=__version__, **measured.about)
+    paths = write_report(results, Path(args.output or measured.folder))
     print_results(results)
-    rows = class_results(test.logits[-1].argmax(1), test.targets, class_labels(model, splits.classes))
+    rows = class_results(test.logits[-1].argmax(1), test.targets, measured.classes)
     paths.append(paths[0].with_name(CLASSES_NAME))
     write_classes(rows, paths[-1])
-    print_classes(rows, splits.test.title)
+    print_classes(rows, measured.images)
     if args.guarantee:
         images = min(2000, len(test.targets) // 2)
         checks = check_guarantees(config.path(), test, costs, args.guarantee, images=images)
@@ -115,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_results(results: Results) -> None:
-    print(f'{results.model}, {results.dataset}: {results.test_images:,} test images, thresholds from '
+    images = f'{results.model}, {results.dataset}' if results.dataset else results.model
+    print(f'{images}: {results.test_images:,} test images, thresholds from '
           f'{results.validation_images:,} validation images')
     print(f"{'exit':>4} {'MACs':>9} {'top-1':>6} {'calibration error':>18} {'with temperature':>17}")
     for e in results.exits:

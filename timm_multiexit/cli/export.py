@@ -55,7 +55,7 @@ def add_parser(subparsers) -> None:
                         help='the folder in int8, with scores computed anew from the held-out images of --data-dir')
     parser.add_argument('--vnni', action='store_true',
                         help='int8 for processors with VNNI or dot products only: weights of 8 bits in place of 7')
-    add_image_options(parser, help='folder of the data set, for --int8')
+    add_image_options(parser, 'folder of the data set, for --int8')
     parser.add_argument('--certify', default='', metavar='DIR',
                         help='for --int8: images for --max-loss, as for calibrate, whose own scores are of the float '
                              'network')
