@@ -1,19 +1,17 @@
 """`timm-multiexit predict`: the answers of classify from every kind of source, each once, whatever ends a run."""
-import io
 import json
 import os
-import random
 import shutil
 import signal
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESSES, save_noise
+from conftest import PROCESSES
+from image_sources import DAMAGED
 from killer import Killer
 
 pytest.importorskip('onnxruntime')
@@ -25,14 +23,13 @@ from timm_multiexit.cli import main  # noqa: E402
 from timm_multiexit.errors import InputError  # noqa: E402
 from timm_multiexit.files import held  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, classify  # noqa: E402
-from timm_multiexit.inference.images import image_files  # noqa: E402
 from timm_multiexit.inference.predict import SCHEMA, policy_on_record, write_parts  # noqa: E402
-from timm_multiexit.inference.sources import count_images, open_sources, read_images  # noqa: E402
+from timm_multiexit.inference.sources import open_sources, read_images  # noqa: E402
 from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
 from timm_multiexit.stopping.policy import ExitPolicy  # noqa: E402
 
 STOP = ('--confidence', '0.3')
-DAMAGED = (4, 11, 29)
+pytest_plugins = ['image_sources']  # its fixtures
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -49,22 +46,6 @@ def folder(exported):
 
 
 @pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    """40 files in folders, three of them damaged, beside what is no image."""
-    place, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
-    for name in ('a', 'a/été', '.hidden', 'a.png'):  # a folder may be named like an image
-        (place / name).mkdir()
-    for i in range(40):
-        save_noise(place / ('a', 'a/été', 'a.png')[i % 3] / f'{i:02}.png', rng)
-    for name in ('.hidden/a.png', 'a/._b.png', 'a/text.txt'):
-        (place / name).write_bytes(b'no image')
-    paths = sorted(place.rglob('[0-9]*.png'))
-    for i, data in zip(DAMAGED, (b'', b'text', paths[29].read_bytes()[:300])):
-        paths[i].write_bytes(data)
-    return place
-
-
-@pytest.fixture(scope='module')
 def expected(folder, photos):
     """What classify answers, one by one."""
     config, paths = ExitConfig.load(folder / 'multiexit.json'), sorted(photos.rglob('[0-9]*.png'))
@@ -73,35 +54,6 @@ def expected(folder, photos):
     assert [i for i, answer in enumerate(answers) if 'error' in answer] == list(DAMAGED)
     assert len({answer['exit'] for answer in answers if 'exit' in answer}) > 1
     return answers
-
-
-def write_shard(path, files):
-    with tarfile.open(path, 'w') as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
-@pytest.fixture(scope='module')
-def sources(photos, tmp_path_factory):
-    """The same images as sources of every kind: arguments, and the path of each row."""
-    place, paths = tmp_path_factory.mktemp('sources'), sorted(photos.rglob('[0-9]*.png'))
-    names, data = list(map(str, paths)), [path.read_bytes() for path in paths]
-    (place / 'list.txt').write_text('\n'.join(['', *names]), encoding='utf-8')
-    files = [(f'{i:03}.png', x) for i, x in enumerate(data)]
-    extra = [(name, b'') for name in ('000.cls', '._000.png', 'x.json')]
-    write_shard(place / '0.tar', extra + files[:15])
-    write_shard(place / '1.tar', files[15:] + extra)
-    pq.write_table(pa.table(dict(path=names, image=data, label=range(40))), place / 'plain.parquet', row_group_size=17)
-    structs = [dict(bytes=None if i == 3 else x, path=names[i] if i in (3, 5) else None) for i, x in enumerate(data)]
-    pq.write_table(pa.table(dict(image=structs)), place / 'hf.parquet', row_group_size=9)
-    in_shards = [f'{place}/{int(i >= 15)}.tar/{i:03}.png' for i in range(40)]
-    in_hf = [names[i] if i in (3, 5) else f'{place}/hf.parquet/{i}' for i in range(40)]
-    return dict(
-        folder=([photos], names), list=([place / 'list.txt'], names),
-        shards=([place / '0.tar', place / '1.tar'], in_shards),
-        parquet=([place / 'plain.parquet'], names), hf=([place / 'hf.parquet'], in_hf))
 
 
 def predict(*args):
@@ -137,94 +89,6 @@ def test_every_source_has_the_answers_of_classify(kind, sources, folder, expecte
     assert len(pq.read_table(tmp_path / 'out')) == 40  # the record beside the parts does not disturb readers
     macs = np.mean([row['macs'] for row in rows if row['macs']]) / 1e6
     assert f'40 images in 3 parts, 3 of them with an error, {macs:.2f} M MACs' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('kind', ['folder', 'list', 'shards', 'parquet', 'hf'])
-def test_skipping_keeps_the_rest(kind, sources):
-    def read(skip):
-        return [(item.path, item.image if isinstance(item.image, Path) else item.image.getvalue())
-                for item in read_images(open_sources(list(map(str, sources[kind][0]))), skip)]
-    whole = read(0)
-    assert len(whole) == 40
-    for skip in range(1, 43):
-        assert read(skip) == whole[skip:]
-
-
-@pytest.mark.parametrize('kind', ['folder', 'list', 'shards', 'parquet', 'hf'])
-def test_counted_sources_are_passed_over(kind, sources, monkeypatch):
-    places = open_sources(list(map(str, sources[kind][0]))) * 2
-    whole = [item.path for item in read_images(places, 0)]
-    assert count_images(places) == len(whole) == 80
-    first = places[0].images
-    for skip in (0, 1, first - 1):
-        assert [item.path for item in read_images(places, skip)] == whole[skip:]
-    monkeypatch.setattr(places[0], 'read', None)  # it is in the list twice
-    rest = places[:1] + open_sources(list(map(str, sources[kind][0])))[1:] + open_sources([str(sources[kind][0][0])])
-    assert [item.path for item in read_images(rest, first)] == whole[first:first + 40]
-
-
-def test_a_row_group_is_not_read_as_a_whole(tmp_path):
-    images = [np.random.default_rng(i).bytes(100_000) for i in range(400)]
-    pq.write_table(pa.table(dict(image=images)), tmp_path / 'x.parquet', write_batch_size=8)
-    sources, before = open_sources([str(tmp_path / 'x.parquet')]), pa.total_allocated_bytes()
-    for number, item in enumerate(read_images(sources, 0)):
-        assert item.image.getvalue() == images[number]
-        assert pa.total_allocated_bytes() < before + 10_000_000  # of 40
-
-
-def test_folders_are_walked_in_the_order_of_sorted_paths(tmp_path):
-    for name in ('b/a.png', 'b.png', 'b c/x.JPG', 'b-/x.png', 'b/c/d.webp', 'a/z.png', '.a/b.png', 'b/.a.png', 'a/x'):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / 'c.png').symlink_to(tmp_path / 'b.png')
-    (tmp_path / 'broken.png').symlink_to(tmp_path / 'nope.png')
-    (tmp_path / 'loop').symlink_to(tmp_path)
-    found = image_files(tmp_path)
-    assert found == sorted(found)
-    assert {str(path.relative_to(tmp_path)) for path in found} == {
-        'b/a.png', 'b.png', 'b c/x.JPG', 'b-/x.png', 'b/c/d.webp', 'a/z.png', 'c.png'}
-    with pytest.raises(InputError, match='nope. cannot be read'):
-        image_files(tmp_path / 'nope')
-
-
-def test_a_damaged_shard_ends_in_an_error_and_the_next_one_is_read(sources, tmp_path):
-    """However much is skipped, an image keeps its number."""
-    (first, second), paths = sources['shards']
-    data, draw = first.read_bytes(), random.Random(0)
-    with tarfile.open(first) as tar:
-        header = tar.getmember('007.png').offset
-    cuts = [data[:n] for n in (header, header + 100, header + 512, header + 600, len(data) - 10240, len(data))]
-    flipped = [data[:header + i] + b'\xff' + data[header + i + 1:] for i in (0, 130, 150)]
-    for number, content in enumerate([*cuts, *flipped, *(data[:draw.randrange(512, len(data))] for _ in range(20))]):
-        (tmp_path / 'cut.tar').write_bytes(content)
-        names = [str(tmp_path / 'cut.tar'), str(second)]
-
-        def read(skip, names=names):
-            return [(item.path, str(item.image) if isinstance(item.image, Exception) else item.image.getvalue())
-                    for item in read_images(open_sources(names), skip)]
-        whole = read(0)
-        assert [path for path, _ in whole[-25:]] == paths[15:]
-        if number < 5:
-            assert whole[-26][0] == names[0] and 'what follows in this shard cannot be read' in whole[-26][1]
-        if number in (0, 6, 7, 8):
-            assert len(whole) == 7 + 1 + 25
-        for skip in (1, 6, 7, 8, 9, 15, 16, 17, 30):
-            assert read(skip) == whole[skip:], (number, skip)
-
-
-def test_a_damaged_row_group_costs_its_own_rows(sources, tmp_path):
-    (path,), paths = sources['parquet']
-    group = pq.read_metadata(path).row_group(1)
-    column = next(group.column(i) for i in range(3) if group.column(i).path_in_schema == 'image')
-    start = column.dictionary_page_offset or column.data_page_offset
-    data = bytearray(path.read_bytes())
-    data[start:start + 200] = b'\xff' * 200
-    (tmp_path / 'x.parquet').write_bytes(data)
-    items = list(read_images(open_sources([str(tmp_path / 'x.parquet')]), 0))
-    assert len(items) == 40
-    lost = [i for i, item in enumerate(items) if isinstance(item.image, Exception)]
-    assert lost == list(range(17, 34)) and items[33].path == f'{tmp_path}/x.parquet/33'
-    assert items[34].path == paths[34]
 
 
 def test_killed_before_any_change_of_a_file_it_goes_on(folder, photos, expected, tmp_path, capsys):
