@@ -13,9 +13,13 @@ from timm_multiexit.stopping.costs import format_macs
 
 
 def accuracy_range(curve: Curve, *others: Curve) -> Tuple[float, float]:
-    """Ends of the accuracy axis in percent, whole numbers around all points."""
-    values = [p.accuracy for c in (curve, *others) for p in c.points] + [a for _, a in curve.exits]
-    low, high = min(values), max(values)
+    """Ends of the accuracy axis in percent, whole numbers around all points.
+
+    Others are cut off where they are lower than this curve by more than it rises, lest they flatten it.
+    """
+    own = [p.accuracy for p in curve.points] + [a for _, a in curve.exits]
+    values = own + [p.accuracy for c in others for p in c.points]
+    low, high = max(min(values), 2 * min(own) - max(own)), max(values)
     margin = max(0.08 * (high - low), 0.1)
     return float(math.floor(low - margin)), float(math.ceil(high + margin))
 

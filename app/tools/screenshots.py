@@ -33,7 +33,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport=dict(width=1240, height=900), device_scale_factor=1)
-        for name, network in (('one_image', ''), ('data_set', 'msfuse_cifar.cifar100')):
+        for name, network in (('one_image', 'msfuse_cifar.cifar10'), ('data_set', 'msfuse_cifar.cifar100')):
             page.goto(f'{url}?__theme=light&image=3&network={network}')
             page.locator('#view .anytime').wait_for(timeout=120_000)
             if name == 'data_set':
