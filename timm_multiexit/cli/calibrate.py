@@ -11,7 +11,7 @@ from ..data.splits import Split, certification_split
 from ..errors import InputError
 from ..evaluation.evaluate import exit_logits
 from ..inference.preprocess import Preprocessing
-from ..models import MultiExitNet
+from ..models import MultiExitNet, exit_costs
 from ..pretrained.exit_config import exit_config_of, weights_digest
 from ..pretrained.names import class_labels
 from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig, scores_path
@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> None:
 def fit(args: argparse.Namespace):
     """The network, and the exit config of the images that its run held out for choices and for a guarantee."""
     model, splits = prepare(args)
-    validation, costs = split_logits(args, model, splits, 'development')
+    validation = split_logits(args, model, splits, 'development')
     config = ExitConfig.fit(
-        validation.logits, validation.targets, costs, splits.classes, args.measure, weights=weights_digest(model))
+        validation.logits, validation.targets, exit_costs(model), splits.classes, args.measure,
+        weights=weights_digest(model))
     if len(splits.certification) and not args.certify:
         kept = certification_scores(args, model, config, splits.certification)
         config = replace(config, scores=config.scores.joined(kept))

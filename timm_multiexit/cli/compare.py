@@ -21,6 +21,7 @@ from ..evaluation.logits_file import LOGITS_HELP, SUFFIX, read_logits
 from ..evaluation.results import RESULTS_NAME, Results
 from ..inference.engine import ENGINES, make_engine
 from ..inference.profile import measure_profile
+from ..models import exit_costs
 from ..optional import require_extra
 from ..pretrained.exit_config import stored_path
 from ..pretrained.names import check_name
@@ -86,8 +87,8 @@ def measure(args: argparse.Namespace, given: str) -> List[Entry]:
         model = load_network(args) if args.data_dir or args.time else None
         if args.data_dir:
             splits = open_data(args, model)
-            validation, costs = split_logits(args, model, splits, 'development')
-            logits = validation, split_logits(args, model, splits, 'test')[0], costs, splits.dataset
+            logits = (split_logits(args, model, splits, 'development'), split_logits(args, model, splits, 'test'),
+                      exit_costs(model), splits.dataset)
         else:
             if ':' not in source:
                 check_name(source)

@@ -83,15 +83,9 @@ def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, Splits]:
     return model, open_data(args, model)
 
 
-def split_logits(
-        args: argparse.Namespace,
-        model: MultiExitNet,
-        splits: Splits,
-        name: str,
-) -> Tuple[LabelledLogits, ExitCosts]:
-    """Logits of a split, and the costs for its image size."""
-    images = Images(splits[name], Preprocessing.of(model), args.batch_size, name)
-    return exit_logits(model, images, args.device), exit_costs(model)
+def split_logits(args: argparse.Namespace, model: MultiExitNet, splits: Splits, name: str) -> LabelledLogits:
+    """Logits of a split."""
+    return exit_logits(model, Images(splits[name], Preprocessing.of(model), args.batch_size, name), args.device)
 
 
 @dataclass(frozen=True)
@@ -121,12 +115,12 @@ def _of_network(args: argparse.Namespace) -> Measured:
     if not args.data_dir:
         raise InputError('nothing to evaluate on: pass --data-dir with the data set')
     model, splits = prepare(args)
-    validation, costs = split_logits(args, model, splits, 'development')
     about = dict(model=network_name(args.model, model), dataset=splits.dataset,
                  checkpoint=Path(args.checkpoint).name or None)
     folder = Path(weights_folder(args) or Path('evaluation') / args.model.replace('/', '_'))
-    return Measured(validation, split_logits(args, model, splits, 'test')[0], costs, about,
-                    class_labels(model, splits.classes), splits.test.title, folder)
+    return Measured(
+        split_logits(args, model, splits, 'development'), split_logits(args, model, splits, 'test'), exit_costs(model),
+        about, class_labels(model, splits.classes), splits.test.title, folder)
 
 
 def _of_logits(args: argparse.Namespace) -> Measured:

@@ -46,7 +46,7 @@ class Agreement:
             repeats = np.where(answer == last[:, 0], last[:, 1] + 1, 0)
         stops = repeats >= (0 if exit_index == self.num_exits - 1 else self.patience)
         known = np.stack([answer, repeats], 1)
-        sure = confidence(logits)
+        confidences = confidence(logits)
         if isinstance(logits, np.ndarray):
-            return Decision(sure, stops, known)
-        return Decision(sure, like(logits, stops).bool(), like(logits, known).long())
+            return Decision(confidences, stops, known)
+        return Decision(confidences, like(logits, stops).bool(), like(logits, known).long())
