@@ -10,7 +10,6 @@ with the weights that the uninterrupted run would have had. `final/` there then 
 safetensors, with the recipe and the history of the run.
 """
 from timm_multiexit.commands import run_command
-from timm_multiexit.errors import InputError  # noqa: F401 - for callers of `main`, as before
 
 
 def main(argv=None) -> None:

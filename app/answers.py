@@ -1,4 +1,4 @@
-"""The outputs of all exits for one image, and which exit answers within a budget or at a confidence threshold.
+"""The outputs of all exits for one image, and which exit answers within a budget of MACs or time, or at a threshold.
 
 The network runs once for each image; moving a control only picks another exit from the stored outputs.
 """

@@ -15,7 +15,6 @@ from timm_multiexit.files import read_json
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.hub_files import EXAMPLES_FILE, SPRITE_FILE, hub_file
 from timm_multiexit.stopping.policy import leaves, log_odds
-from timm_multiexit.stopping.solve import budget_grid
 
 ASSETS = Path(__file__).resolve().parent / 'assets'
 SAMPLES = Path(timm_multiexit.__file__).resolve().parent / 'samples'
@@ -141,10 +140,9 @@ def load_curve(name: str, config: ExitConfig) -> Optional[Curve]:
             f'{results.test_images:,} test images', tuple(r.budget for r in rows),
             tuple(CurvePoint(r.average_macs, r.accuracy, r.exit_shares) for r in rows),
             tuple((e.macs, e.accuracy) for e in results.exits))
-    budgets = budget_grid(config.exit_macs[0], config.exit_macs[-1])
-    policies = [config.policy_for(b) for b in budgets]
-    points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy or 0., p.exit_shares) for p in policies)
-    return Curve('the validation images', budgets, points)
+    policies = config.policies()
+    points = tuple(CurvePoint(p.expected_macs, p.expected_accuracy or 0., p.exit_shares) for p in policies.values())
+    return Curve('the validation images', tuple(policies), points)
 
 
 def parse_position(number: Union[str, int, None], count: int) -> int:

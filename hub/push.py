@@ -22,16 +22,17 @@ from space_repo import SPACE, build_space, check_space
 from upload import Target, check_private, compare, remote_files, send, verify_files, verify_network
 
 from timm_multiexit import InputError, __version__, list_networks
+from timm_multiexit.commands import Parser, run_command
 from timm_multiexit.optional import require_timm
 from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
         prog='push.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='*', metavar='MODEL',
-                        help='arch.tag of the package, or a folder with model.safetensors, recipe.yaml, history.yaml, '
-                             'history.csv, multiexit.json and results.json (default: all in the package)')
+                        help='arch.tag of the package, or the folder final/ of a run, once calibrated and evaluated '
+                             '(default: all in the package)')
     parser.add_argument('--org', default=ORGANISATION, metavar='O', help='organisation or user (default: %(default)s)')
     parser.add_argument('--name', default='', metavar='ARCH.TAG',
                         help="repository name for a folder (default: the recipe's architecture and dataset)")
@@ -85,34 +86,33 @@ def push(args: argparse.Namespace, api: HfApi, folder: Path, note: str, network:
     print(f'{target}: {done}; verified at commit {commit[:12]}')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Runs the command; returns the exit code: 0, 2 on an error, 130 when interrupted."""
+def run(argv: Sequence[str]) -> None:
+    """Publishes what the arguments name."""
     args = parse_args(argv)
-    try:
-        require_timm('1.0.31', 'publishing')
-        if not args.dry_run and not get_token():
-            raise InputError('no token for the Hub: log in with `hf auth login` or set HF_TOKEN')
-        names = args.models or ([] if args.space else list_networks(pretrained=True))
-        if not names and not args.space:
-            raise InputError('this package holds no weights: name a folder')
-        # Read all before uploading the first, so that an error in the last publishes nothing.
-        networks = [read_network(name, args.name) for name in names]
-        api = HfApi(library_name='timm-multiexit', library_version=__version__)
-        for network in networks:
-            with TemporaryDirectory() as scratch:
-                folder = build_folder(network, Path(scratch) / network.name, args.org, args.with_images)
-                push(args, api, folder, check_folder(network, folder), network)
-        if args.space:
-            with TemporaryDirectory() as scratch:
-                folder = build_space(Path(scratch) / SPACE, args.org)
-                push(args, api, folder, check_space(folder))
-    except InputError as error:
-        print(f'push.py: error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # a commit is one request, so nothing is half published
-        print('interrupted', file=sys.stderr)
-        return 130
-    return 0
+    require_timm('1.0.31', 'publishing')
+    if not args.dry_run and not get_token():
+        raise InputError('no token for the Hub: log in with `hf auth login` or set HF_TOKEN')
+    names = args.models or ([] if args.space else list_networks(pretrained=True))
+    if not names and not args.space:
+        raise InputError('this package holds no weights: name a folder')
+    # Read all before uploading the first, so that an error in the last publishes nothing.
+    networks = [read_network(name, args.name) for name in names]
+    api = HfApi(library_name='timm-multiexit', library_version=__version__)
+    for network in networks:
+        with TemporaryDirectory() as scratch:
+            folder = build_folder(network, Path(scratch) / network.name, args.org, args.with_images)
+            push(args, api, folder, check_folder(network, folder), network)
+    if args.space:
+        with TemporaryDirectory() as scratch:
+            folder = build_space(Path(scratch) / SPACE, args.org)
+            push(args, api, folder, check_space(folder))
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs the command; returns the status of `run_command`. Interrupted, nothing is half published: a commit is one
+    request.
+    """
+    return run_command('push.py', run, argv)
 
 
 if __name__ == '__main__':

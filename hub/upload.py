@@ -28,7 +28,6 @@ _PRIVATE = {
     'a token': re.compile(r'\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9-]{20,}|AKIA[A-Z0-9]{16})'),
 }
 _COMMON = ('root', 'user', 'admin', 'ubuntu', 'runner', 'localhost', 'main')  # words that texts use
-_TEXTS = ('.md', '.json', '.yaml', '.yml', '.csv', '.txt', '.py', '.css', '.jinja', '.cpp', '.toml', '')
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,11 @@ def check_private(folder: Path) -> None:
         if len(name) > 3 and name not in _COMMON:
             patterns[what] = re.compile(rf'\b{re.escape(name)}\b')
     for path in sorted(folder.rglob('*')):
-        if path.suffix not in _TEXTS or not path.is_file():
+        try:
+            text = path.read_text(encoding='utf-8')
+        except (IsADirectoryError, UnicodeDecodeError):  # weights, pictures
             continue
-        for number, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
+        for number, line in enumerate(text.splitlines(), 1):
             for what, pattern in patterns.items():
                 if found := pattern.search(line):
                     shown = found.group()[:6] + '...' if what == 'a token' else found.group()

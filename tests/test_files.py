@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from timm_multiexit.errors import InputError
-from timm_multiexit.files import read_json, read_yaml, require_writable, write_json, written_beside
+from timm_multiexit.files import held, read_json, read_yaml, require_writable, write_json, written_beside
 
 
 def test_a_link_is_followed_and_a_mode_kept(tmp_path):
@@ -57,6 +57,16 @@ def test_a_bad_place_is_known_before_the_work(tmp_path, monkeypatch, place):
         assert '\n' not in str(raised.value)
     require_writable('new/' + 'x' * 250 + '.json')
     assert not any(Path('new').iterdir())
+
+
+def test_a_held_folder_is_cleared_of_partial_files_alone(tmp_path):
+    partial = tmp_path / f'.file.{os.getpid()}.json'
+    others = [tmp_path / '.notes.md.swp', tmp_path / '.x.d' / 'file']
+    others[1].parent.mkdir()
+    for path in (partial, *others):
+        path.write_text('')
+    with held(tmp_path):
+        assert not partial.exists() and all(path.exists() for path in others)
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):

@@ -24,7 +24,7 @@ def run_command(
     """Runs a command; its errors become one line, unless `--traceback` is among the arguments.
 
     Args:
-        name: Of the command, for messages.
+        name: Name of the command, for messages.
         run: Takes the other arguments; returns a status, None for 0.
         argv: Arguments; None for those of the command line.
         bad_input: Status for an `InputError`.

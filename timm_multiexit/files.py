@@ -53,6 +53,31 @@ def written_beside(path: Union[str, Path]) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def replaced(folder: Union[str, Path], mark: str) -> Iterator[Path]:
+    """A new folder to fill; if the block ends without an error, it replaces the one at `folder`.
+
+    Args:
+        folder: Its place.
+        mark: A file that an earlier folder of this kind holds.
+
+    Raises:
+        InputError: the place holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"'{folder}' holds something other than an earlier export: give another folder")
+    with _write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
+            made = Path(scratch) / 'made'
+            made.mkdir()
+            yield made
+            if folder.exists():
+                folder.rename(Path(scratch) / 'before')
+            made.rename(folder)
+
+
 def require_writable(path: Union[str, Path]) -> None:
     """Checks that `written_beside` can write here, for commands to call before their work.
 
@@ -92,8 +117,9 @@ def held(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
-        for partial in folder.glob('.*.*'):  # of a run that was killed
-            partial.unlink()
+        for partial in folder.glob('.*.[0-9]*'):  # of a run that was killed, see `_places`
+            if partial.is_file():
+                partial.unlink()
         yield
 
 

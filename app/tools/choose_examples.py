@@ -7,7 +7,6 @@ Writes `examples.json` and `images.png`: test images into `assets/ARCH.TAG/`, an
 its run held out for choices, beside its weights, from where no push sends them without `--with-images`. The app itself
 needs no data set.
 """
-import argparse
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -16,7 +15,8 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from timm_multiexit import ExitConfig, InputError, list_networks, load_exit_config, load_model
+from timm_multiexit import ExitConfig, list_networks, load_exit_config, load_model
+from timm_multiexit.commands import Parser, run_command
 from timm_multiexit.data.images import Images
 from timm_multiexit.data.splits import open_splits
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
@@ -82,7 +82,7 @@ def choose_gallery(confidences: torch.Tensor) -> List[int]:
     """Images sampled evenly by mean confidence, so that they leave at the exits in the dataset's proportions.
 
     Args:
-        confidences: Of each exit, float32 (num_exits, N).
+        confidences: Confidences of each exit, float32 (num_exits, N).
     """
     order = confidences.mean(0).argsort(descending=True, stable=True)
     count = min(GALLERY, len(order))
@@ -95,7 +95,7 @@ def reliability(logits: torch.Tensor, targets: torch.Tensor, temperature: float)
     Args:
         logits: (N, num_classes).
         targets: int64 (N,).
-        temperature: Of the exit.
+        temperature: Temperature of the exit.
     """
     confidences, predictions = (logits / temperature).softmax(1).max(1)
     position = (confidences * BINS).long().clamp(max=BINS - 1)
@@ -151,8 +151,9 @@ def make_assets(
         reliability=bins))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(argv: Sequence[str]) -> None:
+    """Chooses the examples of the networks that the arguments name."""
+    parser = Parser(prog='choose_examples.py', description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', metavar='MODEL',
                         help='arch.tag, or local-dir:FOLDER for your own, whose images lie beside the weights '
                              '(default: all with weights and an exit config)')
@@ -170,8 +171,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'{assets_folder(name)}: {EXAMPLES_FILE}, {SPRITE_FILE}')
 
 
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs the command; returns the status of `run_command`."""
+    return run_command('choose_examples.py', run, argv)
+
+
 if __name__ == '__main__':
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f'choose_examples.py: error: {error}')
+    sys.exit(main())

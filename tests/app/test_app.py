@@ -263,16 +263,16 @@ def test_positions_in_links(text, position):
     (['--model', 'local-dir:/no/such/folder'], 'cannot be read')])
 def test_bad_arguments_of_the_command(args, message):
     import app
-    with pytest.raises(SystemExit, match=message):
-        app.main(args)
+    with pytest.raises(InputError, match=message):
+        app.run(args)
 
 
 def test_mcp_without_its_package_is_an_error(monkeypatch):
     import app
     find_spec = app.importlib.util.find_spec
     monkeypatch.setattr(app.importlib.util, 'find_spec', lambda name: None if name == 'mcp' else find_spec(name))
-    with pytest.raises(SystemExit, match='gradio\\[mcp\\]'):
-        app.main(['--mcp'])
+    with pytest.raises(InputError, match='gradio\\[mcp\\]'):
+        app.run(['--mcp'])
 
 
 def test_the_front_matter_names_the_networks_with_weights():

@@ -146,7 +146,7 @@ def test_calibrate_stores_scores_beside_a_checkpoint(options, tmp_path, capsys):
     assert code == 0 and 'written' in capsys.readouterr().out
     config = ExitConfig.load(tmp_path / FILE_NAME)
     config.check_network(model, weights_digest(model))
-    assert config.scores.development.num_images == 149 and config.scores.certified.num_images == 0
+    assert config.scores.development.num_images == 149 and config.scores.for_certification.num_images == 0
     assert 20e6 < config.policy_for(25e6).expected_macs <= 25e6
 
 
@@ -156,8 +156,8 @@ def test_certification_images_make_a_promise(folder, tmp_path, capsys):
     images = Path(folder) / 'validation'
     assert main(['calibrate', NAME, '--certify', str(images), '--output', str(output)]) == 0
     config = ExitConfig.load(output)
-    assert config.scores.certified.num_images == 10 * PER_CLASS and config.scores.development.num_images == 2000
-    assert (config.scores.certified.labels >= 0).all()
+    assert config.scores.for_certification.num_images == 10 * PER_CLASS and config.scores.development.num_images == 2000
+    assert (config.scores.for_certification.labels >= 0).all()
     ask = ['classify', str(next(images.glob('*/*.png'))), '--model', NAME, '--exit-config', str(output)]
     assert main([*ask, '--max-loss', '10']) == 0
     assert main([*ask, '--max-loss', '0.01']) == 2
@@ -258,7 +258,7 @@ def test_temperature_removes_overconfidence():
     targets = torch.multinomial(logits[2].softmax(1), 1, generator=generator).squeeze(1)
     logits[2] *= 3.
     halves = [LabelledLogits(logits[:, part], targets[part]) for part in (slice(0, 2000), slice(2000, 4000))]
-    results, _ = evaluation.evaluate(*halves, ExitCosts((10, 20, 40), (1, 2, 3), (3, 32, 32)), budgets=[10, 25, 40])
+    results, _ = evaluation.evaluate(*halves, ExitCosts((10, 20, 40), (1, 2, 3), (3, 32, 32)))
     last = results.exits[2]
     assert last.temperature == pytest.approx(3., rel=0.1)
     assert last.calibration_error_with_temperature < 4. < 8. < last.calibration_error

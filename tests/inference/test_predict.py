@@ -150,9 +150,9 @@ def test_stopped_and_killed_it_goes_on(folder, photos, expected, tmp_path):
         process.join()
         if number == signal.SIGTERM:
             assert process.exitcode == 143
-            assert (tmp_path / 'log').read_text() == 'stopped by SIGTERM: the same command goes on\n'
+            assert (tmp_path / 'log').read_text() == 'stopped by SIGTERM: run the same command to resume\n'
         else:
-            assert 'goes on in' in (tmp_path / 'log').read_text()
+            assert 'resumes in' in (tmp_path / 'log').read_text()
         assert len(rows_of(output)) < len(answers)  # or nothing was tried
     assert predict(*command) == 0
     check(rows_of(output), [answer['image'] for answer in answers], answers)

@@ -110,7 +110,7 @@ def test_the_page_answers_as_python_does(page, site):
             assert confidence == pytest.approx(float(run.confidence[i]), abs=1e-4)
             exits.add(exit_number)
         shown = page.locator('#policy').text_content().replace('\u00a0', ' ')
-        assert shown == (f'{policy.expected_macs / 1e6:.1f} M MACs an image, expected accuracy '
+        assert shown == (f'{policy.expected_macs / 1e6:.1f} M MACs per image, expected accuracy '
                          f'{policy.expected_accuracy:.1f}%')
     assert len(exits) >= 3
     assert page.locator('.class').count() == 3

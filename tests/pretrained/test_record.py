@@ -108,7 +108,11 @@ def test_what_cannot_be_loaded_is_refused(folder, tmp_path):
     write_json(folder / 'config.json', config)
     with pytest.raises(InputError, match='unknown fields .* colour: update'):
         load_model(checkpoint=folder)
+    (folder / 'config.json').write_text('[]')
+    with pytest.raises(InputError, match='config.json. holds no object but list'):
+        find_weights('', folder)
     (folder / 'config.json').unlink()
+    (folder / 'recipe.yaml').write_text('- list')
     with pytest.raises(InputError, match='name the network that it was trained as'):
         load_model(checkpoint=folder)
     with pytest.raises(InputError, match="for 10 classes, not 5"):

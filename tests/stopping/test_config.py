@@ -42,7 +42,7 @@ def test_saved_configs_come_back_the_same(tmp_path):
 
 def test_temperatures_are_fitted_on_development_images_alone():
     config = small_config()
-    assert config.scores.development.num_images == 40 and config.scores.certified.num_images == 20
+    assert config.scores.development.num_images == 40 and config.scores.for_certification.num_images == 20
     rng = np.random.default_rng(0)
     targets = rng.integers(2, size=60)
     logits = rng.normal(size=(3, 60, 2)) + np.array([0.5, 1., 1.5])[:, None, None] * np.eye(2)[targets]
@@ -190,7 +190,7 @@ def test_packaged_weights_come_with_scores_for_policies_from_the_cheapest_exit_t
     assert config.weights == weights_digest(model)
     recipe = load_recipe(name)
     assert config.scores.development.num_images == recipe['validation_images']
-    assert config.scores.certified.num_images == (recipe.get('certification_images') or 0)
+    assert config.scores.for_certification.num_images == (recipe.get('certification_images') or 0)
     for budget in budget_grid(costs.macs[0], costs.macs[-1], 9):
         assert budget * 0.995 < config.policy_for(budget).expected_macs <= budget + 1
 

@@ -115,18 +115,24 @@ def test_a_used_folder_is_not_started_anew(trainer, tmp_path):
     with pytest.raises(InputError, match='holds a run'):
         find_checkpoint(str(tmp_path.parent / 'other.pth.tar'), tmp_path)
     (tmp_path / 'last.pth.tar').unlink()
-    with pytest.raises(InputError, match='no checkpoint to go on from'):
+    with pytest.raises(InputError, match='no checkpoint to resume from'):
         find_checkpoint('auto', tmp_path)
+    for old in tmp_path.glob('*.tar'):
+        old.unlink()
+    (tmp_path / 'final').rename(tmp_path / 'final.1')
+    with pytest.raises(InputError, match='holds a run .final.1'):
+        find_checkpoint('', tmp_path)
     assert find_checkpoint('auto', tmp_path / 'new') == find_checkpoint('', tmp_path / 'new') == ''
 
 
 
 def test_overwrite_replaces_the_run(trainer, tmp_path, capsys):
     record(trainer, tmp_path)
+    (tmp_path / 'final-backbone').mkdir()  # of `detach`
     assert find_checkpoint('', tmp_path, overwrite=True) == ''
     (first,) = History.read(tmp_path).steps
     RunFolder(trainer, tmp_path, '', 0, {})
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir() or p.suffix == '.tar') == []
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir() or p.suffix == '.tar') == ['final-backbone']
     (second,) = History.read(tmp_path).steps
     assert second.run != first.run
     with pytest.raises(SystemExit):
@@ -206,7 +212,7 @@ def test_a_signal_ends_a_run_with_one_line(folder_dataset, tmp_path, number):
     process.send_signal(number)
     lines = [line for line in process.stderr.read().splitlines() if 'Train:' not in line]
     assert process.wait(20) == 128 + number
-    assert lines == [f'stopped by {number.name}: the same command with --resume auto goes on after the last checkpoint']
+    assert lines == [f'stopped by {number.name}: the same command with --resume auto resumes after the last checkpoint']
     assert read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))['epoch'] == 0
 
 

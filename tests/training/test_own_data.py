@@ -46,6 +46,21 @@ def test_size_and_statistics_of_the_images(tmp_path):
     assert training_data(model).held_out['development'] == 2
 
 
+def test_a_known_data_set_is_recorded_as_seen_whole(cifar_root):
+    """As in training, whatever crop the backbone's cfg names."""
+    args = parse_train_args('', [
+        '--dataset', 'torch/cifar10', '--data-dir', cifar_root, '--model', 'multiexit', '--model-kwargs',
+        'backbone=mobilenetv4_conv_small_035', 'at=2'])
+    args.rank, args.world_size, args.distributed = 0, 1, False
+    splits = open_data(args)
+    model = create_network(args, count_classes(splits))
+    assert model.pretrained_cfg['crop_pct'] < 1.
+    describe_data(args, model, splits)
+    image = splits.test.pixels[0]
+    seen = Preprocessing.of(model).pixels(Image.fromarray(image.permute(1, 2, 0).numpy()))
+    assert torch.equal(seen, image)
+
+
 def test_photos_of_different_sizes_need_a_size(tmp_path):
     root = make_photos(tmp_path, CLASSES, {'train': 10, 'test': 2}, (40, 60))
     with pytest.raises(InputError, match='the images have .* sizes.*like --input-size 32'):

@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Runs a subcommand; returns the exit code: 0, 2 for bad input, 130 when interrupted, 1 for anything else."""
+    """Runs a subcommand; returns the status of `run_command`."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
 
     def run(argv):

@@ -12,7 +12,7 @@ from ..data.images import Images
 from ..datasets import normalize
 from ..errors import InputError
 from ..evaluation.timing import measure_exits, measure_policies
-from ..files import write_json
+from ..files import require_writable, write_json
 from ..inference.engine import ENGINES, Engine, make_engine
 from ..inference.preprocess import Preprocessing
 from ..inference.profile import device_name, measure_profile
@@ -127,6 +127,8 @@ def test_images(args: argparse.Namespace, model) -> Tuple[torch.Tensor, torch.Te
 def run(args: argparse.Namespace) -> None:
     if not args.data_dir and (args.policy or asks_for_policy(args)):
         raise InputError('which exits are taken depends on the images: pass --data-dir with the data set')
+    if args.output:
+        require_writable(args.output)
     model = load_network(args)
     costs, config, policies = exit_costs(model), None, {}
     images, batch_size = default_amounts(costs.macs[-1])

@@ -7,9 +7,10 @@ from typing import Sequence
 import numpy as np
 
 from ..data.images import Images
-from ..data.splits import Split, certification_split
+from ..data.splits import Split, Splits, certification_split
 from ..errors import InputError
 from ..evaluation.evaluate import exit_logits
+from ..files import require_writable
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.exit_config import exit_config_of, weights_digest
@@ -17,7 +18,6 @@ from ..pretrained.names import class_labels
 from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig, scores_path
 from ..stopping.costs import format_macs
 from ..stopping.scores import UNKNOWN, ExitScores
-from ..stopping.solve import budget_grid
 from ._common import add_model_argument, add_model_options, load_network, weights_folder
 from .evaluate import add_data_options, prepare, split_logits
 
@@ -45,24 +45,24 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f'calibrate writes {FILE_NAME} beside --checkpoint PATH: pass that, or --output FILE')
     if not args.data_dir and not args.certify:
         raise InputError('nothing to calibrate on: pass --data-dir with the data set, or --certify with images')
-    if args.data_dir:
-        model, config = fit(args)
+    model, splits = prepare(args) if args.data_dir else (load_network(args), None)
+    output = Path(args.output or Path(weights_folder(args)) / FILE_NAME)
+    require_writable(output)
+    if splits is not None:
+        config = fit(args, model, splits)
     else:  # what is stored, with other certification images
-        model = load_network(args)
         config = exit_config_of(model, args.model, args.checkpoint)
         config = replace(config, scores=config.scores.development)
     if args.certify:
         split = certification_split(args.certify, class_labels(model, config.class_names))
         config = replace(config, scores=config.scores.joined(certification_scores(args, model, config, split)))
-    output = Path(args.output or Path(weights_folder(args)) / FILE_NAME)
     config.save(output)
     print_config(config)
     print(f'written: {output}, {scores_path(output)}')
 
 
-def fit(args: argparse.Namespace):
-    """The network, and the exit config of the images that its run held out for choices and for a guarantee."""
-    model, splits = prepare(args)
+def fit(args: argparse.Namespace, model: MultiExitNet, splits: Splits) -> ExitConfig:
+    """The exit config of the images that the network's run held out for choices and for a guarantee."""
     validation = split_logits(args, model, splits, 'development')
     config = ExitConfig.fit(
         validation.logits, validation.targets, exit_costs(model), splits.classes, args.measure,
@@ -70,7 +70,7 @@ def fit(args: argparse.Namespace):
     if len(splits.certification) and not args.certify:
         kept = certification_scores(args, model, config, splits.certification)
         config = replace(config, scores=config.scores.joined(kept))
-    return model, config
+    return config
 
 
 def certification_scores(
@@ -87,7 +87,7 @@ def certification_scores(
 
 
 def print_config(config: ExitConfig) -> None:
-    held, kept = config.scores.development, config.scores.certified
+    held, kept = config.scores.development, config.scores.for_certification
     print(f'scores of {held.num_images:,} validation and {kept.num_images:,} certification images')
     if held.num_images < FEW_IMAGES:
         print(f'note: {held.num_images} images are few: budgets and accuracies may be far off on others')
@@ -96,8 +96,7 @@ def print_config(config: ExitConfig) -> None:
     if unknown:
         print(f"note: {unknown:,} certification images lie in no class folder: risk 'consistency' only")
     print(f"policies solved from them, for example:\n{'expected':>9} {'top-1':>6}  share leaving at each exit")
-    for budget in budget_grid(config.exit_macs[0], config.exit_macs[-1], 11):
-        p = config.policy_for(budget)
+    for p in config.policies(11).values():
         shares = ' '.join(f'{100 * s:.0f}%' for s in p.exit_shares)
         print(f'{format_macs(p.expected_macs):>9} {p.expected_accuracy:>6.2f}  {shares}')
 

@@ -54,7 +54,7 @@ def add_parser(subparsers) -> None:
                         help='raw probabilities, without the stored temperatures')
     parser.add_argument('--engine', choices=ENGINES, default='auto',
                         help='for --average-latency and --deadline: onnx if it is installed, else torch')
-    parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
+    parser.add_argument('--json', action='store_true', help='for programs: a list with one object per image')
     parser.set_defaults(run=run)
 
 
@@ -165,7 +165,7 @@ def steps_under_options(
         engine = make_engine(model, args.engine)
         times = profile(model, engine, input_size=config.input_size)
         policy, reason = stopping(args, costs, config, temperatures, times)
-        print(f'expected: {policy.expected_ms:.3f} ms an image on average, {times.full:.3f} ms for the full network, '
+        print(f'expected: {policy.expected_ms:.3f} ms per image on average, {times.full:.3f} ms for the full network, '
               f'by the {engine.name} engine on this machine', file=sys.stderr)
         engine.build(segments_of(policy))
         return lambda x: list(exits_under_policy(exits_in_use(engine, x, policy), policy, reason))

@@ -7,6 +7,7 @@ from typing import List, Sequence
 from ..commands import device
 from ..errors import InputError
 from ..evaluation.compare import (
+    COMPARISON_NAME,
     DEVIATION,
     Entry,
     check_comparable,
@@ -19,6 +20,7 @@ from ..evaluation.compare import (
 from ..evaluation.evaluate import AGREEMENT, RULES, evaluate
 from ..evaluation.logits_file import LOGITS_HELP, SUFFIX, read_logits
 from ..evaluation.results import RESULTS_NAME, Results
+from ..files import require_writable
 from ..inference.engine import ENGINES, make_engine
 from ..inference.profile import measure_profile
 from ..models import exit_costs
@@ -86,6 +88,7 @@ def measure(args: argparse.Namespace, given: str) -> List[Entry]:
         args.model, args.checkpoint, args.num_classes = source, '', None
         model = load_network(args) if args.data_dir or args.time else None
         if args.data_dir:
+            require_writable(Path(args.output) / COMPARISON_NAME)
             splits = open_data(args, model)
             logits = (split_logits(args, model, splits, 'development'), split_logits(args, model, splits, 'test'),
                       exit_costs(model), splits.dataset)

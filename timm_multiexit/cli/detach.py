@@ -1,13 +1,12 @@
 """`timm-multiexit detach DIR`: the backbone under the exits, as the plain timm model that it was before."""
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf  # private: the public save_for_hf writes in other precision
 
 from ..errors import InputError
+from ..files import replaced
 from ..models import MultiExitBackbone
 from ..pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE
 from ..pretrained.load import load_model
@@ -37,11 +36,8 @@ def run(args: argparse.Namespace) -> None:
     model = net.backbone
     cfg = {name: net.pretrained_cfg[name] for name in _OF_THE_NETWORK if net.pretrained_cfg.get(name)}
     names = net.pretrained_cfg.get('label_names')
-    partial = output.with_name(f'{output.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial / WEIGHTS_FILE, {'format': 'pt'})
-    save_config_for_hf(model, str(partial / CONFIG_FILE), model_config=dict(
-        pretrained_cfg=cfg, **({'label_names': list(names)} if names else {})))
-    os.replace(partial, output)
+    with replaced(output, CONFIG_FILE) as made:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, made / WEIGHTS_FILE, {'format': 'pt'})
+        save_config_for_hf(model, str(made / CONFIG_FILE), model_config=dict(
+            pretrained_cfg=cfg, **({'label_names': list(names)} if names else {})))
     print(f"written: {output}, timm.create_model('local-dir:{output}', pretrained=True) loads it")

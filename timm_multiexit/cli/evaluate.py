@@ -20,9 +20,10 @@ from ..evaluation.classes import (
     write_classes,
 )
 from ..evaluation.evaluate import LabelledLogits, evaluate, exit_logits, write_report
-from ..evaluation.guarantee_check import GuaranteeCheck, check_guarantees
+from ..evaluation.guarantee_check import CERTAINTY, SPLITS, GuaranteeCheck, check_guarantees
 from ..evaluation.logits_file import LOGITS_HELP, SUFFIX, read_logits
-from ..evaluation.results import Results
+from ..evaluation.results import RESULTS_NAME, Results
+from ..files import require_writable
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet, exit_costs
 from ..optional import require_extra
@@ -33,7 +34,7 @@ from ..stopping.policy import MEASURES
 from ._common import add_model_argument, add_model_options, load_network, network_name, open_data, weights_folder
 
 # More are in classes.csv only.
-MOST_CLASSES = 20
+MAX_CLASSES_PRINTED = 20
 
 
 def add_parser(subparsers) -> None:
@@ -47,8 +48,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--output', metavar='DIR', default='',
                         help='default: beside your own weights, else evaluation/MODEL')
     parser.add_argument('--guarantee', nargs='?', const='accuracy', choices=RISKS, metavar='RISK',
-                        help='also check promises "at most so many points lost": 500 random splits of the test images '
-                             'into 2,000, at most half, to certify on and the rest to check on; of '
+                        help=f'also check promises "at most so many points lost": {SPLITS} random splits of the test '
+                             'images into 2,000, at most half, to certify on and the rest to check on; of '
                              f"{', '.join(RISKS)} (default: accuracy)")
     parser.set_defaults(run=run)
 
@@ -99,7 +100,7 @@ class Measured:
         about: Fields of `Results` that say what was measured.
         classes: Names of the classes.
         images: The test images in words.
-        folder: For the report, without --output.
+        folder: Where the report goes.
     """
 
     validation: LabelledLogits
@@ -117,7 +118,8 @@ def _of_network(args: argparse.Namespace) -> Measured:
     model, splits = prepare(args)
     about = dict(model=network_name(args.model, model), dataset=splits.dataset,
                  checkpoint=Path(args.checkpoint).name or None)
-    folder = Path(weights_folder(args) or Path('evaluation') / args.model.replace('/', '_'))
+    folder = Path(args.output or weights_folder(args) or Path('evaluation') / args.model.replace('/', '_'))
+    require_writable(folder / RESULTS_NAME)
     return Measured(
         split_logits(args, model, splits, 'development'), split_logits(args, model, splits, 'test'), exit_costs(model),
         about, class_labels(model, splits.classes), splits.test.title, folder)
@@ -129,7 +131,8 @@ def _of_logits(args: argparse.Namespace) -> Measured:
     path = Path(args.model)
     validation, test, costs, dataset = read_logits(path)
     return Measured(validation, test, costs, dict(model=path.stem, dataset=dataset),
-                    [str(k) for k in range(test.logits.shape[2])], path.name, Path('evaluation') / path.stem)
+                    [str(k) for k in range(test.logits.shape[2])], path.name,
+                    Path(args.output or Path('evaluation') / path.stem))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
     test, costs = measured.test, measured.costs
     results, config = evaluate(measured.validation, test, costs, measure=args.measure)
     results = replace(results, timm_multiexit=__version__, **measured.about)
-    paths = write_report(results, Path(args.output or measured.folder))
+    paths = write_report(results, measured.folder)
     print_results(results)
     rows = class_results(test.logits[-1].argmax(1), test.targets, measured.classes)
     paths.append(paths[0].with_name(CLASSES_NAME))
@@ -170,7 +173,7 @@ def print_results(results: Results) -> None:
 
 def print_classes(rows: Sequence[ClassResult], measured_on: str) -> None:
     print(f'\nby class, last exit, on {measured_on}: balanced accuracy {balanced_accuracy(rows):.2f} %')
-    if len(rows) <= MOST_CLASSES:
+    if len(rows) <= MAX_CLASSES_PRINTED:
         width = max(len(row.name) for row in rows)
         for row in rows:
             print(f'{row.name:<{width}} {row.accuracy:>6.2f} % of {row.images:,}')
@@ -179,8 +182,8 @@ def print_classes(rows: Sequence[ClassResult], measured_on: str) -> None:
 
 
 def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts, images: int) -> None:
-    print(f'\nguaranteed loss ({risk}), certainty 95 %, if new images are like these: certified on {images:,} test '
-          'images, checked on the rest, 500 splits')
+    print(f'\nguaranteed loss ({risk}), certainty {100 * CERTAINTY:.0f} %, if new images are like these: certified on '
+          f'{images:,} test images, checked on the rest, {SPLITS} splits')
     print(f"{'at most':>8} {'broken in':>10} {'plug-in rule in':>16} {'median cost':>12} {'of full':>8} {'none':>6}")
     for c in checks:
         print(f'{c.max_loss:>8.2f} {c.broken:>10.1%} {c.plug_in_broken:>16.1%} {format_macs(c.median_macs):>12} '

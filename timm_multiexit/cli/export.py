@@ -25,7 +25,7 @@ from .benchmark import default_amounts
 from .evaluate import add_image_options
 
 # With fewer held-out images, ranges and scores come from the same ones.
-LEAST_TO_DIVIDE = 64
+MIN_TO_DIVIDE = 64
 NOTABLE_LOSS = 0.5
 NOTABLE_GAIN = 1.05
 
@@ -100,14 +100,14 @@ def quantize(args: argparse.Namespace, model: MultiExitNet, config: ExitConfig) 
     from ..inference.quantize import RANGE_IMAGES, HeldOut, export_int8_folder
     splits = open_data(args, model)
     for_ranges = for_scores = splits['development']
-    if len(for_scores) >= LEAST_TO_DIVIDE:
+    if len(for_scores) >= MIN_TO_DIVIDE:
         for_ranges, for_scores = for_scores.divided(min(RANGE_IMAGES, len(for_scores) // 4))
     else:
         print(f'note: {len(for_scores)} held-out images are few: they set ranges and scores at once', file=sys.stderr)
     certification = splits.certification
     if args.certify:
         certification = certification_split(args.certify, class_labels(model, config.class_names))
-    elif config.scores is not None and config.scores.certified.num_images and not len(certification):
+    elif config.scores is not None and config.scores.for_certification.num_images and not len(certification):
         print('note: for --max-loss from this folder, give --certify with the images that calibrate --certify had',
               file=sys.stderr)
     preprocess, (_, batch_size) = Preprocessing.of(model), default_amounts(config.exit_macs[-1])

@@ -19,12 +19,12 @@ def add_parser(subparsers) -> None:
         'predict', help='answers to many images, as Parquet files',
         description='Classifies all images of a source with a folder that export wrote. OUTPUT becomes a folder of '
                     'Parquet files with the columns path, label, class_name, confidence, exit, macs and error. After a '
-                    'kill, the same command goes on. OMP_NUM_THREADS sets the number of threads.')
+                    'kill, run the same command to resume. OMP_NUM_THREADS sets the number of threads.')
     parser.add_argument('folder', metavar='DIR', help='what export --output wrote')
     parser.add_argument('sources', nargs='+', metavar='SOURCE',
-                        help='a folder (with its subfolders), a list of paths (.txt, one a line), .tar shards of '
+                        help='a folder (with its subfolders), a list of paths (.txt, one per line), .tar shards of '
                              "WebDataset, .parquet files (column image: bytes, or Hugging Face's struct; path)")
-    parser.add_argument('--output', required=True, metavar='OUTPUT', help='the folder to write or to go on with')
+    parser.add_argument('--output', required=True, metavar='OUTPUT', help='the folder to write or to continue')
     add_stop_options(parser)
     parser.add_argument('--part-size', type=COUNT, default=10_000, metavar='N',
                         help='images in a file; a kill costs at most so many (default: %(default)s)')
@@ -62,5 +62,5 @@ def run(args: argparse.Namespace) -> None:
         except KeyboardInterrupt as interrupt:
             number = interrupt.args[0]
             raise KeyboardInterrupt(
-                number, f'stopped by {signal.Signals(number).name}: the same command goes on') from None
+                number, f'stopped by {signal.Signals(number).name}: run the same command to resume') from None
     print(f'{output}: {summary(output)}')

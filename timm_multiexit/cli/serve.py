@@ -73,7 +73,8 @@ def answer(args: argparse.Namespace, queues: Any, config: ExitConfig) -> None:
     except OSError as error:
         raise InputError(f'cannot answer at {args.host}:{args.port} ({error.strerror or error}): choose another --port '
                          'or --host') from error
-    print(f'http://{args.host}:{args.port}/classify', flush=True)
+    host = f'[{args.host}]' if ':' in args.host else args.host  # IPv6
+    print(f'http://{host}:{args.port}/classify', flush=True)
     server = uvicorn.Server(uvicorn.Config(
         make_app(queues, config, args.max_bytes), log_level='warning', timeout_graceful_shutdown=5))
     with suppress(KeyboardInterrupt):  # the server has ended when it passes a signal on

@@ -81,7 +81,7 @@ def read_classes(folder: Path, title: str) -> ClassFolders:
     if hidden:
         classes.notes.append(f'{title} holds hidden files or folders that are not read: {_some(hidden)}')
     if empty:
-        classes.notes.append(f'{title} holds folders without images, which are no classes: {_some(empty)}')
+        classes.notes.append(f'{title} holds folders without images, which are not used as classes: {_some(empty)}')
     if others:
         classes.notes.append(f'{title} holds {others} files that are not read: no images, or outside class folders')
     return classes

@@ -14,14 +14,11 @@ from .splits import Split
 
 _logger = logging.getLogger(__name__)
 THREADS = min(8, os.cpu_count() or 1)  # Pillow decodes without Python's lock
+AHEAD = 64  # images
 T = TypeVar('T')
 
 
-def _read(
-        function: Callable[[Source], T],
-        sources: Sequence[Source],
-        ahead: int = 64,
-) -> Iterator[Union[T, InputError]]:
+def _read(function: Callable[[Source], T], sources: Sequence[Source]) -> Iterator[Union[T, InputError]]:
     """What a function gives for each image, in order, or its error; a few images ahead, on threads."""
     def one(i: int) -> Union[T, InputError]:
         try:
@@ -33,8 +30,8 @@ def _read(
         yield from map(one, range(len(sources)))
         return
     with ThreadPoolExecutor(THREADS) as pool:
-        for start in range(0, len(sources), ahead):
-            yield from pool.map(one, range(start, min(start + ahead, len(sources))))
+        for start in range(0, len(sources), AHEAD):
+            yield from pool.map(one, range(start, min(start + AHEAD, len(sources))))
 
 
 def image_sizes(split: Split) -> Tuple[List[Tuple[int, int]], bool]:
@@ -46,7 +43,7 @@ def image_sizes(split: Split) -> Tuple[List[Tuple[int, int]], bool]:
 
 
 def value_range(split: Split) -> Optional[Tuple[float, float]]:
-    """Least and greatest raw value over all images with more than 8 bits a channel; None if there are none."""
+    """Minimum and maximum raw value over all images with more than 8 bits a channel; None if there are none."""
     ranges = [r for r in _read(raw_range, split.sources) if isinstance(r, tuple)]
     return (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None
 
@@ -56,9 +53,9 @@ class Images:
 
     Args:
         split: What to read.
-        preprocess: Of the network.
+        preprocess: How the network sees images.
         batch_size: Images per batch.
-        label: Of the progress bar, which is drawn on terminals only; '' for none.
+        label: Text of the progress bar, which is drawn on terminals only; '' for none.
     """
 
     def __init__(self, split: Split, preprocess: Preprocessing, batch_size: int = 256, label: str = ''):

@@ -28,7 +28,7 @@ from .folders import ClassFolders, find_splits, held_out_order, map_classes, rea
 
 DEVELOPMENT_SHARE, TEST_SHARE = 0.1, 0.2
 # With fewer images no loss of one point can be ruled out with 90 % certainty, even if none is seen.
-LEAST_CERTIFICATION = 230
+MIN_CERTIFICATION = 230
 FOLDER_NAMES = ('folder', 'image_folder', 'imagefolder')
 
 
@@ -184,7 +184,7 @@ def _folder_splits(
     if separate and development:
         raise InputError(f'--validation-images {development}: {pool.title} holds the images for choices, leave it out')
     certification = _number(certification, recorded.get('certification'), images // 2 if separate else
-                            round(DEVELOPMENT_SHARE * images), LEAST_CERTIFICATION)
+                            round(DEVELOPMENT_SHARE * images), MIN_CERTIFICATION)
     rest = images - measured - certification
     development = rest if separate else _number(
         development, recorded.get('development'), max(round(DEVELOPMENT_SHARE * images), min(1, images)))

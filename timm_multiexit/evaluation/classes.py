@@ -50,10 +50,10 @@ def balanced_accuracy(rows: Sequence[ClassResult]) -> float:
     return sum(row.accuracy for row in rows) / len(rows)
 
 
-def most_confused(rows: Sequence[ClassResult], count: int = 5) -> List[ClassResult]:
-    """The classes of which the largest shares are taken for one other class."""
+def most_confused(rows: Sequence[ClassResult]) -> List[ClassResult]:
+    """The five classes of which the largest shares are taken for one other class."""
     confused = [row for row in rows if row.taken]
-    return sorted(confused, key=lambda row: row.taken / row.images, reverse=True)[:count]
+    return sorted(confused, key=lambda row: row.taken / row.images, reverse=True)[:5]
 
 
 def write_classes(rows: Sequence[ClassResult], path: Path) -> None:

@@ -11,6 +11,7 @@ from ..stopping.costs import StageCosts
 from ..stopping.policy import NEVER
 from .results import Results, curve
 
+COMPARISON_NAME = 'comparison.json'
 UNITS = ('macs', 'ms')
 DEVIATION = ' ±'  # after a network's name: standard deviation over its runs
 
@@ -56,9 +57,9 @@ class Entry:
         """
         return np.array([np.interp(cost, *_best(points), left=np.nan) for points in self._curves(time)])
 
-    def cost_at(self, accuracy: float, time: bool = False) -> float:
-        """The least average cost at which the mean of the runs reaches an accuracy; NaN if it never does."""
-        x, y = self.front(time)
+    def cost_at(self, accuracy: float) -> float:
+        """The fewest average MACs at which the mean of the runs reaches an accuracy; NaN if it never does."""
+        x, y = self.front()
         reached = y >= accuracy - 1e-9  # a mean of runs is rounded
         if not reached.any():
             return float('nan')
@@ -157,13 +158,13 @@ def comparison_rows(entries: Sequence[Entry], time: bool = False) -> List[dict]:
     return rows
 
 
-def saved(entry: Entry, other: Entry, time: bool = False) -> List[dict]:
-    """What both cost for the same accuracy, at each half percent that both reach."""
-    (_, ours), (_, theirs) = entry.front(time), other.front(time)
+def saved(entry: Entry, other: Entry) -> List[dict]:
+    """The average MACs of both for the same accuracy, at each half percent that both reach."""
+    (_, ours), (_, theirs) = entry.front(), other.front()
     low, high = max(ours[0], theirs[0]), min(ours[-1], theirs[-1])
     rows = []
     for accuracy in np.arange(np.ceil(2 * low) / 2, high + 1e-9, 0.5):
-        own, its = entry.cost_at(accuracy, time), other.cost_at(accuracy, time)
+        own, its = entry.cost_at(accuracy), other.cost_at(accuracy)
         rows.append(dict(accuracy=float(accuracy), other=other.name, own=own, its=its, share=own / its))
     return rows
 
@@ -178,12 +179,12 @@ def write_comparison(entries: Sequence[Entry], folder: Path) -> List[Path]:
     timed = all(entry.milliseconds for entry in entries)
     rows = comparison_rows(entries)
     savings = [row for other in entries[1:] for row in saved(entries[0], other)]
-    write_json(folder / 'comparison.json', dict(
+    write_json(folder / COMPARISON_NAME, dict(
         networks=[e.name for e in entries], runs=[len(e.runs) for e in entries], dataset=entries[0].results.dataset,
         test_images=entries[0].results.test_images, at_equal_cost=rows, at_equal_accuracy=savings,
         at_equal_time=comparison_rows(entries, True) if timed else []))
     write_csv(folder / 'comparison.csv', rows)
-    paths = [folder / 'comparison.json', folder / 'comparison.csv']
+    paths = [folder / COMPARISON_NAME, folder / 'comparison.csv']
     for kind in ('anytime', 'budgeted', *(['time'] if timed else [])):
         path = folder / f'{kind}.png'
         with written_beside(path) as partial:

@@ -19,7 +19,6 @@ from ..stopping.costs import ExitCosts
 from ..stopping.policy import MEASURES, StoppingRule
 from ..stopping.scores import check_labelled_logits
 from ..stopping.simulate import simulate
-from ..stopping.solve import budget_grid
 from .results import RESULTS_NAME, BudgetResult, ExitResult, OracleResult, Results
 
 CALIBRATION_BINS = 15
@@ -100,7 +99,6 @@ def evaluate(
         validation: LabelledLogits,
         test: LabelledLogits,
         costs: ExitCosts,
-        budgets: Optional[Sequence[float]] = None,
         measure: str = 'max_softmax',
 ) -> Tuple[Results, ExitConfig]:
     """Everything that a report holds.
@@ -108,8 +106,7 @@ def evaluate(
     Args:
         validation: Temperatures and thresholds are set on these.
         test: Everything is measured on these; the average cost is that of the exits really taken.
-        costs: Of the exits.
-        budgets: Average MACs per image, rising; None for `solve.budget_grid`.
+        costs: Costs of the exits.
         measure: Confidence measure, see `policy.scores`; or 'agreement', which has one budget for each patience, what
             it costs on the validation images, see `agreement`.
 
@@ -118,7 +115,7 @@ def evaluate(
         the validation images, which solved the policies.
 
     Raises:
-        InputError: logits, labels or budgets that cannot be used, or an unknown confidence measure.
+        InputError: logits or labels that cannot be used, or an unknown confidence measure.
     """
     config = ExitConfig.fit(validation.logits, validation.targets, costs,
                             measure='max_softmax' if measure == AGREEMENT else measure)
@@ -131,12 +128,9 @@ def evaluate(
     if measure == AGREEMENT:
         budgeted = tuple(_agreements(validation, test, costs))
     else:
-        if budgets is None:
-            budgets = budget_grid(costs.macs[0], costs.macs[-1])
-        policies = [config.policy_for(b) for b in budgets]
         budgeted = tuple(
             _measure(p, p.thresholds, b, p.expected_macs, p.expected_accuracy, test, costs)
-            for b, p in zip(budgets, policies))
+            for b, p in config.policies().items())
     return Results(
         validation_images=len(validation.targets), test_images=len(test.targets), measure=measure,
         input_size=tuple(costs.input_size), exits=tuple(exits), budgeted=budgeted,

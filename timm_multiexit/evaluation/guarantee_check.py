@@ -12,7 +12,9 @@ from ..stopping.policy import ExitPolicy, as_array
 from ..stopping.simulate import simulate
 from .evaluate import LabelledLogits
 
-MAX_LOSSES = (0.25, 0.5, 1., 2.)
+MAX_LOSSES = (0.25, 0.5, 1., 2.)  # points
+CERTAINTY = 0.95
+SPLITS = 500
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,20 @@ def check_guarantees(
         test: LabelledLogits,
         costs: ExitCosts,
         risk: str = 'accuracy',
-        certainty: float = 0.95,
         max_losses: Sequence[float] = MAX_LOSSES,
         images: int = 2000,
-        splits: int = 500,
-        seed: int = 0,
+        splits: int = SPLITS,
 ) -> List[GuaranteeCheck]:
-    """Checks promises on random splits of the test images.
+    """Checks promises of certainty `CERTAINTY` on random splits of the test images.
 
     Args:
         candidates: Policies solved on other images, from the most to the least expensive.
         test: Labelled test logits.
-        costs: Of the exits.
+        costs: Costs of the exits.
         risk: See `guarantee.risk_losses`.
-        certainty: See `guarantee.certified`.
         max_losses: In points.
         images: For certification; the others check.
         splits: How many.
-        seed: Of the splits.
 
     Raises:
         InputError: too few test images to leave any for checking, or arguments out of range.
@@ -60,14 +58,14 @@ def check_guarantees(
     results = [simulate(policy, logits, costs.macs) for policy in candidates]
     losses = risk_losses(risk, np.stack([r.prediction for r in results]), logits[-1].argmax(1), labels)
     macs = np.array([*(r.average_macs for r in results), costs.macs[-1]])  # the last is that of None below
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     orders = [rng.permutation(count) for _ in range(splits)]
     checks = []
     for max_loss in tqdm(max_losses, desc='guarantees', unit='promise', disable=None):
         chosen, plug_in = [], []
         for order in orders:
             inside = losses[:, order[:images]]
-            chosen.append(certified(inside, max_loss, certainty, risk))
+            chosen.append(certified(inside, max_loss, CERTAINTY, risk))
             allowed = np.flatnonzero(inside.mean(1) <= max_loss / 100.)
             plug_in.append(allowed[-1] if len(allowed) else None)
         checks.append(GuaranteeCheck(

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Sequence
 
 import torch
 
-from ..inference.profile import take_turns
+from ..inference.profile import noise, take_turns
 from ..inference.runner import EarlyExitRunner
 from ..stopping.costs import ExitCosts
 from ..stopping.policy import ExitPolicy
@@ -22,15 +22,14 @@ def measure_exits(engine, costs: ExitCosts, batch_size: int, rounds: int, passes
 
     Args:
         engine: See `engine.make_engine`.
-        costs: Of the exits.
+        costs: Costs of the exits.
         batch_size: The large batch.
         rounds: How many.
         passes: Forward passes per round at batch 1.
     """
     last_exits = [ExitPolicy.at_exit(k, engine.num_exits) for k in range(engine.num_exits)]
     runners = [EarlyExitRunner(engine, policy, costs=costs) for policy in last_exits]
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(batch_size, *costs.input_size, generator=generator).to(engine.device)
+    batch = noise(engine, costs.input_size, batch_size)
     one = batch[:1]
     singles = take_turns(
         {k: lambda r=r: [r.run(one) for _ in range(passes)] for k, r in enumerate(runners)}, rounds, engine.device,
@@ -58,7 +57,7 @@ def measure_policies(
 
     Args:
         engine: See `engine.make_engine`; shared by all.
-        costs: Of the exits.
+        costs: Costs of the exits.
         policies: By name.
         images: Normalised, (N, C, H, W).
         targets: int64 (N,).

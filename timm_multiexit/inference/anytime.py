@@ -24,7 +24,7 @@ class AnytimeRunner:
     Args:
         model: The network (a copy is prepared), or an engine made by `engine.make_engine`.
         engine: Engine to make, see `engine.make_engine`.
-        costs: Of the exits; None to count them at the input size in the network's pretrained cfg.
+        costs: Costs of the exits; None to count them at the input size in the network's pretrained cfg.
         temperatures: One per exit, for the confidence; None for 1.
 
     Raises:

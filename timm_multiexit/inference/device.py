@@ -41,7 +41,9 @@ def merged_name(first: int, last: int) -> str:
 
 
 class FolderEngine:
-    """Runs the graphs of a folder: of each stage, of each head, and merged for a policy; see `engine.Engine`.
+    """Runs the graphs of a folder: of each stage, of each head, and merged for a policy.
+
+    It has `build`, `start`, `run` and `gather` of `engine.Engine`.
 
     Args:
         folder: What `export` wrote.
@@ -49,10 +51,6 @@ class FolderEngine:
     Raises:
         InputError: a file is missing or damaged, or onnxruntime cannot run it.
     """
-
-    name = 'onnx'
-    device = 'cpu'
-    workers = 1
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -64,7 +62,7 @@ class FolderEngine:
                 self._read(name)
             self.states: List[List[str]] = self.graphs['states']
             self.num_exits, self.num_classes = len(self.states) - 1, int(self.graphs['num_classes'])
-            self.in_chans = int(self.graphs['preprocessing']['input_size'][0])
+            int(self.graphs['preprocessing']['input_size'][0])
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"'{self.folder / GRAPHS_NAME}' is not of an export ({error!r}): export again") from error
         self.sessions: Dict[str, Any] = {}
@@ -122,12 +120,16 @@ class FolderEngine:
 
 
 def resized(image: Image.Image, size: Tuple[int, int], crop_pct: float, resample: int) -> Image.Image:
-    """Shorter side to the image size over `crop_pct`, then the centre (height, width), as timm's evaluation does."""
-    height, width = size
-    short = int(min(size) / crop_pct)
-    if min(image.size) != short:
-        w, h = image.size
-        image = image.resize((short, int(short * h / w)) if w <= h else (int(short * w / h), short), resample)
+    """Covers the image size over `crop_pct`, then takes the centre (height, width), as timm's evaluation does."""
+    (height, width), (w, h) = size, image.size
+    if height == width:
+        short = int(height / crop_pct)
+        w, h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+    else:
+        ratio = min(h / int(height / crop_pct), w / int(width / crop_pct))
+        w, h = round(w / ratio), round(h / ratio)
+    if (w, h) != image.size:
+        image = image.resize((w, h), resample)
     left, top = round((image.width - width) / 2.), round((image.height - height) / 2.)
     return image.crop((left, top, left + width, top + height))
 
@@ -335,7 +337,7 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
                         help='report where images left against what is expected, and warn beyond chance')
     parser.add_argument('--max-average', metavar='MACS',
                         help='stop earlier while the average since start is above this, like 30M')
-    parser.add_argument('--json', action='store_true', help='for programs: a list with one object an image')
+    parser.add_argument('--json', action='store_true', help='for programs: a list with one object per image')
     args = parser.parse_args(argv)
     try:
         engine = FolderEngine(folder)

@@ -23,8 +23,8 @@ class Engine(Protocol):
 
     Attributes:
         name: For reports.
-        num_exits, num_classes, in_chans: Of the network.
-        device: Where it runs, a `torch.device`.
+        num_exits, num_classes, in_chans: Those of the network.
+        device, dtype: Where it runs and in which precision, a `torch.device` and a `torch.dtype`.
         workers: How many threads should call at once, each with images of its own.
     """
 
@@ -33,6 +33,7 @@ class Engine(Protocol):
     num_classes: int
     in_chans: int
     device: Any
+    dtype: Any
     workers: int
 
     def build(self, segments: Sequence[Tuple[int, int]]) -> None:

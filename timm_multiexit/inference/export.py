@@ -1,16 +1,15 @@
 """A self-contained folder for devices without PyTorch: a graph for each stage and head, and what decides to stop."""
 import hashlib
 import shutil
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import onnx
 import onnxruntime
+from timm.data import resolve_data_config
 
 from ..errors import InputError
-from ..files import write_json
+from ..files import replaced, write_json
 from ..models import MultiExitNet
 from ..pretrained.record import training_data
 from ..stopping.config import FILE_NAME, ExitConfig
@@ -69,30 +68,6 @@ def export_folder(
     return [Path(folder) / name for name in graphs]
 
 
-@contextmanager
-def replaced(folder: Union[str, Path], mark: str) -> Iterator[Path]:
-    """A new folder to fill; if the block ends without an error, it replaces the one at `folder`.
-
-    Args:
-        folder: Its place.
-        mark: A file that an earlier folder of this kind holds.
-
-    Raises:
-        InputError: the place holds something else.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"'{folder}' holds something other than an earlier export: give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}-') as scratch:
-        made = Path(scratch) / 'made'
-        made.mkdir()
-        yield made
-        if folder.exists():
-            folder.rename(Path(scratch) / 'before')
-        made.rename(folder)
-
-
 def add_runner(made: Path, config: ExitConfig) -> None:
     """Adds to a folder of graphs what decides and runs: the exit config, run.py, and sample images with answers."""
     config.save(made / FILE_NAME)
@@ -118,7 +93,7 @@ def preprocessing_of(model: MultiExitNet) -> Dict[str, Any]:
         raise InputError(f"images cropped by '{cfg['crop_mode']}': a device crops the centre only")
     return dict(
         input_size=list(preprocessing.input_size), mean=list(preprocessing.mean), std=list(preprocessing.std),
-        interpolation=preprocessing.interpolation, crop_pct=float(cfg.get('crop_pct') or 1.),
+        interpolation=preprocessing.interpolation, crop_pct=float(resolve_data_config(model=model)['crop_pct']),
         value_range=training_data(model).value_range)
 
 

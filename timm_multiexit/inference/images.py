@@ -27,7 +27,7 @@ SENT_PIXELS = 16_000_000
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no part of a data set: '.ipynb_checkpoints', or '._a.jpg' of a Mac."""
+    """Whether a file or folder is not part of a data set: '.ipynb_checkpoints', or '._a.jpg' of a Mac."""
     return name.startswith('.') or name == '__MACOSX'
 
 
@@ -126,7 +126,7 @@ def read_image(
 
 
 def raw_range(source: Source) -> Optional[Tuple[float, float]]:
-    """Least and greatest raw value of an image with more than 8 bits a channel; None for other images.
+    """Minimum and maximum raw value of an image with more than 8 bits a channel; None for other images.
 
     Raises:
         InputError: as `read_image`.
@@ -193,7 +193,7 @@ def check_sent(source: Union[str, Path, BinaryIO]) -> None:
     try:
         with Image.open(source, formats=SENT_FORMATS) as image:
             pixels, format = image.width * image.height, image.format
-    except Exception:  # Pillow raises many types for what is no image
+    except Exception:  # Pillow raises many types for what is not an image
         raise InputError(f"this file is not an image that is read here: send {', '.join(SENT_FORMATS)}") from None
     # JPEG is decoded at a fraction of its size.
     limit = 4 * SENT_PIXELS if format in ('JPEG', 'MPO') else SENT_PIXELS

@@ -90,12 +90,12 @@ class RayQueues(Places):
     """Runs images under a stopping rule in deployments of Ray Serve; see `segment_queues.SegmentQueues`.
 
     Args:
-        engine: Of a folder that all machines have under this path.
+        engine: Engine of a folder that all machines have under this path.
         rule: When to stop.
         replicas: For each deployment; they share the segments evenly.
         batch_size: Images that run together at most.
         limit: Images that `places` admits at once.
-        name: Of the application; one of this name is replaced.
+        name: Name of the application; one of this name is replaced.
 
     Raises:
         InputError: more deployments than segments.
@@ -148,13 +148,13 @@ def predict_on_ray(
     """`predict.predict` in many processes; all machines have the folders and sources under the same paths.
 
     Args:
-        engine: Of the exported folder.
+        engine: Engine of the exported folder.
         policy: When to stop.
         sources: The images.
         output: The folder, held.
         part_size: Images in a part.
         batch_size: Images among which those that go on are regrouped.
-        cpus: Of the cluster.
+        cpus: CPUs of the cluster.
 
     Raises:
         InputError: as `predict.predict`.

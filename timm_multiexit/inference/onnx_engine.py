@@ -46,21 +46,15 @@ class OnnxEngine:
     Args:
         model: The network; it is copied.
         threads: How many threads should call at once; None for as many as PyTorch uses.
-        image_size: (H, W) of the images; None for the size in the network's pretrained cfg.
     """
 
     name = 'onnx'
 
-    def __init__(
-            self,
-            model: MultiExitNet,
-            threads: Optional[int] = None,
-            image_size: Optional[Tuple[int, int]] = None,
-    ):
+    def __init__(self, model: MultiExitNet, threads: Optional[int] = None):
         self.num_exits, self.num_classes, self.in_chans = model.num_exits, model.num_classes, model.in_chans
-        self.device = torch.device('cpu')
+        self.device, self.dtype = torch.device('cpu'), torch.float32
         self.workers = threads or torch.get_num_threads()
-        height, width = image_size or model.pretrained_cfg['input_size'][1:]
+        height, width = model.pretrained_cfg['input_size'][1:]
         names, graph = export_graph(model, (height, width))
         self.state_names = [*names[:-1], []]  # nothing goes on from the last stage
         self.extractor = onnx.utils.Extractor(graph)

@@ -50,7 +50,7 @@ def policy_on_record(
 
     Args:
         output: The folder, held.
-        engine: Of the exported folder.
+        engine: Engine of the exported folder.
         sources: The images.
         stop: The options that ask for a policy.
         part_size: Images in a part.
@@ -111,7 +111,7 @@ def predict(
     An image that cannot be read has a row with its `error` and its path alone. Labels count from 0, exits from 1.
 
     Args:
-        engine: Of the exported folder.
+        engine: Engine of the exported folder.
         config: Its exit config.
         policy: When to stop.
         sources: The images.
@@ -125,7 +125,7 @@ def predict(
     """
     first = next(k for k in itertools.count() if not part_path(output, k).is_file())
     if first:
-        print(f"note: goes on in '{output}', which has {first} parts of {part_size:,} images", file=sys.stderr)
+        print(f"note: resumes in '{output}', which has {first} parts of {part_size:,} images", file=sys.stderr)
     skip = first * part_size
     counts = [source.images for source in sources if source.images is not None]
     total = sum(counts) if len(counts) == len(sources) else None
@@ -221,6 +221,6 @@ def summary(output: Path) -> str:
         images += len(column)
         errors += column.null_count
         macs += sum(filter(None, column.to_pylist()))
-    average = f', {format_macs(macs / (images - errors))} MACs an image' if images > errors else ''
+    average = f', {format_macs(macs / (images - errors))} MACs per image' if images > errors else ''
     unread = f', {errors:,} of them with an error' if errors else ''
     return f'{images:,} images in {len(parts):,} {"part" if len(parts) == 1 else "parts"}{unread}{average}'

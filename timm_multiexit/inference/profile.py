@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import time
 from dataclasses import replace
@@ -23,13 +22,14 @@ from ..models import MultiExitNet
 from ..pretrained.exit_config import weights_digest
 from ..stopping.costs import ExitCosts, StageCosts
 from ..stopping.policy import ALWAYS, NEVER, ExitPolicy, StoppingRule
+from .device import processor
 from .engine import Engine, make_engine
 from .runner import EarlyExitRunner
 from .traffic import share_of_full_time
 
 _SECONDS = 6.  # to spend in all
 _ROUNDS = 30
-_LEAST_ROUNDS = 5
+_MIN_ROUNDS = 5
 
 
 def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.device, label: str) -> Dict[Any, list]:
@@ -39,7 +39,7 @@ def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.d
         tasks: Each runs once unmeasured first.
         rounds: How many.
         device: Synchronised if it is a GPU.
-        label: Of the progress bar.
+        label: Text of the progress bar.
     """
     names = list(tasks)
     times = {name: [] for name in names}
@@ -59,13 +59,7 @@ def take_turns(tasks: Dict[Any, Callable[[], Any]], rounds: int, device: torch.d
 
 def device_name(device: torch.device) -> str:
     """The GPU or the processor by name."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):  # not Linux, or a processor without a name
-        return platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else processor()
 
 
 def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size: int = 1) -> StageCosts:
@@ -82,9 +76,9 @@ def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size
         never_reached = (*(NEVER / 2 if j == k else NEVER for j in range(last)), ALWAYS)
         policies['past', k] = ExitPolicy(never_reached, (1.,) * count)
     runners = {name: EarlyExitRunner(engine, policy, costs=_no_costs(count)) for name, policy in policies.items()}
-    images = _noise(engine, input_size, batch_size)
+    images = noise(engine, input_size, batch_size)
     once = min(_timed(runners['to', last], images) for _ in range(3))
-    rounds = int(min(max(_SECONDS / (once * len(runners)), _LEAST_ROUNDS), _ROUNDS))
+    rounds = int(min(max(_SECONDS / (once * len(runners)), _MIN_ROUNDS), _ROUNDS))
     passes = max(1, int(_SECONDS / (once * len(runners) * rounds)))
     tasks = {name: lambda r=r: [r.run(images, batch_size) for _ in range(passes)] for name, r in runners.items()}
     times = take_turns(tasks, rounds, engine.device, 'profile')
@@ -105,12 +99,13 @@ def _measure_policies(engine: Engine, images: torch.Tensor, full_ms: float) -> C
 
 
 def _no_costs(num_exits: int) -> ExitCosts:
-    """Which nobody reads."""
+    """Placeholders, which no one reads."""
     numbers = tuple(range(1, num_exits + 1))
     return ExitCosts(numbers, numbers, (1, 1, 1))
 
 
-def _noise(engine: Engine, input_size: Tuple[int, int, int], batch_size: int) -> torch.Tensor:
+def noise(engine: Engine, input_size: Tuple[int, int, int], batch_size: int) -> torch.Tensor:
+    """Random images (B, C, H, W) on the engine's device, the same in every call."""
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(engine.device)
 
 
@@ -152,7 +147,7 @@ def profile(
         kept = dict(conditions=conditions, stages_ms=list(costs.stages), heads_ms=list(costs.heads), policies_ms={})
         write_json(path, kept)
     costs = StageCosts(tuple(kept['stages_ms']), tuple(kept['heads_ms']))
-    measure = _measure_policies(engine, _noise(engine, input_size, batch_size), costs.full)
+    measure = _measure_policies(engine, noise(engine, input_size, batch_size), costs.full)
 
     def measure_once(policy: ExitPolicy) -> float:
         key = json.dumps([policy.exits_in_use, policy.exit_shares])
@@ -174,7 +169,7 @@ def kept_profile(
     packages = ['torch'] + ['onnxruntime'] * (engine.name == 'onnx')
     conditions = dict(
         weights=weights_digest(model), input_size=list(input_size), batch_size=batch_size, engine=engine.name,
-        precision=str(getattr(engine, 'dtype', torch.float32)), device=device_name(engine.device),
+        precision=str(engine.dtype), device=device_name(engine.device),
         threads=torch.get_num_threads(), workers=engine.workers,
         versions={name: importlib.metadata.version(name) for name in packages})
     key = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:16]

@@ -26,11 +26,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from tqdm import tqdm
 
 from ..datasets import normalize
-from ..files import read_json, write_json
+from ..files import read_json, replaced, write_json
 from ..models import MultiExitNet
 from ..stopping.config import ExitConfig
 from .device import GRAPHS_NAME, FolderEngine, all_logits
-from .export import IR_VERSION, add_runner, replaced, write_graphs
+from .export import IR_VERSION, add_runner, write_graphs
 from .profile import take_turns
 
 RANGE_IMAGES = 256  # that set the ranges of activations
@@ -148,7 +148,7 @@ def quantize_folder(engine: FolderEngine, images: np.ndarray, folder: Path, vnni
     """Writes the graphs of a folder in int8 into another, and their list.
 
     Args:
-        engine: Of the float folder.
+        engine: Engine of the float folder.
         images: float32 (N, C, H, W), normalised.
         folder: Where to write.
         vnni: See `export_int8_folder`.

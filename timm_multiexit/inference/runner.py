@@ -56,7 +56,7 @@ class EarlyExitRunner:
         model: The network (a copy is prepared), or an engine made by `engine.make_engine`, to share between runners.
         policy: When to stop: an `ExitPolicy`, or any `stopping.policy.StoppingRule`.
         engine: Engine to make, see `engine.make_engine`.
-        costs: Of the exits; None to count them at the input size in the network's pretrained cfg.
+        costs: Costs of the exits; None to count them at the input size in the network's pretrained cfg.
         chunk_size: Images that run together.
         monitor: Told where images leave, batch by batch; the next batches run under its policy.
 
@@ -148,7 +148,7 @@ class EarlyExitRunner:
 
         Args:
             loader: Yields images (B, C, H, W), or (images, targets); targets may be a tensor, an array or a list.
-            label: Of the progress bar, which appears on terminals only.
+            label: Text of the progress bar, which appears on terminals only.
 
         Raises:
             InputError: nothing in the loader, not images of this network, or NaN logits.
@@ -264,9 +264,8 @@ def check_images(engine: Engine, images: torch.Tensor) -> None:
         raise InputError('an empty batch: give at least one image')
     if not images.is_floating_point():
         raise InputError(f'images of {images.dtype}: normalise them to floats first, as the network was trained')
-    precision = getattr(engine, 'dtype', torch.float32)
-    if torch.finfo(images.dtype).bits < torch.finfo(precision).bits:  # what they lost moves images between exits
-        raise InputError(f'images of {images.dtype} for an engine of {precision}: give them in that precision')
+    if torch.finfo(images.dtype).bits < torch.finfo(engine.dtype).bits:  # what they lost moves images between exits
+        raise InputError(f'images of {images.dtype} for an engine of {engine.dtype}: give them in that precision')
 
 
 def _process() -> Tuple[int, int]:

@@ -110,8 +110,8 @@ def make_app(queues: Queues, config: ExitConfig, max_bytes: int = 20_000_000) ->
 
     Args:
         queues: Run the images; above their limit, status 503.
-        config: Of the folder, with scores.
-        max_bytes: Of a request; above it, status 413.
+        config: Exit config of the folder, with scores.
+        max_bytes: Largest request; above it, status 413.
     """
     engine = queues.engine
     metrics, monitor = Metrics(queues, config.exit_macs), ExitMonitor(config, queues.rule)

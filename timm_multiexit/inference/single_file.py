@@ -15,7 +15,6 @@ from ..files import written_beside
 from ..models import MultiExitNet
 from ..stopping.config import ExitConfig
 from ..stopping.policy import NEVER
-from ..stopping.solve import budget_grid
 from .export import IR_VERSION, preprocessing_of
 from .onnx_engine import cut, export_graph, maps_made
 
@@ -91,7 +90,6 @@ def export_single_file(model: MultiExitNet, config: ExitConfig, path: Union[str,
     if config.measure != 'max_softmax':
         raise InputError(f"a single file cannot measure confidence by '{config.measure}': export a folder, or "
                          'calibrate with --measure max_softmax')
-    policies = [config.policy_for(b) for b in budget_grid(config.exit_macs[0], config.exit_macs[-1], _BUDGETS)]
     preprocessing = preprocessing_of(model)
     graph = _network(model, config.temperatures, preprocessing['input_size'])
     proto = helper.make_model(
@@ -99,7 +97,8 @@ def export_single_file(model: MultiExitNet, config: ExitConfig, path: Union[str,
         opset_imports=[helper.make_opsetid('', 18), helper.make_opsetid(DOMAIN, 1)])
     helper.set_model_props(proto, {DOMAIN: json.dumps(dict(
         preprocessing=preprocessing, class_names=config.class_names, exit_macs=config.exit_macs,
-        policies=[dict(average_macs=p.expected_macs, thresholds=p.thresholds[:-1]) for p in policies]))})
+        policies=[dict(average_macs=p.expected_macs, thresholds=p.thresholds[:-1])
+                  for p in config.policies(_BUDGETS).values()]))})
     with written_beside(path) as partial:
         partial.write_bytes(proto.SerializeToString())
 

@@ -54,7 +54,7 @@ class Files:
             images += 1
             digest.update(os.fsencode(path) + b'\n')
         if not images:
-            advice = f"{', '.join(sorted(SUFFIXES))} files" if self.place.is_dir() else 'one path a line'
+            advice = f"{', '.join(sorted(SUFFIXES))} files" if self.place.is_dir() else 'one path per line'
             raise InputError(f"'{place}' holds no images: give {advice}")
         self.images: Optional[int] = images
         self.record: Dict[str, Any] = dict(source=place, images=images, sha256=digest.hexdigest())
@@ -179,8 +179,8 @@ def open_sources(places: Sequence[str]) -> List[ImageSource]:
             raise InputError(f"'{place}' does not exist: check the name")
         kind = Files if Path(place).is_dir() else KINDS.get(Path(place).suffix.lower())
         if kind is None:
-            raise InputError(f"'{place}' is no source of images: give a folder, a list of paths (.txt), .tar shards or "
-                             '.parquet files')
+            raise InputError(f"'{place}' is not a source of images: give a folder, a list of paths (.txt), .tar shards "
+                             'or .parquet files')
         try:
             sources.append(kind(place))
         except OSError as error:
@@ -223,5 +223,5 @@ def _readable(source: ImageSource) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"'{source.record['source']}' cannot be read any more ({error.strerror or error}): the "
-                         'same command goes on when it can') from error
+        raise InputError(f"'{source.record['source']}' cannot be read any more ({error.strerror or error}): run "
+                         'the same command once it can') from error

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Optional, Union
 
 from ..errors import InputError
-from ..files import write_json, written_beside
+from ..files import replaced, write_json, written_beside
 from ..models import MultiExitNet
 from ..stopping.config import ExitConfig
-from ..stopping.solve import budget_grid
-from .export import PACKAGE, preprocessing_of, replaced
+from .export import PACKAGE, preprocessing_of
 from .profile import cache_folder
 from .single_file import export_single_file
 
@@ -42,7 +41,7 @@ def export_web(
         model: The network, in eval mode, with its record.
         config: Its exit config, with scores.
         folder: Where to write; an earlier page there is replaced, anything else is refused.
-        name: Of the network, for the page.
+        name: Name of the network, for the page.
         runtime: The package onnxruntime-web of this version, a .tgz file; None for the one in the user's cache folder,
             where it is downloaded once.
 
@@ -64,13 +63,12 @@ def export_web(
             shutil.copyfile(file, made / file.name)
         shutil.copytree(PACKAGE / 'samples', made / 'samples', ignore=lambda _, names: [
             n for n in names if not n.endswith('.png')])
-        policies = [config.policy_for(b) for b in budget_grid(config.exit_macs[0], config.exit_macs[-1], BUDGETS)]
         write_json(made / ABOUT_NAME, dict(
             name=name, preprocessing=preprocessing_of(model), temperatures=config.temperatures,
             class_names=config.names_of(model.num_classes),
             exit_macs=config.exit_macs, samples=sorted(file.name for file in (made / 'samples').iterdir()),
             policies=[dict(average_macs=p.expected_macs, accuracy=p.expected_accuracy, exit_shares=p.exit_shares,
-                           thresholds=p.thresholds[:-1]) for p in policies]))
+                           thresholds=p.thresholds[:-1]) for p in config.policies(BUDGETS).values()]))
 
 
 def _download(package: Path) -> None:

@@ -143,7 +143,7 @@ class CutStage(Stage):
 
     Args:
         root: Holds the backbone.
-        graphs: Of eval and of train mode.
+        graphs: Those of eval and of train mode.
         image_size: (H, W) if no other runs, else None.
     """
 

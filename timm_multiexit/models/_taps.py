@@ -23,8 +23,8 @@ def find_taps(model: nn.Module, whole: Trace, at: Union[int, Sequence[str]]) -> 
         at: A number of early exits, placed at about equal shares of the cost; or names of modules.
 
     Raises:
-        InputError: fewer than one exit, or more than there are places; a name that is no module, is given twice, lies
-            in the head, or gives nothing to classify.
+        InputError: fewer than one exit, or more than there are places; a name that is not a module, is given twice,
+            lies in the head, or gives nothing to classify.
     """
     place = {node: i for i, node in enumerate(whole.nodes)}
     if not isinstance(at, int):
@@ -79,7 +79,7 @@ def _named(model: nn.Module, whole: Trace, names: Sequence[str]) -> List[str]:
     for name in names:
         if name not in modules:
             near = difflib.get_close_matches(str(name), modules, n=1, cutoff=0.3)
-            raise InputError(f"'{name}' is no module of {type(model).__name__}"
+            raise InputError(f"'{name}' is not a module of {type(model).__name__}"
                              + (f": did you mean '{near[0]}'?" if near else ''))
         node = whole.outputs.get(name)
         reason = 'it does not run before the head' if node is None else _problem(whole, place, node)
@@ -94,7 +94,7 @@ def _named(model: nn.Module, whole: Trace, names: Sequence[str]) -> List[str]:
 def _problem(whole: Trace, place: Dict[fx.Node, int], node: fx.Node) -> str:
     """Why no exit can follow a node; '' if one can."""
     if not whole.is_batch_first(node) or len(whole.shapes[node][0]) not in (3, 4):
-        return 'its output is no feature map or sequence of one image each'
+        return 'its output is not a feature map or a sequence for each image'
     if isinstance(whole.end, fx.Node) and place[node] >= place[whole.end]:
         return "it is what the model's own head reads"
     return ''

@@ -236,7 +236,7 @@ def _check(model: nn.Module, head: str) -> None:
     if isinstance(model, MultiExitNet):
         raise InputError(f'{name} has exits already: give a plain timm model')
     if not all(hasattr(model, part) for part in ('forward_features', 'forward_head', 'num_classes')):
-        raise InputError(f'{name} is no timm classifier: build it with timm.create_model, without features_only')
+        raise InputError(f'{name} is not a timm classifier: build it with timm.create_model, without features_only')
     if not model.num_classes:  # of some models timm has the image encoder alone
         try:
             model.forward_head(torch.zeros(1))

@@ -11,12 +11,11 @@ from timm.models._hub import load_model_config_from_path  # private: timm export
 
 from ..datasets import DATASETS, find_dataset
 from ..errors import InputError
-from ..files import read_json
 from ..models import MultiExitNet
 from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE, first_line, hub_file
 from .names import LOAD_ERRORS, check_name, list_networks, require_weights
-from .record import TrainingData, describe, find_weights, read_training_data
+from .record import TrainingData, describe, find_weights, read_config, read_training_data
 
 _logger = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ def seen_by(checkpoint: Union[str, Path]) -> Dict[str, Any]:
     config = (path if path.is_dir() else path.parent) / CONFIG_FILE
     cfg: Dict[str, Any] = {}
     if config.is_file():
-        cfg = read_json(config, 'config').get('pretrained_cfg') or {}
+        cfg = read_config(config).get('pretrained_cfg') or {}
         cfg.pop('input_size', None)
     elif path.is_file() and path.suffix != '.safetensors':
         options = stored_checkpoint(path).get('args')

@@ -92,14 +92,25 @@ def config_of(model: MultiExitNet) -> Dict[str, Any]:
     return config
 
 
+def read_config(path: Union[str, Path]) -> Dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+        InputError: it cannot be read, or holds no object.
+    """
+    config = read_json(path, 'config')
+    if not isinstance(config, dict):
+        raise InputError(f"config '{path}' holds no object but {type(config).__name__}: check the file")
+    return config
+
+
 def read_training_data(path: Union[str, Path]) -> Optional[TrainingData]:
     """What config.json holds under the key `multiexit`; None if it holds no record.
 
     Raises:
-        InputError: the file cannot be read, or the record has unknown fields.
+        InputError: as `read_config`, or the record has unknown fields.
     """
-    values = read_json(path, 'config')
-    stored = values.get(RECORD_KEY) if isinstance(values, dict) else None
+    stored = read_config(path).get(RECORD_KEY)
     if not isinstance(stored, dict) or 'dataset' not in stored:
         return None
     if unknown := stored.keys() - {f.name for f in fields(TrainingData)}:
@@ -137,12 +148,13 @@ def find_weights(name: str, checkpoint: Union[str, Path]) -> Tuple[str, str]:
         raise InputError(f"checkpoint '{path}' is not a file or folder: check the name")
     config, recipe = path.parent / CONFIG_FILE, path.parent / RECIPE_NAME
     if config.is_file():
-        arch = read_json(config, 'config').get('architecture', '')
+        arch = read_config(config).get('architecture', '')
         if name and ':' not in name and name.partition('.')[0] != arch:
             raise InputError(f"'{path}' holds weights of {arch}, not of {name}: leave the name out")
         return f'local-dir:{path.parent}', '' if path.name == WEIGHTS_FILE else str(path)
     if not name and recipe.is_file():
-        name = str((read_yaml(recipe, 'recipe') or {}).get('model', ''))
+        options = read_yaml(recipe, 'recipe')
+        name = str(options.get('model', '')) if isinstance(options, dict) else ''
     if not name:
         raise InputError(f"there is no {CONFIG_FILE} beside '{path}': name the network that it was trained as")
     return name, str(path)

@@ -20,7 +20,7 @@ from .guarantee import certified, risk_losses, tightest
 from .policy import CALIBRATE_HINT, MEASURES, ExitPolicy
 from .scores import FILE_NAME as SCORES_NAME
 from .scores import UNKNOWN, ExitScores, check_labelled_logits
-from .solve import Solver
+from .solve import GRID_BUDGETS, Solver, budget_grid
 from .temperature import fit_temperature
 
 VERSION = 2
@@ -42,8 +42,8 @@ class ExitConfig:
         measure: Confidence measure of the scores, see `policy.scores`.
         class_names: In the order of the logits, or None.
         weights: Digest of the weights, or '' if it is not known.
-        scores: Of the held-out images, or None if they are not stored.
-        version: Of the schema.
+        scores: Scores of the held-out images, or None if they are not stored.
+        version: Version of the schema.
 
     Raises:
         InputError: values that do not fit together.
@@ -102,7 +102,7 @@ class ExitConfig:
             logits: One (N, num_classes) per exit, of images under the test transform on which the network was not
                 trained; arrays or tensors.
             targets: Their labels, int64 (N,); -1 where unknown.
-            costs: Of the exits.
+            costs: Costs of the exits.
             class_names: In the order of the logits.
             measure: See `policy.scores`.
             certification: Which images are kept for guarantees, bool (N,); None for none of them. Temperatures are
@@ -189,7 +189,7 @@ class ExitConfig:
             max_loss: Loss of accuracy against the full network, in points (0.5 is half a percent), on new images of the
                 same distribution (exchangeable with the certification images), with probability `certainty` over the
                 draw of those. See `guarantee`.
-            certainty: Of `max_loss`.
+            certainty: Probability with which `max_loss` holds.
             risk: What `max_loss` bounds: 'accuracy', 'harm' or 'consistency', see `guarantee.risk_losses`.
             profile: Milliseconds of stages and heads, see `inference.profile`; with `max_loss`, the least time is
                 sought in place of the fewest MACs.
@@ -219,6 +219,15 @@ class ExitConfig:
                 solver = self._solver(costs)
                 self._solved[key] = solver.policy(solver.best(average_budget or average_ms or 0.))
         return self._solved[key]
+
+    def policies(self, count: int = GRID_BUDGETS) -> Dict[float, ExitPolicy]:
+        """Policies for so many average budgets, in MACs, from the cheapest exit to the full cost.
+
+        Raises:
+            InputError: no scores are stored.
+        """
+        return {budget: self.policy_for(budget)
+                for budget in budget_grid(self.exit_macs[0], self.exit_macs[-1], count)}
 
     def _measured(self, costs: StageCosts, target: float) -> ExitPolicy:
         """The policy whose measured time is nearest to `target`, within the 10 % that a measurement may be off.
@@ -272,7 +281,7 @@ class ExitConfig:
     def _promised(self, costs: StageCosts, max_loss: float, certainty: float, risk: str) -> ExitPolicy:
         candidates = self.path(costs)
         assert self.scores is not None  # or there would be no path
-        kept = self.scores.certified
+        kept = self.scores.for_certification
         kept = kept.subset(np.random.default_rng(0).permutation(kept.num_images))  # the bound needs a random order
         if kept.num_images == 0:
             raise InputError('these weights carry no certification images, so nothing can be promised: make some from '

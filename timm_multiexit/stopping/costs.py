@@ -42,8 +42,8 @@ class StageCosts:
     """What an image costs, stage by stage: all stages up to its exit, and the heads that were evaluated on the way.
 
     Attributes:
-        stages: Of each stage.
-        heads: Of each head.
+        stages: The cost of each stage.
+        heads: The cost of each head.
         unit: 'MACs' or 'ms'.
         measure: Gives the milliseconds of a policy on this machine, measured; None if they cannot be.
 
@@ -76,7 +76,7 @@ class StageCosts:
 
     @property
     def cheapest(self) -> float:
-        """Cost of an image if all leave at the exit that is reached first; a head may be dearer than the next stage."""
+        """Cost of an image if all leave at the exit that is reached first; a head may cost more than the next stage."""
         return min(float(self.of_exits((k,))[0]) for k in range(len(self.stages)))
 
     @property

@@ -89,8 +89,7 @@ def betting_passes(losses: np.ndarray, allowed: float, failure: float) -> np.nda
     variance = (0.25 + ((x - mean) ** 2).cumsum(1)) / (count + 1)
     before = np.concatenate([np.full((len(x), 1), 0.25), variance[:, :-1]], 1)
     stake = np.minimum(np.sqrt(2. * math.log(1. / failure) / (images * before)), 1.)
-    with np.errstate(divide='ignore'):  # all is lost at a loss of 1 + allowed
-        wealth = np.log1p(-stake * (x - allowed)).cumsum(1)
+    wealth = np.log1p(-stake * (x - allowed)).cumsum(1)
     return wealth.max(1) > math.log(1. / failure)
 
 
@@ -98,7 +97,7 @@ def certified(losses: np.ndarray, max_loss: float, certainty: float = 0.95, risk
     """The least expensive candidate whose risk is certified.
 
     Args:
-        losses: Of `risk_losses`, (candidates, n), from the most to the least expensive candidate, images at random.
+        losses: (candidates, n), see `risk_losses`; from the most to the least expensive candidate, images at random.
         max_loss: Risk allowed, in points (0.5 is half a percent).
         certainty: Probability that the promise holds, over the draw of the images.
         risk: That of the losses.

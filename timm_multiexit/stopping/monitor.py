@@ -17,7 +17,7 @@ from .policy import CALIBRATE_HINT, ExitPolicy
 # of them for 50 million images, so that all together are wrong once in 500 times.
 ALPHA = 1e-4
 FIRST_LOOK = 100
-LEAST_EXPECTED = 5.
+MIN_EXPECTED = 5.
 
 
 class ExitMonitor:
@@ -27,10 +27,10 @@ class ExitMonitor:
     images give no false alarm. It assumes that images come independently of one another: frames of one video do not.
 
     Args:
-        config: Of the weights, with the scores of held-out images.
+        config: That of the weights, with the scores of held-out images.
         policy: Thresholds that the images run under.
         max_average: MACs per image, like 30e6 or '30M', that the average since start shall not exceed: `policy` is then
-            the dearest of the config's path that keeps it, and the one given where that does. A batch can
+            the most expensive of the config's path that keeps it, and the one given where that does. A batch can
             carry the average over it; the next ones make up for that. None for no limit.
 
     Attributes:
@@ -107,7 +107,7 @@ class ExitMonitor:
         # Neighbours that few images leave at count as one exit: the test is an approximation for 5 or more.
         starts = [0]
         for k in range(1, len(pooled)):
-            if min(pooled[starts[-1]:k].sum(), pooled[k:].sum()) * min(ours, theirs) >= LEAST_EXPECTED:
+            if min(pooled[starts[-1]:k].sum(), pooled[k:].sum()) * min(ours, theirs) >= MIN_EXPECTED:
                 starts.append(k)
         apart, pooled = (np.add.reduceat(x, starts) for x in ((self.counts - self._expected) / ours, pooled))
         return chi_square_tail(float((apart ** 2 / pooled).sum()) / (1 / ours + 1 / theirs), len(starts) - 1)

@@ -114,7 +114,7 @@ class ExitScores:
         return self.subset(~self.certification)
 
     @property
-    def certified(self) -> 'ExitScores':
+    def for_certification(self) -> 'ExitScores':
         return self.subset(self.certification)
 
     def correct(self) -> np.ndarray:

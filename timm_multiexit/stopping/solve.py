@@ -1,6 +1,6 @@
 """Policies solved on demand: which exits to evaluate, and their thresholds, for an average cost per image.
 
-An image should stop where going on is no longer worth its cost. How likely it is that a later exit mends an answer is
+An image should stop where going on is no longer worth its cost. The chance that a later exit corrects an answer is
 about the doubt left in it, 1 - confidence, times the share of this exit's errors that later exits correct. Stopping all
 images at the same expected gain makes the thresholds of all exits one number, shifted at each exit by the logarithm of
 that share; the number is set so that the images cost what was asked.
@@ -22,7 +22,7 @@ from .scores import UNKNOWN, ExitScores
 GRID_BUDGETS = 41
 # How much less the answers may be worth with fewer exits in use (0.02 points of accuracy).
 TOLERANCE = 2e-4
-_LEAST_MENDED = 1e-6
+_MIN_CORRECTED = 1e-6
 
 
 def budget_grid(low: float, high: float, count: int = GRID_BUDGETS) -> Tuple[float, ...]:
@@ -35,11 +35,11 @@ class Solver:
     """Solves policies on the scores of development images.
 
     Args:
-        scores: Of the images.
-        costs: Of stages and heads, in any unit.
+        scores: Scores of the images.
+        costs: Costs of stages and heads, in any unit.
         exit_macs: Cumulative MACs of each exit, for the reports.
-        temperatures: Of the exits.
-        measure: Of the scores.
+        temperatures: One per exit.
+        measure: Confidence measure of the scores.
     """
 
     def __init__(self, scores: ExitScores, costs: StageCosts, exit_macs: Sequence[int], temperatures: Sequence[float],
@@ -49,8 +49,8 @@ class Solver:
         self.values = scores.values(measure)
         reached = self.values.mean(1)
         best_later = np.maximum.accumulate(reached[::-1])[::-1][1:]
-        mended = (best_later - reached[:-1]) / np.maximum(1. - reached[:-1], _LEAST_MENDED)
-        self.shifts = np.log(np.maximum(mended, _LEAST_MENDED))
+        corrected = (best_later - reached[:-1]) / np.maximum(1. - reached[:-1], _MIN_CORRECTED)
+        self.shifts = np.log(np.maximum(corrected, _MIN_CORRECTED))
         self.gains = scores.scores[:-1] - self.shifts[:, None]  # minus the logarithm of what going on may gain
 
     def thresholds(self, exits: Sequence[int], budget: float) -> Optional[np.ndarray]:

@@ -38,7 +38,7 @@ class Step:
     Attributes:
         run: Its id, unique among all runs.
         parents: The files of `--initial-checkpoint`; with several, the run started from their mean.
-        options: Of train_timm.py, all but those that only say where it ran.
+        options: Options of train_timm.py, all but those that only say where it ran.
         reached: Top-1 accuracy in percent of the exits and their mean at the end, on the images held out; {} before.
         sha256: Digest of the final weights; '' before.
         before: Where a run was resumed with other options: the epoch, and what they were before it.

@@ -10,7 +10,6 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.layers import to_2tuple
 
 from ..data.images import Images
 from ..data.splits import Splits
@@ -124,13 +123,12 @@ class InMemoryLoader:
                 self.policy = augmentation_policy(aa, images.shape[-2:], mean)
             if reprob > 0.:
                 self.erasing = RandomErasing(probability=reprob, max_count=recount, mode='const', device=device)
-            self.image_size = to_2tuple(tuple(images.shape[-2:]))
+            height, width = images.shape[-2:]
             self.offsets = 2 * crop_padding + 1
             if crop_padding:
                 images = torch.cat([
                     F.pad(chunk, 4 * (crop_padding,), mode='reflect') for chunk in images.split(10_000)])
             # A view (N, C, offsets, offsets, H, W): one index takes a random crop, without copying whole images.
-            height, width = self.image_size
             self.images = images.to(device).unfold(2, height, 1).unfold(3, width, 1)
         else:
             self.images = images.to(device)
@@ -290,8 +288,8 @@ def create_loaders(
 
     Args:
         args: Options of the run; a missing `loader` is set.
-        splits: Of the data set.
-        preprocess: Of the network.
+        splits: Splits of the data set.
+        preprocess: How the network sees images.
         device: Where batches are made.
 
     Raises:

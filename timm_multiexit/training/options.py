@@ -267,7 +267,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.cuda_graph and (torch.device(args.device).type != 'cuda' or args.kd_draw):
         parser.error('--cuda-graph needs --device cuda and excludes --kd-draw: a graph cannot draw')
     if args.overwrite and args.resume:
-        parser.error('--overwrite starts anew, --resume goes on: choose one')
+        parser.error('--overwrite starts anew, --resume continues: choose one')
     if '..' in PurePath(args.experiment).parts or PurePath(args.experiment).is_absolute():
         parser.error(f"--experiment '{args.experiment}' leaves --output: give a name")
     if len(args.input_size or ()) == 2 or len(args.input_size or ()) > 3:

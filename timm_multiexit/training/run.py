@@ -46,7 +46,7 @@ def train(args: argparse.Namespace) -> None:
             kept = (path / LAST_NAME).is_file()
             raise KeyboardInterrupt(
                 number, f'stopped by {signal.Signals(number).name}: the same command with --resume auto '
-                + ('goes on after the last checkpoint' if kept else 'starts again, no epoch was finished')) from None
+                + ('resumes after the last checkpoint' if kept else 'starts again, no epoch was finished')) from None
 
 
 def _train(args: argparse.Namespace, path: Path, interruptions: Interruptions) -> None:

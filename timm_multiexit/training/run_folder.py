@@ -1,6 +1,6 @@
 """The files of a run: recipe, history, summary, checkpoints, and at the end the final weights.
 
-Each is replaced by one rename, so that a kill at any moment leaves a run that `--resume auto` goes on with.
+Each is replaced by one rename, so that a kill at any moment leaves a run that `--resume auto` continues.
 """
 import argparse
 import io
@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import yaml
 from safetensors.torch import save
@@ -46,20 +46,26 @@ def find_checkpoint(resume: str, folder: Path, overwrite: bool = False) -> str:
     last = folder / LAST_NAME
     if resume == 'auto' and last.is_file():
         return str(last)
-    used = [path.name for path in (*folder.glob('*.pth.tar'), *folder.glob('final'))]
+    used = [path.name for path in _results(folder)]
     own = resume not in ('', 'auto') and Path(resume).resolve().parent == folder.resolve()
     if used and not own and not overwrite:
-        advice = 'no checkpoint to go on from' if resume == 'auto' else 'add --resume auto to go on with it'
+        advice = 'no checkpoint to resume from' if resume == 'auto' else 'add --resume auto to continue it'
         raise InputError(f"'{folder}' holds a run ({', '.join(sorted(used)[:3])}): "
                          f'{advice}, choose another --experiment, or --overwrite it')
     return '' if resume == 'auto' else resume
+
+
+def _results(folder: Path) -> List[Path]:
+    """What a run left that another would overwrite; what others put beside it, such as final-backbone, is theirs."""
+    patterns = ('*.pth.tar', 'final', 'final.partial', 'final.[0-9]*')
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
     """A checkpoint of a run, its tensors mapped from the file.
 
     Raises:
-        InputError: it cannot be read, or is none of train_timm.py.
+        InputError: it cannot be read, or is not one of train_timm.py.
     """
     try:
         checkpoint = stored_checkpoint(path, mmap=True)
@@ -133,18 +139,18 @@ class RunFolder:
     """Written by one process: a summary row per epoch, checkpoints, and `final/` when the run is done.
 
     Args:
-        trainer: Of the run.
+        trainer: The trainer of the run.
         path: The folder.
         checkpoint: File that the run was resumed from, or ''.
         start_epoch: First epoch to come; rows of the summary from there on are dropped.
-        changed: Of `changed_options`.
+        changed: What `changed_options` returned.
     """
 
     def __init__(self, trainer: Trainer, path: Path, checkpoint: str, start_epoch: int, changed: Dict[str, Any]):
         self.trainer, self.path = trainer, path
         args = trainer.args
         if not checkpoint:  # with --overwrite there may be another run
-            for old in (*path.glob('*.pth.tar'), *path.glob('final*')):
+            for old in _results(path):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
         self._begin_history(checkpoint, start_epoch, changed)
         write_json(path / CONFIG_FILE, trainer.config)
@@ -189,8 +195,8 @@ class RunFolder:
 
         Args:
             epoch: From 0.
-            train_metrics: Of `Trainer.train_epoch`.
-            eval_metrics: Of `Trainer.evaluate`; {} where the epoch was not evaluated.
+            train_metrics: What `Trainer.train_epoch` returned.
+            eval_metrics: What `Trainer.evaluate` returned; {} where the epoch was not evaluated.
         """
         args = self.trainer.args
         if eval_metrics:

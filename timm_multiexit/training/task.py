@@ -88,8 +88,8 @@ class MultiExitTask(ClassificationTask):
             modules[name].requires_grad_(False)
         super().__init__(model, **kwargs)
         self.frozen = [modules[name] for name in frozen]
-        self.exit_weights = [w / sum(weights) for w in weights]
-        self.register_buffer('loss_weights', torch.tensor(self.exit_weights, device=self.device), persistent=False)
+        shares = torch.tensor([w / sum(weights) for w in weights], device=self.device)
+        self.register_buffer('loss_weights', shares, persistent=False)
         self.last_exit_only = False  # the first phase of mixed training: the others get no gradient
         self.distill_weight = distill_weight
         self.distill_temperature = distill_temperature

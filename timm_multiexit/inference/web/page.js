@@ -12,14 +12,17 @@ const spoken = (label) => label.replaceAll('_', ' ');
 // Python's round: halves go to the even number.
 const even = (x) => (x % 1 === 0.5 ? 2 * Math.round(x / 2) : Math.round(x));
 
-// Shorter side to the image size over crop_pct, then the centre. Images of that size are not resampled, so that every
-// pixel is Python's; others are resampled by the canvas, which rounds and filters a little differently than Pillow.
+// As device.resized: covers the image size over crop_pct, then takes the centre. Images of that size are not resampled,
+// so that every pixel is Python's; others are by the canvas, which rounds and filters a little differently than Pillow.
 function pixels(bitmap) {
-  const [, height, width] = about.preprocessing.input_size;
-  const short = Math.floor(Math.min(height, width) / about.preprocessing.crop_pct);
+  const {input_size: [, height, width], crop_pct: share} = about.preprocessing;
   let {width: w, height: h} = bitmap;
-  if (Math.min(w, h) !== short) {
+  if (height === width) {
+    const short = Math.floor(height / share);
     [w, h] = w <= h ? [short, Math.floor(short * h / w)] : [Math.floor(short * w / h), short];
+  } else {
+    const ratio = Math.min(h / Math.floor(height / share), w / Math.floor(width / share));
+    [w, h] = [even(w / ratio), even(h / ratio)];
   }
   const canvas = Object.assign(document.createElement('canvas'), {width: w, height: h});
   const context = canvas.getContext('2d', {willReadFrequently: true});
@@ -59,7 +62,7 @@ const thresholds = (p) => new ort.Tensor('float32', Float32Array.from(p.threshol
 function showPolicy() {
   const p = policy();
   const accuracy = p.accuracy === null ? '' : `, expected accuracy ${p.accuracy.toFixed(1)}%`;
-  $('policy').textContent = `${millions(p.average_macs)} MACs an image${accuracy}`;
+  $('policy').textContent = `${millions(p.average_macs)} MACs per image${accuracy}`;
   $('budget').setAttribute('aria-valuetext', $('policy').textContent);
   [...$('exits').children].forEach((exit, k) => {
     exit.querySelector('.share').textContent = `${Math.round(100 * p.exit_shares[k])}%`;
