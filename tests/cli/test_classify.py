@@ -118,7 +118,7 @@ def test_average_latency_runs_the_exits_that_its_policy_uses(capsys, tmp_path, m
     printed = capsys.readouterr()
     results = json.loads(printed.out)
     expected, full = map(float, re.search(
-        r'expected: ([\d.]+) ms an image on average, ([\d.]+) ms for the full network, by', printed.err).groups())
+        r'expected: ([\d.]+) ms per image on average, ([\d.]+) ms for the full network, by', printed.err).groups())
     assert 0. < expected < full
     (kept,) = (tmp_path / 'timm-multiexit' / 'profiles').iterdir()
     measured = kept.read_text()

@@ -89,7 +89,7 @@ def test_classes_go_by_name(tmp_path):
     assert splits.classes == CLASSES and splits.test.targets.tolist() == [0, 0, 3, 3]
     notes = '\n'.join(splits.notes)
     for text in ("val/ holds no images of 'dog 2', 'dog 10'", "train/ holds hidden files or folders that are not read: "
-                 "'.ipynb_checkpoints'", "no classes: 'empty'", 'train/ holds 1 files that are not read'):
+                 "'.ipynb_checkpoints'", "not used as classes: 'empty'", 'train/ holds 1 files that are not read'):
         assert text in notes
     # The order of a network's own classes is kept.
     other = open_splits('folder', root, ('Äpfel', 'bag', 'dog 2', 'dog 10', 'zebra'))

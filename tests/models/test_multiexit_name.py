@@ -91,7 +91,7 @@ def test_registered_cfgs_stay_as_they_are():
     (dict(backbone='resnet_18.a1_in1k'), "unknown backbone 'resnet_18.a1_in1k': did you mean resnet18"),
     (dict(backbone='msfuse_cifar'), 'MSFuse has exits already'),
     (dict(backbone='multiexit'), 'MultiExitBackbone has exits already'),
-    (dict(at=['nowhere']), "'nowhere' is no module"),
+    (dict(at=['nowhere']), "'nowhere' is not a module"),
 ])
 def test_bad_arguments(kwargs, error):
     with pytest.raises(InputError, match=error):
