@@ -364,7 +364,7 @@ def test_a_shipped_network_in_int8(cifar_root, tmp_path, capsys):
     # On all 10,000: 0.06 to 0.21 points at an exit, and at most 2.2 % from the budget.
     assert lost.mean() < 0.5 and lost.max() < 1.
     config = ExitConfig.load(place / 'multiexit.json')
-    assert config.scores.for_certification.num_images == 20 and (config.scores.certified.labels >= 0).all()
+    assert config.scores.for_certification.num_images == 20 and (config.scores.for_certification.labels >= 0).all()
     for budget in (20e6, 25e6, 30e6, 40e6):
         assert simulate(config.policy_for(budget), after, config.exit_macs).average_macs == pytest.approx(
             budget, rel=0.03)
