@@ -98,12 +98,11 @@ def check_private(folder: Path) -> None:
     for what, name in (('the user name', getpass.getuser()), ('the host name', socket.gethostname())):
         if len(name) > 3 and name not in _COMMON:
             patterns[what] = re.compile(rf'\b{re.escape(name)}\b')
-    for path in sorted(folder.rglob('*')):
-        try:
-            text = path.read_text(encoding='utf-8')
-        except (IsADirectoryError, UnicodeDecodeError):  # weights, pictures
+    for path in sorted(path for path in folder.rglob('*') if path.is_file()):
+        data = path.read_bytes()
+        if b'\0' in data:  # weights, pictures
             continue
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(data.decode(errors='replace').splitlines(), 1):
             for what, pattern in patterns.items():
                 if found := pattern.search(line):
                     shown = found.group()[:6] + '...' if what == 'a token' else found.group()

@@ -261,18 +261,18 @@ def test_positions_in_links(text, position):
     (['--model', 'no_such_net'], "unknown network 'no_such_net'"),
     (['--model', 'resnet18'], 'has no exits'),
     (['--model', 'local-dir:/no/such/folder'], 'cannot be read')])
-def test_bad_arguments_of_the_command(args, message):
+def test_bad_arguments_of_the_command(args, message, capsys):
     import app
-    with pytest.raises(InputError, match=message):
-        app.run(args)
+    assert app.main(args) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_mcp_without_its_package_is_an_error(monkeypatch):
+def test_mcp_without_its_package_is_an_error(monkeypatch, capsys):
     import app
     find_spec = app.importlib.util.find_spec
     monkeypatch.setattr(app.importlib.util, 'find_spec', lambda name: None if name == 'mcp' else find_spec(name))
-    with pytest.raises(InputError, match='gradio\\[mcp\\]'):
-        app.run(['--mcp'])
+    assert app.main(['--mcp']) == 2
+    assert 'gradio[mcp]' in capsys.readouterr().err
 
 
 def test_the_front_matter_names_the_networks_with_weights():

@@ -349,7 +349,11 @@ def test_a_text_that_tells_about_this_machine_is_not_published(client, server, f
     with pytest.raises(InputError, match=f"'notes.yaml', line 2, holds {what}"):
         check_private(tmp_path)
     (tmp_path / 'notes.yaml').write_text('fine: https://host/home/x and 1/2, e.g. home/x, ~/.cache\n')
+    (tmp_path / 'weights').write_bytes(b'\0' + text.encode())  # not text
     check_private(tmp_path)
+    (tmp_path / 'page.html').write_bytes(b'\xe9\n' + text.encode())  # not UTF-8
+    with pytest.raises(InputError, match=f"'page.html', line 2, holds {what}"):
+        check_private(tmp_path)
 
 
 def test_only_tracked_files_make_the_space(tmp_path):

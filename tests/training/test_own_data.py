@@ -46,8 +46,8 @@ def test_size_and_statistics_of_the_images(tmp_path):
     assert training_data(model).held_out['development'] == 2
 
 
-def test_a_known_data_set_is_recorded_as_seen_whole(cifar_root):
-    """As in training, whatever crop the backbone's cfg names."""
+def test_the_record_of_a_known_data_set_has_no_crop(cifar_root):
+    """Training does not crop its images, though the backbone's cfg has a crop_pct."""
     args = parse_train_args('', [
         '--dataset', 'torch/cifar10', '--data-dir', cifar_root, '--model', 'multiexit', '--model-kwargs',
         'backbone=mobilenetv4_conv_small_035', 'at=2'])

@@ -62,7 +62,7 @@ class FolderEngine:
                 self._read(name)
             self.states: List[List[str]] = self.graphs['states']
             self.num_exits, self.num_classes = len(self.states) - 1, int(self.graphs['num_classes'])
-            int(self.graphs['preprocessing']['input_size'][0])
+            int(self.graphs['preprocessing']['input_size'][0])  # read later, checked now
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"'{self.folder / GRAPHS_NAME}' is not of an export ({error!r}): export again") from error
         self.sessions: Dict[str, Any] = {}

@@ -14,9 +14,9 @@ from timm.models._hub import save_config_for_hf  # private: the public save_for_
 
 from ..datasets import DATASETS
 from ..errors import InputError
-from ..files import read_json, read_yaml
+from ..files import read_json
 from ..models import MultiExitNet
-from ..stopping.config import RECIPE_NAME
+from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE
 
 RECORD_KEY = 'multiexit'
@@ -146,15 +146,13 @@ def find_weights(name: str, checkpoint: Union[str, Path]) -> Tuple[str, str]:
         path = path / WEIGHTS_FILE
     elif not path.is_file():
         raise InputError(f"checkpoint '{path}' is not a file or folder: check the name")
-    config, recipe = path.parent / CONFIG_FILE, path.parent / RECIPE_NAME
+    config = path.parent / CONFIG_FILE
     if config.is_file():
         arch = read_config(config).get('architecture', '')
         if name and ':' not in name and name.partition('.')[0] != arch:
             raise InputError(f"'{path}' holds weights of {arch}, not of {name}: leave the name out")
         return f'local-dir:{path.parent}', '' if path.name == WEIGHTS_FILE else str(path)
-    if not name and recipe.is_file():
-        options = read_yaml(recipe, 'recipe')
-        name = str(options.get('model', '')) if isinstance(options, dict) else ''
+    name = name or str(load_recipe('', path).get('model', ''))
     if not name:
         raise InputError(f"there is no {CONFIG_FILE} beside '{path}': name the network that it was trained as")
     return name, str(path)

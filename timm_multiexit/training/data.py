@@ -70,7 +70,7 @@ def describe_data(args: argparse.Namespace, model: MultiExitNet, splits: Splits)
         config['mean'], config['std'] = _statistics(
             splits.train, Preprocessing({**_transform(cfg), **config}, limits))
     if splits.train.pixels is not None and tuple(splits.train.pixels.shape[1:]) == config['input_size']:
-        config['crop_pct'] = 1.  # decoded images of this size are seen whole, see `Images`
+        config['crop_pct'] = 1.  # decoded images of this size are not cropped, see `Images`
     names = splits.classes if splits.classes and len(splits.classes) == model.num_classes else None
     describe(model, TrainingData(args.dataset, limits, splits.held_out), names, **config)
     if args.rank == 0 and (limits or (height, width) not in sizes or len(sizes) > 1):
