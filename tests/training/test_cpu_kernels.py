@@ -60,6 +60,30 @@ def small_network(**kwargs):
         'msfuse_cifar', **{'steps': (1, 2, 1), 'base_width': 40, 'growth': 6, 'head_width': 32, **kwargs})
 
 
+def small_ranet():
+    torch.manual_seed(3)
+    return timm.create_model('ranet_cifar', scales=(1, 2, 2), block_layers=(2, 3, 3), exits_per_net=1, growth=8,
+                             width_factors=(2, 2, 1), head_width=32)
+
+
+@needs_kernels
+@pytest.mark.parametrize('size', [8, 31])
+def test_gradients_of_ranet_match_pytorch(size):
+    """The gradient of all parameters is as close to that of float32 as PyTorch's own in bfloat16."""
+    plain = small_ranet().to(memory_format=torch.channels_last).train()
+    rounded, fast = copy.deepcopy(plain), copy.deepcopy(plain)
+    use_cpu_kernels(fast)
+    images, targets = torch.randn(64, 3, size, size), torch.arange(64) % 10
+    found = {}
+    for name, model in (('exact', plain), ('rounded', rounded), ('fast', fast)):
+        with torch.autocast('cpu', torch.bfloat16, enabled=name != 'exact'):
+            logits = torch.stack(model.forward_exits(images)).float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits))).backward()
+        found[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    error, usual_error = ((found[name] - found['exact']).norm() / found['exact'].norm() for name in ('fast', 'rounded'))
+    assert error < 1.05 * usual_error < 0.35
+
+
 @needs_kernels
 def test_network_trains_and_predicts_as_before():
     plain, fast = small_network(), small_network()
@@ -85,6 +109,23 @@ def test_network_trains_and_predicts_as_before():
     plain.load_state_dict(fast.state_dict())
     with torch.inference_mode():
         torch.testing.assert_close(fast.eval()(images), plain.eval()(images), rtol=0, atol=0)
+
+
+@needs_kernels
+@pytest.mark.parametrize('channels, size, out_size', [(5, 8, 16), (40, 9, 5), (1, 4, 7), (17, 1, 2)])
+def test_resize_matches_pytorch(channels, size, out_size):
+    """Maps and gradients are slices of channels, as where they are concatenated."""
+    torch.manual_seed(0)
+    maps, gradients = (
+        torch.randn(3, channels + 3, side, side).bfloat16().contiguous(memory_format=torch.channels_last)[:, 2:-1]
+        for side in (size, out_size))
+    kernels = timm_multiexit.training.cpu_kernels._kernels()
+    exact = maps.float().requires_grad_()
+    expected = torch.nn.functional.interpolate(exact, size=(out_size, out_size), mode='bilinear', align_corners=True)
+    expected.backward(gradients.float())
+    for found, value in ((kernels.resize_forward(maps, out_size, out_size), expected),
+                         (kernels.resize_backward(gradients, size, size), exact.grad)):
+        torch.testing.assert_close(found.float(), value, rtol=0.005, atol=0.002)
 
 
 @needs_kernels

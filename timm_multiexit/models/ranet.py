@@ -169,11 +169,15 @@ class FusionBlock(Block):
         self.transition = ConvNormAct(plan.end_chs, plan.out_chs, 1, **kwargs) if plan.transition else None
 
     def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
-        x, low, low_last = maps[0], maps[1], maps[-1]
+        x, low = maps[0], maps[1]
         before = x
         for i, layer in enumerate(self.layers):
             before = x
             x = layer(x, low[:, :self.low_chs[i]])
+        return self.end_block(before, x, maps[-1])
+
+    def end_block(self, before: torch.Tensor, x: torch.Tensor, low_last: torch.Tensor) -> List[torch.Tensor]:
+        """The block's maps, from those before and after its last layer and the lower block's last."""
         # The next block reads `out`, the upper sub-network the other maps.
         out = torch.cat([x, resize_like(self.end(low_last), x)], 1)
         if self.transition is not None:

@@ -254,9 +254,102 @@ Tensor scatter_strided(const Tensor& columns, int64_t n, int64_t channels, int64
   return map;
 }
 
+// Where a bilinear resize with aligned corners reads: the first of two neighbours, and the weight of the second.
+struct Taps {
+  std::vector<int64_t> first;
+  std::vector<float> weight;
+
+  Taps(int64_t from, int64_t to) : first(to), weight(to) {
+    for (int64_t i = 0; i < to; ++i) {
+      const double at = to > 1 ? static_cast<double>(i) * (from - 1) / (to - 1) : 0.;
+      first[i] = std::min<int64_t>(at, std::max<int64_t>(from - 2, 0));
+      weight[i] = at - first[i];
+    }
+  }
+};
+
+// Weights of the four neighbours: above left, above right, below left, below right.
+struct Corners {
+  __m512 at[4];
+
+  Corners(float below, float right) {
+    for (int64_t k = 0; k < 4; ++k) {
+      at[k] = _mm512_set1_ps((k / 2 ? below : 1 - below) * (k % 2 ? right : 1 - right));
+    }
+  }
+};
+
+// x (N, C, H, W) resized bilinearly, corners aligned.
+Tensor resize_forward(const Tensor& x, int64_t out_height, int64_t out_width) {
+  const Rows in(x);
+  const int64_t n = x.size(0), channels = in.channels, height = x.size(2), width = x.size(3);
+  const Taps down(height, out_height), across(width, out_width);
+  const int64_t right = width > 1, below = height > 1 ? width : 0;
+  const Tensor map = new_map({n, channels, out_height, out_width}, x);
+  BFloat16* out = map.data_ptr<BFloat16>();
+  at::parallel_for(0, n * out_height, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t i = line % out_height, row = (line / out_height * height + down.first[i]) * width;
+      for (int64_t j = 0; j < out_width; ++j) {
+        const int64_t at = row + across.first[j];
+        const Corners weights(down.weight[i], across.weight[j]);
+        for (int64_t c = 0; c < channels; c += LANES) {
+          const __mmask16 mask = lanes(c, channels);
+          __m512 sum = _mm512_mul_ps(weights.at[0], load(in.row(at) + c, mask));
+          sum = _mm512_fmadd_ps(weights.at[1], load(in.row(at + right) + c, mask), sum);
+          sum = _mm512_fmadd_ps(weights.at[2], load(in.row(at + below) + c, mask), sum);
+          sum = _mm512_fmadd_ps(weights.at[3], load(in.row(at + below + right) + c, mask), sum);
+          store(out + (line * out_width + j) * channels + c, mask, sum);
+        }
+      }
+    }
+  });
+  return map;
+}
+
+// The transpose of resize_forward.
+Tensor resize_backward(const Tensor& gradient, int64_t height, int64_t width) {
+  const Rows grad(gradient);
+  const int64_t n = gradient.size(0), channels = grad.channels, out_height = gradient.size(2), out_width = gradient.size(3);
+  const Taps down(height, out_height), across(width, out_width);
+  const int64_t padded = (channels + LANES - 1) / LANES * LANES;
+  const int64_t right = width > 1 ? padded : 0, below = height > 1 ? width * padded : 0;
+  const Tensor map = new_map({n, channels, height, width}, gradient);
+  BFloat16* out = map.data_ptr<BFloat16>();
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(height * width * padded);
+    for (int64_t image = begin; image < end; ++image) {
+      std::fill(sums.begin(), sums.end(), 0.f);
+      for (int64_t i = 0; i < out_height; ++i) {
+        for (int64_t j = 0; j < out_width; ++j) {
+          const BFloat16* from = grad.row((image * out_height + i) * out_width + j);
+          float* to = &sums[(down.first[i] * width + across.first[j]) * padded];
+          const Corners weights(down.weight[i], across.weight[j]);
+          for (int64_t c = 0; c < channels; c += LANES, to += LANES) {
+            const __m512 g = load(from + c, lanes(c, channels));
+            for (int64_t k = 0; k < 4; ++k) {
+              float* sum = to + k / 2 * below + k % 2 * right;
+              _mm512_storeu_ps(sum, _mm512_fmadd_ps(weights.at[k], g, _mm512_loadu_ps(sum)));
+            }
+          }
+        }
+      }
+      for (int64_t pixel = 0; pixel < height * width; ++pixel) {
+        for (int64_t c = 0; c < channels; c += LANES) {
+          store(out + (image * height * width + pixel) * channels + c, lanes(c, channels),
+                _mm512_loadu_ps(&sums[pixel * padded + c]));
+        }
+      }
+    }
+  });
+  return map;
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("norm_relu_forward", &norm_relu_forward);
   module.def("norm_relu_backward", &norm_relu_backward);
   module.def("gather_strided", &gather_strided);
   module.def("scatter_strided", &scatter_strided);
+  module.def("resize_forward", &resize_forward);
+  module.def("resize_backward", &resize_backward);
 }

@@ -1,18 +1,21 @@
 """Faster training on CPUs with bfloat16 instructions: own kernels for the layers where PyTorch's leave them idle.
 
 On maps of 2x2 to 32x32 pixels these are BN with ReLU, here one pass forward and one backward, and strided 3x3 and wide
-1x1 convolutions, here matrix products. They are compiled at first use, which needs a C++ compiler and ninja. Results
-differ from PyTorch's by the rounding of bfloat16.
+1x1 convolutions, here matrix products; and RANet's blocks, here with fewer passes over their maps. They are compiled at
+first use, which needs a C++ compiler and ninja. Results differ from PyTorch's by the rounding of bfloat16.
 """
 import functools
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, List
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
 
 from ..errors import InputError
+from ..models import ranet
 
 _FLAGS = '-O3 -std=c++20 -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16'.split()
 _WIDE = 32  # input channels from which a 1x1 convolution is faster as a matrix product
@@ -80,6 +83,91 @@ class _ProductConv(torch.autograd.Function):
         return grad_x, grad_weight
 
 
+class _DenseProduct(torch.autograd.Function):
+    """x, and its 1x1 convolution: the matrix product of the backward pass also adds the two gradients of x."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        n, channels, height, width = x.shape
+        columns, weight = x.permute(0, 2, 3, 1).reshape(-1, channels), weight.flatten(1)
+        ctx.save_for_backward(columns, weight)
+        return x.view_as(x), torch.mm(columns, weight.t()).view(n, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, grad_x, gradient):
+        columns, weight = ctx.saved_tensors
+        n, channels, height, width = grad_x.shape
+        grad_x, gradient = (g.permute(0, 2, 3, 1).flatten(0, 2) for g in (grad_x, gradient))
+        total = torch.addmm(grad_x, gradient, weight).view(n, height, width, channels).permute(0, 3, 1, 2)
+        return total, torch.mm(gradient.t(), columns)[:, :, None, None]
+
+
+class _Resize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, height, width):
+        ctx.size = x.shape[-2:]
+        return _kernels().resize_forward(x, height, width)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _kernels().resize_backward(gradient, *ctx.size), None, None
+
+
+def _fast(module: nn.Module) -> bool:
+    return module.training and torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
+
+
+@contextmanager
+def _rounded(*tensors: torch.Tensor) -> Iterator[List[torch.Tensor]]:
+    """The tensors in autocast's type, and autocast off."""
+    dtype = torch.get_autocast_dtype('cpu')
+    with torch.autocast('cpu', enabled=False):
+        yield [tensor.to(dtype) for tensor in tensors]
+
+
+def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    with _rounded(x) as tensors:
+        return _Resize.apply(*tensors, *like.shape[-2:])
+
+
+class _FastPlainBlock(ranet.PlainBlock):
+    def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        if not _fast(self):
+            return super().forward_block(maps)
+        x = maps[0]
+        for layer in self.layers:
+            with _rounded(x, layer.conv1.conv.weight) as tensors:
+                x, inner = _DenseProduct.apply(*tensors)
+            x = torch.cat([x, layer.conv2(layer.conv1.bn(inner))], 1)
+        return [x]
+
+
+class _FastFusionBlock(ranet.FusionBlock):
+    """The first convolutions of all layers on the lower map, a few channels each, are one matrix product."""
+
+    def forward_block(self, maps: List[torch.Tensor]) -> List[torch.Tensor]:
+        if not _fast(self):
+            return super().forward_block(maps)
+        x, low = maps[0], maps[1]
+        weights = [layer.low.conv1.conv.weight for layer in self.layers]
+        merged = torch.cat([F.pad(weight, (0, 0, 0, 0, 0, low.shape[1] - weight.shape[1])) for weight in weights])
+        with _rounded(low, merged) as tensors:
+            inner_lows = _ProductConv.apply(*tensors).split([len(weight) for weight in weights], 1)
+        for layer, inner_low in zip(self.layers, inner_lows):
+            before = x
+            with _rounded(x, layer.own.conv1.conv.weight) as tensors:
+                x, inner = _DenseProduct.apply(*tensors)
+            own = layer.own.conv2(layer.own.conv1.bn(inner))
+            fused = layer.low.conv2(layer.low.conv1.bn(inner_low))
+            x = torch.cat([_resize_like(x, own), _resize_like(fused, own), own], 1)
+        return self.end_block(before, x, maps[-1])
+
+
+_FAST_BLOCKS = {ranet.PlainBlock: _FastPlainBlock, ranet.FusionBlock: _FastFusionBlock}
+
+
 class _FastNormAct(BatchNormAct2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mixed = x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32  # as autocast gives them
@@ -92,11 +180,10 @@ class _FastNormAct(BatchNormAct2d):
 
 class _FastConv(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (self.training and torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()):
+        if not _fast(self):
             return super().forward(x)
-        dtype = torch.get_autocast_dtype('cpu')
-        with torch.autocast('cpu', enabled=False):
-            return _ProductConv.apply(x.to(dtype), self.weight.to(dtype))
+        with _rounded(x, self.weight) as tensors:
+            return _ProductConv.apply(*tensors)
 
 
 def _is_product(conv: nn.Conv2d) -> bool:
@@ -133,5 +220,8 @@ def use_cpu_kernels(model: nn.Module) -> int:
                 changed += 1
         elif type(module) is nn.Conv2d and _is_product(module):
             module.__class__ = _FastConv
+            changed += 1
+        elif type(module) in _FAST_BLOCKS:
+            module.__class__ = _FAST_BLOCKS[type(module)]
             changed += 1
     return changed
