@@ -60,17 +60,17 @@ def small_network(**kwargs):
         'msfuse_cifar', **{'steps': (1, 2, 1), 'base_width': 40, 'growth': 6, 'head_width': 32, **kwargs})
 
 
-def small_ranet():
-    torch.manual_seed(3)
-    return timm.create_model('ranet_cifar', scales=(1, 2, 2), block_layers=(2, 3, 3), exits_per_net=1, growth=8,
-                             width_factors=(2, 2, 1), head_width=32)
-
-
 @needs_kernels
 @pytest.mark.parametrize('size', [8, 31])
-def test_gradients_of_ranet_match_pytorch(size):
+@pytest.mark.parametrize('network, options', [
+    ('ranet_cifar', dict(scales=(1, 2, 2), block_layers=(2, 3, 3), exits_per_net=1, growth=8, width_factors=(2, 2, 1),
+                         head_width=32)),
+    ('densenet52_mc_cifar', dict(depth=4, exit_after=(2,))),
+])
+def test_gradients_of_dense_networks_match_pytorch(network, options, size):
     """The gradient of all parameters is as close to that of float32 as PyTorch's own in bfloat16."""
-    plain = small_ranet().to(memory_format=torch.channels_last).train()
+    torch.manual_seed(3)
+    plain = timm.create_model(network, **options).to(memory_format=torch.channels_last).train()
     rounded, fast = copy.deepcopy(plain), copy.deepcopy(plain)
     use_cpu_kernels(fast)
     images, targets = torch.randn(64, 3, size, size), torch.arange(64) % 10

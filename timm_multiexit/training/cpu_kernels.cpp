@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 using at::BFloat16;
@@ -155,11 +156,12 @@ std::vector<Tensor> norm_relu_forward(
   return {y, mean, inverse};
 }
 
-// Gradients of norm_relu_forward for x, weight and bias. Whether the ReLU let pass is computed anew from x.
+// Gradients of norm_relu_forward for x, weight and bias; that of x plus `rest`, its gradient from elsewhere. Whether the
+// ReLU let pass is computed anew from x.
 std::vector<Tensor> norm_relu_backward(
     const Tensor& gradient, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-    const Tensor& inverse) {
-  const Rows in(x), grad(gradient);
+    const Tensor& inverse, const std::optional<Tensor>& rest) {
+  const Rows in(x), grad(gradient), other(rest ? *rest : gradient);
   const int64_t n = in.count, channels = in.channels;
   const float *m = mean.data_ptr<float>(), *i = inverse.data_ptr<float>();
   const Affine f(channels, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
@@ -190,32 +192,36 @@ std::vector<Tensor> norm_relu_backward(
         const __mmask16 mask = lanes(c, channels);
         const __m512 scale = _mm512_loadu_ps(&f.scale[c]), v = load(in.row(r) + c, mask);
         const __m512 g = pass(v, scale, _mm512_loadu_ps(&f.shift[c]), load(grad.row(r) + c, mask));
-        const __m512 straight = _mm512_fmsub_ps(scale, g, _mm512_loadu_ps(&offset[c]));
-        store(out + r * channels + c, mask, _mm512_fnmadd_ps(v, _mm512_loadu_ps(&slope[c]), straight));
+        __m512 sum = _mm512_fmsub_ps(scale, g, _mm512_loadu_ps(&offset[c]));
+        sum = _mm512_fnmadd_ps(v, _mm512_loadu_ps(&slope[c]), sum);
+        if (rest) sum = _mm512_add_ps(sum, load(other.row(r) + c, mask));
+        store(out + r * channels + c, mask, sum);
       }
     }
   });
   return {grad_x, grad_weight, grad_bias};
 }
 
-// The nine values under each position of a 3x3 kernel of stride 2 and padding 1: (N * H' * W', 9 * C).
-Tensor gather_strided(const Tensor& x) {
+// The nine values under each position of a 3x3 kernel of padding 1 and stride 1 or 2: (N * H' * W', 9 * C).
+template <int64_t STRIDE>
+Tensor gather(const Tensor& x) {
   const Rows in(x);
   const int64_t n = x.size(0), channels = in.channels, height = x.size(2), width = x.size(3);
-  const int64_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
+  const int64_t out_height = (height + STRIDE - 1) / STRIDE, out_width = (width + STRIDE - 1) / STRIDE;
   const Tensor columns = at::empty(
       {n * out_height * out_width, 9 * channels}, x.options().memory_format(at::MemoryFormat::Contiguous));
   BFloat16* out = columns.data_ptr<BFloat16>();
   at::parallel_for(0, n * out_height, 8, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
+      const int64_t image = line / out_height * height, top = line % out_height * STRIDE - 1;
       for (int64_t j = 0; j < out_width; ++j) {
         BFloat16* to = out + (line * out_width + j) * 9 * channels;
         for (int64_t k = 0; k < 9; ++k, to += channels) {
-          const int64_t h = 2 * (line % out_height) + k / 3 - 1, w = 2 * j + k % 3 - 1;
+          const int64_t h = top + k / 3, w = STRIDE * j + k % 3 - 1;
           if (h < 0 || w < 0 || h >= height || w >= width) {
             std::memset(to, 0, channels * sizeof(BFloat16));
           } else {
-            std::memcpy(to, in.row((line / out_height * height + h) * width + w), channels * sizeof(BFloat16));
+            std::memcpy(to, in.row((image + h) * width + w), channels * sizeof(BFloat16));
           }
         }
       }
@@ -224,22 +230,24 @@ Tensor gather_strided(const Tensor& x) {
   return columns;
 }
 
-// The transpose of gather_strided: each pixel's values from all places that they were gathered to, added up.
-Tensor scatter_strided(const Tensor& columns, int64_t n, int64_t channels, int64_t height, int64_t width) {
-  const int64_t out_height = (height + 1) / 2, out_width = (width + 1) / 2;
+// The transpose of gather: each pixel's values from all places that they were gathered to, added up.
+template <int64_t STRIDE>
+Tensor scatter(const Tensor& columns, int64_t n, int64_t channels, int64_t height, int64_t width) {
+  const int64_t out_height = (height + STRIDE - 1) / STRIDE, out_width = (width + STRIDE - 1) / STRIDE;
   const Tensor map = new_map({n, channels, height, width}, columns);
   const BFloat16* from = columns.data_ptr<BFloat16>();
   BFloat16* out = map.data_ptr<BFloat16>();
   at::parallel_for(0, n * height, 8, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
+      const int64_t image = line / height * out_height;
       for (int64_t w = 0; w < width; ++w) {
-        const BFloat16* places[4];  // an even coordinate lies under one tap of the kernel, an odd one under up to two
+        const BFloat16* places[9];
         int64_t found = 0;
         for (int64_t k = 0; k < 9; ++k) {
           const int64_t i = line % height + 1 - k / 3, j = w + 1 - k % 3;
-          if (i >= 0 && j >= 0 && i % 2 == 0 && j % 2 == 0 && i / 2 < out_height && j / 2 < out_width) {
-            places[found++] =
-                from + (((line / height * out_height + i / 2) * out_width + j / 2) * 9 + k) * channels;
+          if (i >= 0 && j >= 0 && i % STRIDE == 0 && j % STRIDE == 0 && i / STRIDE < out_height &&
+              j / STRIDE < out_width) {
+            places[found++] = from + (((image + i / STRIDE) * out_width + j / STRIDE) * 9 + k) * channels;
           }
         }
         for (int64_t c = 0; c < channels; c += LANES) {
@@ -348,8 +356,10 @@ Tensor resize_backward(const Tensor& gradient, int64_t height, int64_t width) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("norm_relu_forward", &norm_relu_forward);
   module.def("norm_relu_backward", &norm_relu_backward);
-  module.def("gather_strided", &gather_strided);
-  module.def("scatter_strided", &scatter_strided);
+  module.def("gather", &gather<1>);
+  module.def("scatter", &scatter<1>);
+  module.def("gather_strided", &gather<2>);
+  module.def("scatter_strided", &scatter<2>);
   module.def("resize_forward", &resize_forward);
   module.def("resize_backward", &resize_backward);
 }

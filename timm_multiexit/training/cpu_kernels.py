@@ -1,13 +1,14 @@
 """Faster training on CPUs with bfloat16 instructions: own kernels for the layers where PyTorch's leave them idle.
 
-On maps of 2x2 to 32x32 pixels these are BN with ReLU, here one pass forward and one backward, and strided 3x3 and wide
-1x1 convolutions, here matrix products; and RANet's blocks, here with fewer passes over their maps. They are compiled at
-first use, which needs a C++ compiler and ninja. Results differ from PyTorch's by the rounding of bfloat16.
+On maps of 2x2 to 32x32 pixels these are BN with ReLU, here one pass forward and one backward, strided 3x3 and wide 1x1
+convolutions, here matrix products, and the layers of RANet and DenseNet^MC, here with fewer passes over their maps. The
+kernels are compiled at first use, which needs a C++ compiler and ninja. Results differ from PyTorch's by the rounding
+of bfloat16.
 """
 import functools
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from ..errors import InputError
-from ..models import ranet
+from ..models import densenet_mc, ranet
 
 _FLAGS = '-O3 -std=c++20 -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16'.split()
 _WIDE = 32  # input channels from which a 1x1 convolution is faster as a matrix product
@@ -40,15 +41,18 @@ def _kernels() -> Any:
 
 
 class _NormReLU(torch.autograd.Function):
+    """x, and the ReLU of its BN: the backward pass also adds the two gradients of x."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
         y, mean, inverse = _kernels().norm_relu_forward(x, weight, bias, running_mean, running_var, momentum, eps)
         ctx.save_for_backward(x, weight, bias, mean, inverse)
-        return y
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), y
 
     @staticmethod
-    def backward(ctx, gradient):
-        return *_kernels().norm_relu_backward(gradient, *ctx.saved_tensors), None, None, None, None
+    def backward(ctx, grad_x, gradient):
+        return *_kernels().norm_relu_backward(gradient, *ctx.saved_tensors, grad_x), None, None, None, None
 
 
 class _ProductConv(torch.autograd.Function):
@@ -102,6 +106,27 @@ class _DenseProduct(torch.autograd.Function):
         return total, torch.mm(gradient.t(), columns)[:, :, None, None]
 
 
+class _NarrowConv(torch.autograd.Function):
+    """A 3x3 convolution of padding 1 to a few channels: a product to nine times as many, and their sum by position."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        n, channels, height, width = ctx.in_shape = x.shape
+        columns = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        flipped = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)
+        ctx.save_for_backward(columns, flipped)
+        return _kernels().scatter(torch.mm(columns, flipped.t()), n, len(weight), height, width)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        columns, flipped = ctx.saved_tensors
+        n, channels, height, width = ctx.in_shape
+        gradient = _kernels().gather(gradient.contiguous(memory_format=torch.channels_last))
+        grad_x = torch.mm(gradient, flipped).view(n, height, width, channels).permute(0, 3, 1, 2)
+        grad_weight = torch.mm(gradient.t(), columns).view(3, 3, -1, channels)
+        return grad_x, grad_weight.permute(2, 3, 0, 1).flip(2, 3)
+
+
 class _Resize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, height, width):
@@ -138,8 +163,8 @@ class _FastPlainBlock(ranet.PlainBlock):
             return super().forward_block(maps)
         x = maps[0]
         for layer in self.layers:
-            with _rounded(x, layer.conv1.conv.weight) as tensors:
-                x, inner = _DenseProduct.apply(*tensors)
+            with _rounded(x, layer.conv1.conv.weight) as (x, weight):
+                x, inner = _DenseProduct.apply(x, weight)
             x = torch.cat([x, layer.conv2(layer.conv1.bn(inner))], 1)
         return [x]
 
@@ -157,15 +182,26 @@ class _FastFusionBlock(ranet.FusionBlock):
             inner_lows = _ProductConv.apply(*tensors).split([len(weight) for weight in weights], 1)
         for layer, inner_low in zip(self.layers, inner_lows):
             before = x
-            with _rounded(x, layer.own.conv1.conv.weight) as tensors:
-                x, inner = _DenseProduct.apply(*tensors)
+            with _rounded(x, layer.own.conv1.conv.weight) as (x, weight):
+                x, inner = _DenseProduct.apply(x, weight)
             own = layer.own.conv2(layer.own.conv1.bn(inner))
             fused = layer.low.conv2(layer.low.conv1.bn(inner_low))
             x = torch.cat([_resize_like(x, own), _resize_like(fused, own), own], 1)
         return self.end_block(before, x, maps[-1])
 
 
-_FAST_BLOCKS = {ranet.PlainBlock: _FastPlainBlock, ranet.FusionBlock: _FastFusionBlock}
+class _FastDenseLayer(densenet_mc.DenseLayer):
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        norm, conv = self.conv.norm, self.conv.conv
+        if not (_fast(self) and isinstance(norm, _FastNormAct)):
+            return super().forward(state)
+        with _rounded(state[-1], conv.weight) as (x, weight):
+            x, y = norm.with_input(x)
+            return [torch.cat([x, _NarrowConv.apply(y, weight)], 1)]
+
+
+_FAST_BLOCKS = {
+    densenet_mc.DenseLayer: _FastDenseLayer, ranet.PlainBlock: _FastPlainBlock, ranet.FusionBlock: _FastFusionBlock}
 
 
 class _FastNormAct(BatchNormAct2d):
@@ -173,6 +209,10 @@ class _FastNormAct(BatchNormAct2d):
         mixed = x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32  # as autocast gives them
         if not (self.training and mixed and torch.is_grad_enabled()):
             return super().forward(x)
+        return self.with_input(x)[1]
+
+    def with_input(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """x, to be used in its place, and the output."""
         self.num_batches_tracked.add_(1)
         return _NormReLU.apply(
             x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
