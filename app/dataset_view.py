@@ -84,7 +84,7 @@ def budget_view(
     low, high = accuracy_range(curve, *others.values())
     full = macs[-1]
     left = 0.9 * min(c.points[0].macs for c in (curve, *others.values()))
-    right = max([full, *(c.points[-1].macs for c in others.values())])
+    right = min(max([full, *(c.points[-1].macs for c in others.values())]), 1.5 * full)  # as for the accuracy axis
     positions = exit_positions(macs, GAP / len(macs))
     loss = curve.points[-1].accuracy - now.accuracy
 

@@ -102,8 +102,8 @@ def test_a_largest_loss_is_offered_where_it_can_be_promised(monkeypatch):
 def test_other_networks_are_drawn_behind():
     config = make_config()
     curve, policy = examples.load_curve('no.results', config), config.policy_for(20e6)
-    other = examples.Curve(curve.images, (5e6, 50e6), (
-        examples.CurvePoint(5e6, 5., (1., 0.)), examples.CurvePoint(50e6, 99., (0., 1.))))
+    other = examples.Curve(curve.images, (5e6, 80e6), (
+        examples.CurvePoint(5e6, 5., (1., 0.)), examples.CurvePoint(80e6, 99., (0., 1.))))
     others = {'a <rival>': other, 'b': other}
     html = dataset_view.budget_view(curve, policy, config.exit_macs, examples.Assets(()), 20e6, others)
     tree = Tree(html)
@@ -114,8 +114,9 @@ def test_other_networks_are_drawn_behind():
     low, high = dataset_view.accuracy_range(curve, other)
     own = [p.accuracy for p in curve.points]
     assert 5. < low <= 2 * min(own) - max(own) and high >= 99.  # what is much lower is cut off
-    assert points[0] == pytest.approx([100 * 0.5 / 45.5, 100 * (high - 5.) / (high - low)], abs=0.1)
-    assert points[1] == pytest.approx([100., 100 * (high - 99.) / (high - low)], abs=0.1)
+    left, right = 4.5, 60.  # as is what costs half as much again as the full network
+    assert points[0] == pytest.approx([100 * (5. - left) / (right - left), 100 * (high - 5.) / (high - low)], abs=0.1)
+    assert points[1] == pytest.approx([100 * (80. - left) / (right - left), 100 * (high - 99.) / (high - low)], abs=0.1)
 
 
 @pytest.mark.parametrize('name', ['msfuse_cifar.cifar10', 'msfuse_cifar_budgeted.cifar100'])
