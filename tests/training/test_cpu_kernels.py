@@ -60,28 +60,79 @@ def small_network(**kwargs):
         'msfuse_cifar', **{'steps': (1, 2, 1), 'base_width': 40, 'growth': 6, 'head_width': 32, **kwargs})
 
 
-@needs_kernels
-@pytest.mark.parametrize('size', [8, 31])
-@pytest.mark.parametrize('network, options', [
-    ('ranet_cifar', dict(scales=(1, 2, 2), block_layers=(2, 3, 3), exits_per_net=1, growth=8, width_factors=(2, 2, 1),
-                         head_width=32)),
-    ('densenet52_mc_cifar', dict(depth=4, exit_after=(2,))),
-])
-def test_gradients_of_dense_networks_match_pytorch(network, options, size):
-    """The gradient of all parameters is as close to that of float32 as PyTorch's own in bfloat16."""
+def small_dense_network(name):
     torch.manual_seed(3)
-    plain = timm.create_model(network, **options).to(memory_format=torch.channels_last).train()
-    rounded, fast = copy.deepcopy(plain), copy.deepcopy(plain)
-    use_cpu_kernels(fast)
-    images, targets = torch.randn(64, 3, size, size), torch.arange(64) % 10
-    found = {}
-    for name, model in (('exact', plain), ('rounded', rounded), ('fast', fast)):
-        with torch.autocast('cpu', torch.bfloat16, enabled=name != 'exact'):
-            logits = torch.stack(model.forward_exits(images)).float()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.repeat(len(logits))).backward()
-        found[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
-    error, usual_error = ((found[name] - found['exact']).norm() / found['exact'].norm() for name in ('fast', 'rounded'))
-    assert error < 1.05 * usual_error < 0.35
+    options = dict(depth=4, exit_after=(2,)) if name == 'densenet52_mc_cifar' else dict(
+        scales=(1, 2, 2), block_layers=(2, 3, 3), exits_per_net=1, growth=8, width_factors=(2, 2, 1), head_width=32)
+    network = timm.create_model(name, **options).to(memory_format=torch.channels_last).train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.constant_(module.bias, 4.)  # no input of a ReLU is near 0, where rounding could flip it
+        elif isinstance(module, torch.nn.Conv2d):
+            module.weight.data = module.weight.data.bfloat16().float()
+    return network
+
+
+def block_gradients(block, state):
+    """Maps, all gradients and the running statistics of a block in training."""
+    state = [x.detach().clone().requires_grad_() for x in state]
+    maps = block(state)
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((x.float() * torch.randn(x.shape, generator=generator)).sum() for x in maps)
+    loss.backward()
+    return {**{f'map {i}': x.detach().float() for i, x in enumerate(maps)},
+            **{f'state {i}': x.grad for i, x in enumerate(state) if x.grad is not None},
+            **{name: p.grad for name, p in block.named_parameters()},
+            **{name: b for name, b in block.named_buffers() if b.is_floating_point()}}
+
+
+@needs_kernels
+@pytest.mark.parametrize('size', [8, 15])
+@pytest.mark.parametrize('name', ['ranet_cifar', 'densenet52_mc_cifar'])
+def test_blocks_match_pytorch(name, size):
+    network = small_dense_network(name)
+    seen = []
+    for layer in [layer for stage in network.stages for layer in stage.layers]:
+        layer.register_forward_hook(lambda module, inputs, _: seen.append((module, inputs[0])))
+    network.forward_exits(torch.randn(8, 3, size, size))
+    changed = 0
+    for plain, state in seen:
+        plain._forward_hooks.clear()
+        state = [x.detach().bfloat16().float() for x in state]
+        rounded, fast = copy.deepcopy(plain), copy.deepcopy(plain)
+        use_cpu_kernels(fast)
+        if type(fast) is type(plain):
+            continue
+        changed += 1
+        expected = block_gradients(plain, state)
+        state = [x.bfloat16() for x in state]  # as autocast gives them
+        with torch.autocast('cpu', torch.bfloat16):
+            usual, found = block_gradients(rounded, state), block_gradients(fast, state)
+        for key, value in expected.items():
+            error, usual_error = ((g[key].float() - value).norm() / value.norm() for g in (found, usual))
+            # Where rounding is larger than the gradient, as before another BN, nothing can be compared.
+            assert error < 0.02 + 1.2 * usual_error or usual_error > 0.5, key
+    assert changed >= 3
+
+
+@needs_kernels
+@pytest.mark.parametrize('frozen', ['stages.0.layers.1.conv.norm', 'stages.0.layers.1'])
+def test_frozen_statistics_stay(frozen):
+    network = small_dense_network('densenet52_mc_cifar')
+    use_cpu_kernels(network)
+    norm = network.get_submodule(frozen).eval().get_submodule('conv.norm' if frozen.endswith('1') else '')
+    with torch.autocast('cpu', torch.bfloat16):
+        network.forward_exits(torch.randn(4, 3, 32, 32))
+    assert norm.running_mean.eq(0).all() and norm.num_batches_tracked == 0
+
+
+@needs_kernels
+def test_one_value_per_channel_is_refused():
+    network = small_dense_network('densenet52_mc_cifar')
+    use_cpu_kernels(network)
+    with pytest.raises(ValueError, match='more than 1 value per channel'), torch.autocast('cpu', torch.bfloat16):
+        network.forward_exits(torch.randn(1, 3, 4, 4))
 
 
 @needs_kernels

@@ -174,12 +174,12 @@ class FusionBlock(Block):
         for i, layer in enumerate(self.layers):
             before = x
             x = layer(x, low[:, :self.low_chs[i]])
-        return self.end_block(before, x, maps[-1])
+        return self.end_block(before, x, resize_like(self.end(maps[-1]), x))
 
-    def end_block(self, before: torch.Tensor, x: torch.Tensor, low_last: torch.Tensor) -> List[torch.Tensor]:
-        """The block's maps, from those before and after its last layer and the lower block's last."""
+    def end_block(self, before: torch.Tensor, x: torch.Tensor, end: torch.Tensor) -> List[torch.Tensor]:
+        """The block's maps, from those before and after its last layer and its end's."""
         # The next block reads `out`, the upper sub-network the other maps.
-        out = torch.cat([x, resize_like(self.end(low_last), x)], 1)
+        out = torch.cat([x, end], 1)
         if self.transition is not None:
             out = self.transition(out)
         if self.down:

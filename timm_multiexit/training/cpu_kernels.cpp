@@ -123,6 +123,7 @@ std::vector<Tensor> norm_relu_forward(
     double eps) {
   const Rows in(x);
   const int64_t n = in.count, channels = in.channels;
+  TORCH_CHECK_VALUE(n > 1, "Expected more than 1 value per channel when training, got input size ", x.sizes());
   const Sums sums = sum_rows(n, channels, [&](int64_t r, int64_t stop, int64_t c, __mmask16 mask, __m512* a, __m512* b) {
     for (; r < stop; ++r) {
       const __m512 v = load(in.row(r) + c, mask);
@@ -156,12 +157,12 @@ std::vector<Tensor> norm_relu_forward(
   return {y, mean, inverse};
 }
 
-// Gradients of norm_relu_forward for x, weight and bias; that of x plus `rest`, its gradient from elsewhere. Whether the
-// ReLU let pass is computed anew from x.
+// Gradients of norm_relu_forward for x, weight and bias. `rest`, if given, is another gradient of x and is added. Which
+// values the ReLU let pass is recomputed from x.
 std::vector<Tensor> norm_relu_backward(
     const Tensor& gradient, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
     const Tensor& inverse, const std::optional<Tensor>& rest) {
-  const Rows in(x), grad(gradient), other(rest ? *rest : gradient);
+  const Rows in(x), grad(gradient), other = rest ? Rows(*rest) : grad;
   const int64_t n = in.count, channels = in.channels;
   const float *m = mean.data_ptr<float>(), *i = inverse.data_ptr<float>();
   const Affine f(channels, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
@@ -202,7 +203,7 @@ std::vector<Tensor> norm_relu_backward(
   return {grad_x, grad_weight, grad_bias};
 }
 
-// The nine values under each position of a 3x3 kernel of padding 1 and stride 1 or 2: (N * H' * W', 9 * C).
+// The nine values under each position of a 3x3 kernel with padding 1 and stride 1 or 2: (N * H' * W', 9 * C).
 template <int64_t STRIDE>
 Tensor gather(const Tensor& x) {
   const Rows in(x);
@@ -318,7 +319,8 @@ Tensor resize_forward(const Tensor& x, int64_t out_height, int64_t out_width) {
 // The transpose of resize_forward.
 Tensor resize_backward(const Tensor& gradient, int64_t height, int64_t width) {
   const Rows grad(gradient);
-  const int64_t n = gradient.size(0), channels = grad.channels, out_height = gradient.size(2), out_width = gradient.size(3);
+  const int64_t n = gradient.size(0), channels = grad.channels;
+  const int64_t out_height = gradient.size(2), out_width = gradient.size(3);
   const Taps down(height, out_height), across(width, out_width);
   const int64_t padded = (channels + LANES - 1) / LANES * LANES;
   const int64_t right = width > 1 ? padded : 0, below = height > 1 ? width * padded : 0;

@@ -1,19 +1,18 @@
 """Faster training on CPUs with bfloat16 instructions: own kernels for the layers where PyTorch's leave them idle.
 
-On maps of 2x2 to 32x32 pixels these are BN with ReLU, here one pass forward and one backward, strided 3x3 and wide 1x1
-convolutions, here matrix products, and the layers of RANet and DenseNet^MC, here with fewer passes over their maps. The
-kernels are compiled at first use, which needs a C++ compiler and ninja. Results differ from PyTorch's by the rounding
-of bfloat16.
+On maps of 2x2 to 32x32 pixels: BN with ReLU as one kernel each way; strided 3x3, wide 1x1 and DenseNet^MC's narrow 3x3
+convolutions as matrix products; RANet's and DenseNet^MC's layers with fewer passes over their maps. The kernels are
+compiled at first use, which needs a C++ compiler and ninja. Results differ from PyTorch's by the rounding of bfloat16.
 """
 import functools
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
 from ..models import densenet_mc, ranet
@@ -40,8 +39,22 @@ def _kernels() -> Any:
                          '--cpu-kernels') from error
 
 
+# Inputs in autocast's type, and autocast off in the forward pass.
+_in_bfloat16 = torch.amp.custom_fwd(device_type='cpu', cast_inputs=torch.bfloat16)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) as (N * H * W, C): a row for each pixel."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _map(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The inverse of `_rows`, for a map of the batch, height and width of `shape`."""
+    return rows.view(shape[0], shape[2], shape[3], -1).permute(0, 3, 1, 2)
+
+
 class _NormReLU(torch.autograd.Function):
-    """x, and the ReLU of its BN: the backward pass also adds the two gradients of x."""
+    """x, and the ReLU of its BN. Using this x elsewhere lets the backward pass add up the two gradients of x."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
@@ -51,110 +64,138 @@ class _NormReLU(torch.autograd.Function):
         return x.view_as(x), y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_x, gradient):
         return *_kernels().norm_relu_backward(gradient, *ctx.saved_tensors, grad_x), None, None, None, None
 
 
-class _ProductConv(torch.autograd.Function):
-    """A 3x3 convolution of stride 2 and padding 1, or a 1x1 convolution of stride 1, as one matrix product."""
+class _PointwiseConv(torch.autograd.Function):
+    """x, and its 1x1 convolution as a matrix product. x as in `_NormReLU`."""
 
     @staticmethod
+    @_in_bfloat16
     def forward(ctx, x, weight):
-        n, _, height, width = x.shape
-        ctx.strided, ctx.in_shape, ctx.weight_shape = weight.shape[-1] == 3, x.shape, weight.permute(0, 2, 3, 1).shape
-        if ctx.strided:
-            columns, height, width = _kernels().gather_strided(x), (height + 1) // 2, (width + 1) // 2
-        else:
-            columns = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        weight = weight.permute(0, 2, 3, 1).flatten(1)
-        ctx.save_for_backward(columns, weight)
-        return torch.mm(columns, weight.t()).view(n, height, width, -1).permute(0, 3, 1, 2)
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        rows, weight = _rows(x), weight.flatten(1)
+        ctx.save_for_backward(rows, weight)
+        return x.view_as(x), _map(torch.mm(rows, weight.t()), x.shape)
 
     @staticmethod
-    def backward(ctx, gradient):
-        columns, weight = ctx.saved_tensors
-        gradient = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
-        grad_x = grad_weight = None
+    @once_differentiable
+    def backward(ctx, grad_x, gradient):
+        rows, weight = ctx.saved_tensors
+        gradient = _rows(gradient)
         if ctx.needs_input_grad[0]:
-            n, channels, height, width = ctx.in_shape
-            product = torch.mm(gradient, weight)
-            if ctx.strided:
-                grad_x = _kernels().scatter_strided(product, n, channels, height, width)
-            else:
-                grad_x = product.view(n, height, width, channels).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.mm(gradient.t(), columns).view(ctx.weight_shape).permute(0, 3, 1, 2)
+            total = torch.mm(gradient, weight) if grad_x is None else torch.addmm(_rows(grad_x), gradient, weight)
+            grad_x = _map(total, ctx.shape)
+        grad_weight = torch.mm(gradient.t(), rows)[:, :, None, None] if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight
 
 
-class _DenseProduct(torch.autograd.Function):
-    """x, and its 1x1 convolution: the matrix product of the backward pass also adds the two gradients of x."""
+class _StridedConv(torch.autograd.Function):
+    """A 3x3 convolution with stride 2 and padding 1, as one matrix product."""
 
     @staticmethod
+    @_in_bfloat16
     def forward(ctx, x, weight):
-        n, channels, height, width = x.shape
-        columns, weight = x.permute(0, 2, 3, 1).reshape(-1, channels), weight.flatten(1)
+        n, _, height, width = ctx.shape = x.shape
+        columns, weight = _kernels().gather_strided(x), weight.permute(0, 2, 3, 1).flatten(1)
         ctx.save_for_backward(columns, weight)
-        return x.view_as(x), torch.mm(columns, weight.t()).view(n, height, width, -1).permute(0, 3, 1, 2)
+        return _map(torch.mm(columns, weight.t()), (n, -1, (height + 1) // 2, (width + 1) // 2))
 
     @staticmethod
-    def backward(ctx, grad_x, gradient):
+    @once_differentiable
+    def backward(ctx, gradient):
         columns, weight = ctx.saved_tensors
-        n, channels, height, width = grad_x.shape
-        grad_x, gradient = (g.permute(0, 2, 3, 1).flatten(0, 2) for g in (grad_x, gradient))
-        total = torch.addmm(grad_x, gradient, weight).view(n, height, width, channels).permute(0, 3, 1, 2)
-        return total, torch.mm(gradient.t(), columns)[:, :, None, None]
+        gradient = _rows(gradient)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _kernels().scatter_strided(torch.mm(gradient, weight), *ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.mm(gradient.t(), columns).view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
+        return grad_x, grad_weight
 
 
 class _NarrowConv(torch.autograd.Function):
-    """A 3x3 convolution of padding 1 to a few channels: a product to nine times as many, and their sum by position."""
+    """A 3x3 convolution with padding 1 to a few channels: a matrix product to nine times as many, then the sum of each
+    pixel's nine values.
+    """
 
     @staticmethod
+    @_in_bfloat16
     def forward(ctx, x, weight):
-        n, channels, height, width = ctx.in_shape = x.shape
-        columns = x.permute(0, 2, 3, 1).reshape(-1, channels)
-        flipped = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)
-        ctx.save_for_backward(columns, flipped)
-        return _kernels().scatter(torch.mm(columns, flipped.t()), n, len(weight), height, width)
+        n, channels, height, width = ctx.shape = x.shape
+        rows, flipped = _rows(x), weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)
+        ctx.save_for_backward(rows, flipped)
+        return _kernels().scatter(torch.mm(rows, flipped.t()), n, len(weight), height, width)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        columns, flipped = ctx.saved_tensors
-        n, channels, height, width = ctx.in_shape
+        rows, flipped = ctx.saved_tensors
+        # Dense first: gathering a slice of many channels reads a cache line for each value.
         gradient = _kernels().gather(gradient.contiguous(memory_format=torch.channels_last))
-        grad_x = torch.mm(gradient, flipped).view(n, height, width, channels).permute(0, 3, 1, 2)
-        grad_weight = torch.mm(gradient.t(), columns).view(3, 3, -1, channels)
+        grad_x = _map(torch.mm(gradient, flipped), ctx.shape)
+        grad_weight = torch.mm(gradient.t(), rows).view(3, 3, -1, rows.shape[1])
         return grad_x, grad_weight.permute(2, 3, 0, 1).flip(2, 3)
 
 
 class _Resize(torch.autograd.Function):
+    """A bilinear resize with aligned corners."""
+
     @staticmethod
+    @_in_bfloat16
     def forward(ctx, x, height, width):
         ctx.size = x.shape[-2:]
         return _kernels().resize_forward(x, height, width)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return _kernels().resize_backward(gradient, *ctx.size), None, None
 
 
-def _fast(module: nn.Module) -> bool:
-    return module.training and torch.is_autocast_enabled('cpu') and torch.is_grad_enabled()
-
-
-@contextmanager
-def _rounded(*tensors: torch.Tensor) -> Iterator[List[torch.Tensor]]:
-    """The tensors in autocast's type, and autocast off."""
-    dtype = torch.get_autocast_dtype('cpu')
-    with torch.autocast('cpu', enabled=False):
-        yield [tensor.to(dtype) for tensor in tensors]
-
-
 def _resize_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if x.shape[-2:] == like.shape[-2:]:
-        return x
-    with _rounded(x) as tensors:
-        return _Resize.apply(*tensors, *like.shape[-2:])
+    return x if x.shape[-2:] == like.shape[-2:] else _Resize.apply(x, *like.shape[-2:])
+
+
+def _fast(module: nn.Module) -> bool:
+    in_bfloat16 = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
+    return module.training and in_bfloat16 and torch.is_grad_enabled()
+
+
+class _FastNormAct(BatchNormAct2d):
+    def supports(self, x: torch.Tensor) -> bool:
+        mixed = x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32  # as autocast gives them
+        return self.training and mixed and torch.is_grad_enabled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.with_input(x)[1] if self.supports(x) else super().forward(x)
+
+    def with_input(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """x, to be used in its place, and the output."""
+        self.num_batches_tracked.add_(1)
+        return _NormReLU.apply(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
+
+
+class _FastConv(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _fast(self):
+            return super().forward(x)
+        if self.kernel_size == (1, 1):
+            return _PointwiseConv.apply(x, self.weight)[1]
+        return _StridedConv.apply(x, self.weight)
+
+
+class _FastDenseLayer(densenet_mc.DenseLayer):
+    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
+        norm, x = self.conv.norm, state[-1]
+        if not (_fast(self) and isinstance(norm, _FastNormAct) and norm.supports(x)):
+            return super().forward(state)
+        x, y = norm.with_input(x)
+        return [torch.cat([x, _NarrowConv.apply(y, self.conv.conv.weight)], 1)]
 
 
 class _FastPlainBlock(ranet.PlainBlock):
@@ -163,8 +204,7 @@ class _FastPlainBlock(ranet.PlainBlock):
             return super().forward_block(maps)
         x = maps[0]
         for layer in self.layers:
-            with _rounded(x, layer.conv1.conv.weight) as (x, weight):
-                x, inner = _DenseProduct.apply(x, weight)
+            x, inner = _PointwiseConv.apply(x, layer.conv1.conv.weight)
             x = torch.cat([x, layer.conv2(layer.conv1.bn(inner))], 1)
         return [x]
 
@@ -178,52 +218,19 @@ class _FastFusionBlock(ranet.FusionBlock):
         x, low = maps[0], maps[1]
         weights = [layer.low.conv1.conv.weight for layer in self.layers]
         merged = torch.cat([F.pad(weight, (0, 0, 0, 0, 0, low.shape[1] - weight.shape[1])) for weight in weights])
-        with _rounded(low, merged) as tensors:
-            inner_lows = _ProductConv.apply(*tensors).split([len(weight) for weight in weights], 1)
+        inner_lows = _PointwiseConv.apply(low, merged)[1].split([len(weight) for weight in weights], 1)
+        before = x
         for layer, inner_low in zip(self.layers, inner_lows):
             before = x
-            with _rounded(x, layer.own.conv1.conv.weight) as (x, weight):
-                x, inner = _DenseProduct.apply(x, weight)
+            x, inner = _PointwiseConv.apply(x, layer.own.conv1.conv.weight)
             own = layer.own.conv2(layer.own.conv1.bn(inner))
             fused = layer.low.conv2(layer.low.conv1.bn(inner_low))
             x = torch.cat([_resize_like(x, own), _resize_like(fused, own), own], 1)
-        return self.end_block(before, x, maps[-1])
-
-
-class _FastDenseLayer(densenet_mc.DenseLayer):
-    def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
-        norm, conv = self.conv.norm, self.conv.conv
-        if not (_fast(self) and isinstance(norm, _FastNormAct)):
-            return super().forward(state)
-        with _rounded(state[-1], conv.weight) as (x, weight):
-            x, y = norm.with_input(x)
-            return [torch.cat([x, _NarrowConv.apply(y, weight)], 1)]
+        return self.end_block(before, x, _resize_like(self.end(maps[-1]), x))
 
 
 _FAST_BLOCKS = {
     densenet_mc.DenseLayer: _FastDenseLayer, ranet.PlainBlock: _FastPlainBlock, ranet.FusionBlock: _FastFusionBlock}
-
-
-class _FastNormAct(BatchNormAct2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mixed = x.dtype == torch.bfloat16 and self.weight.dtype == torch.float32  # as autocast gives them
-        if not (self.training and mixed and torch.is_grad_enabled()):
-            return super().forward(x)
-        return self.with_input(x)[1]
-
-    def with_input(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """x, to be used in its place, and the output."""
-        self.num_batches_tracked.add_(1)
-        return _NormReLU.apply(
-            x, self.weight, self.bias, self.running_mean, self.running_var, self.momentum, self.eps)
-
-
-class _FastConv(nn.Conv2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _fast(self):
-            return super().forward(x)
-        with _rounded(x, self.weight) as tensors:
-            return _ProductConv.apply(*tensors)
 
 
 def _is_product(conv: nn.Conv2d) -> bool:
@@ -237,7 +244,8 @@ def _is_product(conv: nn.Conv2d) -> bool:
 def use_cpu_kernels(model: nn.Module) -> int:
     """Makes the layers that the kernels support use them when training under autocast to bfloat16.
 
-    Parameters, their names, and the network in eval mode stay unchanged.
+    Parameters, their names, and the outputs in eval mode stay unchanged. TorchScript cannot compile the result, and in
+    training, forward hooks inside the blocks of RANet and DenseNet^MC do not run.
 
     Args:
         model: The network; changed in place.
