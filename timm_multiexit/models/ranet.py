@@ -174,12 +174,11 @@ class FusionBlock(Block):
         for i, layer in enumerate(self.layers):
             before = x
             x = layer(x, low[:, :self.low_chs[i]])
-        return self.end_block(before, x, resize_like(self.end(maps[-1]), x))
+        return self.end_block(before, x, torch.cat([x, resize_like(self.end(maps[-1]), x)], 1))
 
-    def end_block(self, before: torch.Tensor, x: torch.Tensor, end: torch.Tensor) -> List[torch.Tensor]:
-        """The block's maps, from those before and after its last layer and its end's."""
+    def end_block(self, before: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> List[torch.Tensor]:
+        """The block's maps, from those before and after its last layer and the latter with its end's."""
         # The next block reads `out`, the upper sub-network the other maps.
-        out = torch.cat([x, end], 1)
         if self.transition is not None:
             out = self.transition(out)
         if self.down:

@@ -53,7 +53,24 @@ struct Rows {
     data = map.data_ptr<BFloat16>();
   }
   const BFloat16* row(int64_t r) const { return data + r * stride; }
+
+  // How many rows to treat as one: of narrow rows that lie end to end, as many as fill whole vectors.
+  int64_t fold() const {
+    return stride == channels && channels % LANES && channels < 4 * LANES && count % LANES == 0 ? LANES : 1;
+  }
+  Rows folded(int64_t rows) const {
+    Rows wide = *this;
+    wide.count /= rows, wide.channels *= rows, wide.stride *= rows;
+    return wide;
+  }
 };
+
+std::vector<float> repeated(const std::vector<float>& values, int64_t times) {
+  std::vector<float> all;
+  for (int64_t i = 0; i < times; ++i) all.insert(all.end(), values.begin(), values.end());
+  all.resize(all.size() + LANES);  // so that whole vectors can be read
+  return all;
+}
 
 Tensor new_map(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(at::MemoryFormat::ChannelsLast));
@@ -65,7 +82,8 @@ struct Sums {
 };
 
 template <typename Term>
-Sums sum_rows(int64_t count, int64_t channels, const Term& term) {
+Sums sum_rows(const Rows& rows, int64_t fold, const Term& term) {
+  const int64_t count = rows.count, channels = rows.channels;
   const int64_t threads = at::get_num_threads();
   std::vector<Sums> parts(threads, Sums{std::vector<double>(channels, 0.), std::vector<double>(channels, 0.)});
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -87,25 +105,28 @@ Sums sum_rows(int64_t count, int64_t channels, const Term& term) {
       }
     }
   });
-  for (int64_t t = 1; t < threads; ++t) {
+  Sums total{std::vector<double>(channels / fold, 0.), std::vector<double>(channels / fold, 0.)};
+  for (const Sums& part : parts) {
     for (int64_t c = 0; c < channels; ++c) {
-      parts[0].first[c] += parts[t].first[c];
-      parts[0].second[c] += parts[t].second[c];
+      total.first[c % (channels / fold)] += part.first[c];
+      total.second[c % (channels / fold)] += part.second[c];
     }
   }
-  return parts[0];
+  return total;
 }
 
-// y = max(0, scale * x + shift), the scale and shift of a BN; padded so that whole vectors can be read.
+// y = max(0, scale * x + shift), the scale and shift of a BN, for folded rows.
 struct Affine {
   std::vector<float> scale, shift;
 
-  Affine(int64_t channels, const float* weight, const float* bias, const float* mean, const float* inverse)
-      : scale(channels + LANES, 0.f), shift(channels + LANES, 0.f) {
+  Affine(int64_t channels, int64_t fold, const float* weight, const float* bias, const float* mean,
+         const float* inverse)
+      : scale(channels), shift(channels) {
     for (int64_t c = 0; c < channels; ++c) {
       scale[c] = weight[c] * inverse[c];
       shift[c] = bias[c] - mean[c] * scale[c];
     }
+    scale = repeated(scale, fold), shift = repeated(shift, fold);
   }
 };
 
@@ -117,14 +138,37 @@ __m512 pass(__m512 x, __m512 scale, __m512 shift, __m512 gradient) {
 
 }  // namespace
 
+// Maps of equal sizes side by side: torch.cat(maps, 1).
+Tensor concatenate(const std::vector<Tensor>& maps) {
+  const std::vector<Rows> parts(maps.begin(), maps.end());
+  int64_t channels = 0;
+  for (const Rows& part : parts) channels += part.channels;
+  const Tensor map = new_map({maps[0].size(0), channels, maps[0].size(2), maps[0].size(3)}, maps[0]);
+  BFloat16* out = map.data_ptr<BFloat16>();
+  at::parallel_for(0, parts[0].count, 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      BFloat16* to = out + r * channels;
+      for (const Rows& part : parts) {
+        for (int64_t c = 0; c < part.channels; c += LANES) {
+          const __mmask16 mask = lanes(c, part.channels);
+          _mm256_mask_storeu_epi16(to + c, mask, _mm256_maskz_loadu_epi16(mask, part.row(r) + c));
+        }
+        to += part.channels;
+      }
+    }
+  });
+  return map;
+}
+
 // BN with the batch's own statistics, then ReLU; moves the running statistics. Returns y, mean, 1 / deviation.
 std::vector<Tensor> norm_relu_forward(
     const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor running_mean, Tensor running_var, double momentum,
     double eps) {
-  const Rows in(x);
-  const int64_t n = in.count, channels = in.channels;
+  const Rows rows(x);
+  const int64_t n = rows.count, channels = rows.channels, fold = rows.fold();
+  const Rows in = rows.folded(fold);
   TORCH_CHECK_VALUE(n > 1, "Expected more than 1 value per channel when training, got input size ", x.sizes());
-  const Sums sums = sum_rows(n, channels, [&](int64_t r, int64_t stop, int64_t c, __mmask16 mask, __m512* a, __m512* b) {
+  const Sums sums = sum_rows(in, fold, [&](int64_t r, int64_t stop, int64_t c, __mmask16 mask, __m512* a, __m512* b) {
     for (; r < stop; ++r) {
       const __m512 v = load(in.row(r) + c, mask);
       a[r & 1] = _mm512_add_ps(a[r & 1], v);
@@ -141,16 +185,16 @@ std::vector<Tensor> norm_relu_forward(
     rm[c] = (1. - momentum) * rm[c] + momentum * mu;
     rv[c] = (1. - momentum) * rv[c] + momentum * var * n / (n - 1);
   }
-  const Affine f(channels, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
+  const Affine f(channels, fold, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
   const Tensor y = new_map(x.sizes(), x);
   BFloat16* out = y.data_ptr<BFloat16>();
-  at::parallel_for(0, n, 2048, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, in.count, 2048 / fold, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t c = 0; c < channels; c += LANES) {
-        const __mmask16 mask = lanes(c, channels);
+      for (int64_t c = 0; c < in.channels; c += LANES) {
+        const __mmask16 mask = lanes(c, in.channels);
         const __m512 v = _mm512_fmadd_ps(
             load(in.row(r) + c, mask), _mm512_loadu_ps(&f.scale[c]), _mm512_loadu_ps(&f.shift[c]));
-        store(out + r * channels + c, mask, _mm512_max_ps(_mm512_setzero_ps(), v));
+        store(out + r * in.channels + c, mask, _mm512_max_ps(_mm512_setzero_ps(), v));
       }
     }
   });
@@ -162,11 +206,14 @@ std::vector<Tensor> norm_relu_forward(
 std::vector<Tensor> norm_relu_backward(
     const Tensor& gradient, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
     const Tensor& inverse, const std::optional<Tensor>& rest) {
-  const Rows in(x), grad(gradient), other = rest ? Rows(*rest) : grad;
-  const int64_t n = in.count, channels = in.channels;
+  const Rows rows(x);
+  const int64_t n = rows.count, channels = rows.channels, fold = rows.fold();
+  // A slice of many channels is read once only, to lay its few end to end.
+  const Rows in = rows.folded(fold), grad = fold > 1 ? Rows(concatenate({gradient})).folded(fold) : Rows(gradient);
+  const Rows other = !rest ? grad : fold > 1 ? Rows(concatenate({*rest})).folded(fold) : Rows(*rest);
   const float *m = mean.data_ptr<float>(), *i = inverse.data_ptr<float>();
-  const Affine f(channels, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
-  const Sums sums = sum_rows(n, channels, [&](int64_t r, int64_t stop, int64_t c, __mmask16 mask, __m512* a, __m512* b) {
+  const Affine f(channels, fold, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
+  const Sums sums = sum_rows(in, fold, [&](int64_t r, int64_t stop, int64_t c, __mmask16 mask, __m512* a, __m512* b) {
     const __m512 scale = _mm512_loadu_ps(&f.scale[c]), shift = _mm512_loadu_ps(&f.shift[c]);
     for (; r < stop; ++r) {
       const __m512 v = load(in.row(r) + c, mask);
@@ -177,7 +224,7 @@ std::vector<Tensor> norm_relu_backward(
   });
   const Tensor grad_weight = at::empty({channels}, at::kFloat), grad_bias = at::empty({channels}, at::kFloat);
   // dx = scale * g - slope * x - offset
-  std::vector<float> slope(channels + LANES, 0.f), offset(channels + LANES, 0.f);
+  std::vector<float> slope(channels), offset(channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double along = (sums.second[c] - sums.first[c] * m[c]) * i[c];  // sum of g * normalised x
     grad_weight.data_ptr<float>()[c] = along;
@@ -185,18 +232,19 @@ std::vector<Tensor> norm_relu_backward(
     slope[c] = f.scale[c] * along / n * i[c];
     offset[c] = f.scale[c] * sums.first[c] / n - slope[c] * m[c];
   }
+  slope = repeated(slope, fold), offset = repeated(offset, fold);
   const Tensor grad_x = new_map(x.sizes(), x);
   BFloat16* out = grad_x.data_ptr<BFloat16>();
-  at::parallel_for(0, n, 2048, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, in.count, 2048 / fold, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t c = 0; c < channels; c += LANES) {
-        const __mmask16 mask = lanes(c, channels);
+      for (int64_t c = 0; c < in.channels; c += LANES) {
+        const __mmask16 mask = lanes(c, in.channels);
         const __m512 scale = _mm512_loadu_ps(&f.scale[c]), v = load(in.row(r) + c, mask);
         const __m512 g = pass(v, scale, _mm512_loadu_ps(&f.shift[c]), load(grad.row(r) + c, mask));
         __m512 sum = _mm512_fmsub_ps(scale, g, _mm512_loadu_ps(&offset[c]));
         sum = _mm512_fnmadd_ps(v, _mm512_loadu_ps(&slope[c]), sum);
         if (rest) sum = _mm512_add_ps(sum, load(other.row(r) + c, mask));
-        store(out + r * channels + c, mask, sum);
+        store(out + r * in.channels + c, mask, sum);
       }
     }
   });
@@ -356,6 +404,7 @@ Tensor resize_backward(const Tensor& gradient, int64_t height, int64_t width) {
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("concatenate", &concatenate);
   module.def("norm_relu_forward", &norm_relu_forward);
   module.def("norm_relu_backward", &norm_relu_backward);
   module.def("gather", &gather<1>);

@@ -53,6 +53,21 @@ def _map(rows: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return rows.view(shape[0], shape[2], shape[3], -1).permute(0, 3, 1, 2)
 
 
+class _Concatenation(torch.autograd.Function):
+    """`torch.cat(maps, 1)`."""
+
+    @staticmethod
+    @_in_bfloat16
+    def forward(ctx, *maps):
+        ctx.channels = [x.shape[1] for x in maps]
+        return _kernels().concatenate(maps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return gradient.split(ctx.channels, 1)
+
+
 class _NormReLU(torch.autograd.Function):
     """x, and the ReLU of its BN. Using this x elsewhere lets the backward pass add up the two gradients of x."""
 
@@ -195,7 +210,7 @@ class _FastDenseLayer(densenet_mc.DenseLayer):
         if not (_fast(self) and isinstance(norm, _FastNormAct) and norm.supports(x)):
             return super().forward(state)
         x, y = norm.with_input(x)
-        return [torch.cat([x, _NarrowConv.apply(y, self.conv.conv.weight)], 1)]
+        return [_Concatenation.apply(x, _NarrowConv.apply(y, self.conv.conv.weight))]
 
 
 class _FastPlainBlock(ranet.PlainBlock):
@@ -205,7 +220,7 @@ class _FastPlainBlock(ranet.PlainBlock):
         x = maps[0]
         for layer in self.layers:
             x, inner = _PointwiseConv.apply(x, layer.conv1.conv.weight)
-            x = torch.cat([x, layer.conv2(layer.conv1.bn(inner))], 1)
+            x = _Concatenation.apply(x, layer.conv2(layer.conv1.bn(inner)))
         return [x]
 
 
@@ -225,8 +240,8 @@ class _FastFusionBlock(ranet.FusionBlock):
             x, inner = _PointwiseConv.apply(x, layer.own.conv1.conv.weight)
             own = layer.own.conv2(layer.own.conv1.bn(inner))
             fused = layer.low.conv2(layer.low.conv1.bn(inner_low))
-            x = torch.cat([_resize_like(x, own), _resize_like(fused, own), own], 1)
-        return self.end_block(before, x, _resize_like(self.end(maps[-1]), x))
+            x = _Concatenation.apply(_resize_like(x, own), _resize_like(fused, own), own)
+        return self.end_block(before, x, _Concatenation.apply(x, _resize_like(self.end(maps[-1]), x)))
 
 
 _FAST_BLOCKS = {
