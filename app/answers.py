@@ -58,7 +58,8 @@ def answer_within_budget(outputs: ExitOutputs, budget: float, calibrated: bool =
     Raises:
         InputError: not a number, or below the cost of the first exit.
     """
-    exit_index = outputs.costs.deepest_within(_number(budget, 'budget'))
+    budget = _number(budget, 'budget')
+    exit_index = outputs.costs.deepest_within(budget)
     reason = 'The budget covers the whole network' if exit_index == outputs.num_exits - 1 else (
         f'Exit {exit_index + 2} would need {format_macs(outputs.costs.macs[exit_index + 1])} MACs')
     return Answer(exit_index, BY_BUDGET, budget, calibrated, reason)
@@ -86,12 +87,13 @@ def answer_by_confidence(outputs: ExitOutputs, threshold: float, calibrated: boo
         InputError: the threshold is not a probability.
     """
     temperatures = outputs.temperatures if calibrated else (1.,) * outputs.num_exits
-    policy = ExitPolicy.at_confidence(_number(threshold, 'confidence'), temperatures)
+    threshold = _number(threshold, 'confidence')
+    policy = ExitPolicy.at_confidence(threshold, temperatures)
     result = simulate(policy, outputs.logits.unsqueeze(1), outputs.costs.macs)
     exit_index = int(result.exit_index[0])
     reason = f'The first exit to reach {threshold:.0%} confidence' if result.confidence[0] >= threshold else (
         f'No exit reaches {threshold:.0%} confidence, so the last one answers')
-    return Answer(exit_index, BY_CONFIDENCE, float(threshold), calibrated, reason)
+    return Answer(exit_index, BY_CONFIDENCE, threshold, calibrated, reason)
 
 
 def _number(value: object, what: str) -> float:

@@ -2,7 +2,7 @@
 import base64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,7 @@ class Example:
     """An image to choose; `lesson` is what it illustrates ('Correct from the start', ...), '' if unknown."""
 
     image: Image.Image
-    true_class: str
+    true_class: Optional[str]  # None if it is not a class of the network
     lesson: str
     index: Optional[int] = None
 
@@ -70,10 +70,10 @@ def assets_folder(name: str) -> Path:
 
 
 def load_assets(name: str, labels: Sequence[str]) -> Assets:
-    """The images that choose_examples.py chose for a network, else the package's sample images of its classes."""
+    """The images that choose_examples.py chose for a network, else the package's sample images."""
     folder = assets_folder(name)
     if not (folder / EXAMPLES_FILE).is_file():
-        return Assets(_samples(labels))
+        return Assets(tuple(_samples(labels)))
     values = read_json(folder / EXAMPLES_FILE, 'examples')
     (width, height), columns = to_2tuple(values['size']), values['columns']
     with Image.open(folder / SPRITE_FILE) as image:
@@ -84,6 +84,7 @@ def load_assets(name: str, labels: Sequence[str]) -> Assets:
         return sprite.crop((x, y, x + width, y + height))
 
     examples = tuple(Example(tile(e['tile']), e['true_class'], e['lesson'], e['index']) for e in values['examples'])
+    examples = examples or tuple(_samples(labels))  # no image teaches any of the lessons
     gallery = tuple(GalleryImage(g['tile'], g['true_class'], tuple(g['predictions']), tuple(g['confidences']))
                     for g in values['gallery'])
     encoded = base64.b64encode((folder / SPRITE_FILE).read_bytes()).decode()
@@ -91,14 +92,11 @@ def load_assets(name: str, labels: Sequence[str]) -> Assets:
                   values['split'])
 
 
-def _samples(labels: Sequence[str]) -> Tuple[Example, ...]:
-    examples = []
+def _samples(labels: Sequence[str]) -> Iterator[Example]:
     for path in sorted(SAMPLES.glob('*.png')):
-        true_class = path.stem.split('_', 3)[3]  # dataset_split_index_class
-        if true_class in labels:
-            with Image.open(path) as image:
-                examples.append(Example(image.convert('RGB'), true_class, '', int(path.stem.split('_')[2])))
-    return tuple(examples)
+        *_, index, shown = path.stem.split('_', 3)  # dataset_split_index_class
+        with Image.open(path) as image:
+            yield Example(image.convert('RGB'), shown if shown in labels else None, '', int(index))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from served import Network, get_network, served_names
 from timm_multiexit import InputError, load_exit_config
 from timm_multiexit.inference.images import check_sent
 from timm_multiexit.stopping.costs import parse_macs
+from timm_multiexit.stopping.policy import CALIBRATE_HINT
 
 MEGA = 1e6
 CONFIDENCE = 0.9
@@ -101,10 +102,6 @@ def read_macs(text: object) -> float:
 def run_example(name: str, position: int) -> ExitOutputs:
     """Runs a network on one of its examples."""
     network, assets, _ = stored_for(name)
-    if not assets.examples:
-        raise InputError(
-            f"there are no example images for '{name}': choose some with python app/tools/choose_examples.py {name} "
-            '--data-dir DIR')
     example = assets.examples[position]
     return network.run(example.image, example.true_class, example=position)
 
@@ -275,6 +272,6 @@ def policy(network: str, average_budget: str) -> Dict[str, Any]:
     """
     config = get_network(network).config
     if config is None:
-        raise InputError(f"no exit config is stored for '{network}': create one with timm-multiexit calibrate")
+        raise InputError(f"no exit config is stored for '{network}': {CALIBRATE_HINT}")
     policy = config.policy_for(read_macs(average_budget))
     return dict(confidences=[policy.confidence_at(k) for k in range(policy.num_exits)], **policy.to_dict())

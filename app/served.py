@@ -8,10 +8,12 @@ import torch
 from answers import ExitOutputs
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from timm_multiexit import ExitConfig, InputError, exit_costs, list_networks, load_exit_config, load_model
+from timm_multiexit import ExitConfig, InputError, exit_costs, list_networks, load_model
 from timm_multiexit.datasets import DATASETS, normalize
+from timm_multiexit.errors import MissingFileError
 from timm_multiexit.inference.images import Source
 from timm_multiexit.inference.preprocess import Preprocessing
+from timm_multiexit.pretrained.exit_config import exit_config_of
 from timm_multiexit.pretrained.names import class_labels, require_weights
 
 TIMED_RUNS = 9
@@ -38,11 +40,10 @@ class Network:
         require_weights(name)
         self.name, self.model = name, load_model(name)
         try:
-            self.config: Optional[ExitConfig] = load_exit_config(name)
-        except InputError:
+            self.config: Optional[ExitConfig] = exit_config_of(self.model, name)
+        except MissingFileError:
             self.config = None
         if self.config is not None:
-            self.config.check_network(self.model)
             self.costs = self.config.costs
             self.temperatures = self.config.temperatures
         else:

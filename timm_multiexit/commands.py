@@ -10,7 +10,7 @@ from typing import Callable, Iterator, List, Optional, Sequence, Type, Union
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 HINT = '--traceback shows where an unexpected error arose'
 
@@ -41,8 +41,8 @@ def run_command(
         print(f'{name}: error: {error}', file=sys.stderr)
         return bad_input
     except KeyboardInterrupt as interrupt:
-        number, message = interrupt.args or (signal.SIGINT, 'interrupted')
-        print(message, file=sys.stderr)
+        number, *message = interrupt.args or (signal.SIGINT,)
+        print(*(message or ['interrupted']), file=sys.stderr)
         return 128 + number
     except BrokenPipeError:  # the reader (head, less) closed the pipe
         sys.stderr.close()
@@ -112,10 +112,10 @@ class Number:
         return value
 
     def __str__(self) -> str:
-        kind = 'a whole number' if self.kind is int else 'a number'
+        kind = 'an integer' if self.kind is int else 'a number'
         low = '' if self.low == -math.inf else f' from {self.low}'
         high = '' if self.high == math.inf else f' to {self.high}'
-        return kind + low + high + (f', {self.but} excluded' if self.but is not None else '')
+        return kind + low + high + (f' other than {self.but}' if self.but is not None else '')
 
 
 COUNT = Number(int, 1)
@@ -132,6 +132,6 @@ def device(text: str) -> str:
     try:
         torch.empty(0, device=text)
     except Exception as error:  # of many types, as the device has
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise argparse.ArgumentTypeError(f"no device '{text}' here ({reason[:100]})") from error
     return text

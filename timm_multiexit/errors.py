@@ -9,4 +9,9 @@ class InputError(Exception):
 
 
 class MissingFileError(InputError):
-    """A repository was reached but lacks this file; one that cannot be reached is a plain `InputError`."""
+    """A folder or a repository lacks this file; a repository that cannot be reached is a plain `InputError`."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence, Tuple, Union
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 try:
     import fcntl
@@ -182,7 +182,7 @@ def read_json(path: Union[str, Path], what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        reason = getattr(error, 'strerror', None) or first_line(error)
         raise InputError(f"{what} '{path}' cannot be read ({reason}): check the name and the file") from error
 
 
@@ -200,7 +200,7 @@ def read_yaml(path: Union[str, Path], what: str) -> Any:
     try:
         return yaml.safe_load(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"{what} '{path}' cannot be read ({str(error).splitlines()[0]}): check the file") from error
+        raise InputError(f"{what} '{path}' cannot be read ({first_line(error)}): check the file") from error
 
 
 def sha256(path: Path) -> str:

@@ -15,14 +15,14 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from timm_multiexit import ExitConfig, list_networks, load_exit_config, load_model
+from timm_multiexit import ExitConfig, list_networks, load_model
 from timm_multiexit.commands import Parser, run_command
 from timm_multiexit.data.images import Images
 from timm_multiexit.data.splits import open_splits
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.inference.preprocess import Preprocessing
-from timm_multiexit.pretrained.exit_config import list_stored
+from timm_multiexit.pretrained.exit_config import exit_config_of, list_stored
 from timm_multiexit.pretrained.hub_files import EXAMPLES_FILE, SPRITE_FILE
 from timm_multiexit.pretrained.names import class_labels
 from timm_multiexit.pretrained.record import trained_on, training_data
@@ -160,8 +160,8 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
     args = parser.parse_args(argv)
     for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
-        model, config = load_model(name), load_exit_config(name)
-        config.check_network(model)
+        model = load_model(name)
+        config = exit_config_of(model, name)
         labels = class_labels(model, config.class_names)
         splits = open_splits(trained_on(model), args.data_dir, labels, held_out=training_data(model).held_out)
         packaged = ':' not in name

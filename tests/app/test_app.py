@@ -97,6 +97,13 @@ def test_invalid_confidences(threshold):
         answer_by_confidence(make_outputs(), threshold)
 
 
+def test_limits_are_texts_too():
+    outputs = make_outputs()
+    for limit in (0.6, 0.9):
+        assert answer_by_confidence(outputs, str(limit)) == answer_by_confidence(outputs, limit)
+    assert answer_within_budget(outputs, '24e6') == answer_within_budget(outputs, 24e6)
+
+
 def test_describe_marks_what_ran():
     outputs = make_outputs(notes=('shrunk',))
     values = describe(outputs, answer_within_budget(outputs, 24e6))
@@ -246,10 +253,25 @@ def test_assets_are_written_and_read_back(tmp_path, monkeypatch):
 
 def test_the_samples_stand_in_for_missing_examples(monkeypatch):
     assets = examples.load_assets('net.nothing', ('cat', 'ship'))
-    assert {e.true_class for e in assets.examples} == {'cat', 'ship'} and assets.gallery == ()
-    monkeypatch.setattr(handlers, 'stored_for', lambda name: (None, examples.load_assets(name, ('tulip',)), None))
-    with pytest.raises(InputError, match='choose_examples'):
-        handlers.run_example('net.nothing', 0)
+    assert {e.true_class for e in assets.examples} == {'cat', 'ship', None} and assets.gallery == ()
+    monkeypatch.setattr(handlers, 'stored_for', lambda name: (network, assets, None))
+    network = handlers.get_network('msfuse_cifar_budgeted')
+    cards = handlers.cards('net.nothing', 0)
+    for position, example in enumerate(assets.examples):
+        assert handlers.run_example('net.nothing', position).true_class == example.true_class
+        assert (example.true_class or f'image {example.index}') in cards
+
+
+def test_the_samples_stand_in_where_no_image_teaches_a_lesson(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, 'ASSETS', tmp_path)
+    config = make_config()
+    logits = torch.eye(3)[torch.tensor([0, 0, 1, 1])].unsqueeze(1).repeat(1, 5, 1)  # right, then wrong
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    choose_examples.make_assets('net.data', config.class_names, config, images,
+                                LabelledLogits(logits, torch.zeros(5, dtype=torch.long)))
+    assets = examples.load_assets('net.data', config.class_names)
+    assert len(assets.gallery) == 5 and {e.lesson for e in assets.examples} == {''}
+    assert len(assets.examples) == len(list(examples.SAMPLES.glob('*.png')))
 
 
 @pytest.mark.parametrize('text, position', [('1', 0), ('8', 7), ('9', 0), ('0', 0), ('-1', 0), ('x', 0), (None, 0)])

@@ -1,19 +1,22 @@
 """The app on a network of one's own: its names, its images, and the answers of `classify`."""
+import dataclasses
 import json
 
 import pytest
 import timm
 import torch
-from conftest import SMALL
+from conftest import SMALL, calibrated_network
 from photos import TWELVE, make_photos, save_12_bits, save_rgb
 from safetensors.torch import save_file
 
 from timm_multiexit.cli import main
 from timm_multiexit.data.splits import open_splits
+from timm_multiexit.errors import InputError
 from timm_multiexit.files import write_json
 from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.record import TrainingData, config_of, describe
+from timm_multiexit.stopping.config import FILE_NAME
 
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
 
@@ -70,3 +73,14 @@ def test_own_images_and_names(tmp_path, monkeypatch, capsys, channels, save, suf
     label, probability = answer['exits'][-1]['top'][0]
     assert outputs.labels[outputs.logits[-1].argmax()] == label
     assert float(outputs.probabilities()[-1].max()) == pytest.approx(probability, abs=1e-5)
+
+
+def test_a_config_of_other_weights_is_not_taken_for_none(tmp_path):
+    model, config = calibrated_network()
+    describe(model, TrainingData('folder'), config.class_names)
+    write_json(tmp_path / 'config.json', config_of(model))
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    assert served.Network(f'local-dir:{tmp_path}').config is None
+    dataclasses.replace(config, weights='others').save(tmp_path / FILE_NAME)
+    with pytest.raises(InputError, match='of other weights than these'):
+        served.Network(f'local-dir:{tmp_path}')

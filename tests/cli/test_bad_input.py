@@ -1,6 +1,7 @@
 """Bad input to every command: one line on standard error, no traceback, nothing answered. One table, a line each."""
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from conftest import SAMPLES
 from safetensors.torch import load_file, save_file
 
 from timm_multiexit.cli import main
+from timm_multiexit.commands import Interruptions, run_command
+from timm_multiexit.errors import first_line
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -126,6 +129,22 @@ def test_traceback_shows_the_rest(monkeypatch):
     assert main(['costs', NET]) == 1
     with pytest.raises(ZeroDivisionError):
         main(['costs', NET, '--traceback'])
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_command_in_one_line(number, capsys):
+    def run(argv):
+        with Interruptions():
+            signal.raise_signal(number)
+    assert run_command('test', run, []) == 128 + number
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
+@pytest.mark.parametrize('error, line', [
+    (OSError(), 'OSError'), (ValueError(' \n'), 'ValueError'), (KeyboardInterrupt(), 'KeyboardInterrupt'),
+    (RuntimeError('\none\ntwo'), 'one')])
+def test_an_error_without_a_message_is_told_by_its_type(error, line):
+    assert first_line(error) == line
 
 
 @pytest.mark.parametrize('value', [None, [], {}, 'x', -1, 1e400, [None], [[1]], ['a'] * 5, [0] * 5, [-1] * 5, True])

@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import PROJECT, SAMPLES, SMALL
+from conftest import PROJECT, SAMPLES, SMALL, calibrated_network
 from safetensors.torch import save_file
 
 from timm_multiexit import load_exit_config
@@ -20,6 +20,7 @@ from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.pretrained.load import load_model
 from timm_multiexit.pretrained.names import list_networks
 from timm_multiexit.pretrained.record import TrainingData, config_of, describe
+from timm_multiexit.stopping.config import FILE_NAME
 from timm_multiexit.stopping.costs import parse_macs
 
 IMAGES = sorted(map(str, SAMPLES.glob('*.png')))
@@ -230,6 +231,23 @@ def test_checkpoints_that_do_not_fit_or_are_damaged(capsys, tmp_path):
     assert main([*classify, str(cut_checkpoint(tmp_path))]) == 2
     err = capsys.readouterr().err
     assert 'cannot be read' in err and len(err.strip().splitlines()) == 1
+
+
+def test_temperatures_that_are_missing_or_of_other_weights(capsys, tmp_path):
+    model, config = calibrated_network()
+    describe(model, TrainingData('folder'), config.class_names)
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    write_json(tmp_path / 'config.json', config_of(model))
+    classify = ['classify', IMAGES[0], '--checkpoint', str(tmp_path)]
+    for options, notes in (['--confidence', '0.9'], 1), (['--confidence', '0.9', '--uncalibrated'], 0), ([], 0):
+        assert main([*classify, *options]) == 0
+        err = capsys.readouterr().err
+        assert err.count('note: no temperatures are stored') == len(err.splitlines()) == notes
+    dataclasses.replace(config, weights='others').save(tmp_path / FILE_NAME)
+    for options in ([], ['--confidence', '0.9'], ['--average-budget', '1M']):
+        assert main([*classify, *options]) == 2
+        err = capsys.readouterr().err
+        assert 'of other weights than these' in err and len(err.splitlines()) == 1
 
 
 def test_network_without_weights_says_which_have_some(capsys):

@@ -1,4 +1,5 @@
 """Folders of one's own: classes by name, splits, what is left out is named, and the same images are held out again."""
+import os
 import unicodedata
 
 import numpy as np
@@ -73,6 +74,27 @@ def test_the_same_images_are_held_out_again_and_added_ones_are_noticed(tmp_path)
     more = open_splits('folder', root, first.classes, held_out=first.held_out)
     kept = set(names(first, 'development')) & set(names(more, 'development'))
     assert len(kept) >= 10 and any('not those of the training run' in note for note in more.notes)
+
+
+def test_a_set_without_splits_is_the_same_under_another_path(tmp_path, monkeypatch):
+    root = folder(tmp_path / 'photos', {'': 20})
+    first = open_splits('folder', root, development=12, certification=6)
+    monkeypatch.chdir(root)
+    here = open_splits('folder', '.', first.classes, held_out=first.held_out)
+    there = open_splits('folder', root.rename(tmp_path / 'renamed'), first.classes, held_out=first.held_out)
+    for again in (here, there):
+        assert sizes(again) == [46, 12, 6, 16] and not again.notes
+        assert all(names(again, split) == names(first, split) for split in SPLITS)
+
+
+def test_a_file_name_that_is_not_utf_8(tmp_path):
+    root = folder(tmp_path, {'train': 10, 'test': 2})
+    photo, other = root / 'train' / 'bag' / 'train000.png', os.fsdecode(b'caf\xe9.jpg')
+    photo.rename(photo.with_name(other))
+    splits = open_splits('folder', root, development=35)
+    assert ('bag', other) in names(splits, 'train') + names(splits, 'development')
+    again = open_splits('folder', root, splits.classes, held_out=splits.held_out)
+    assert names(again, 'development') == names(splits, 'development') and not again.notes
 
 
 def test_classes_go_by_name(tmp_path):

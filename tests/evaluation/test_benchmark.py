@@ -132,7 +132,7 @@ def test_amounts_start_at_one(option, value, capsys):
     with pytest.raises(SystemExit) as caught:
         main(['benchmark', 'msfuse_cifar', option, value])
     assert caught.value.code == 2
-    assert f"argument {option}: '{value}' is not a whole number from 1" in capsys.readouterr().err
+    assert f"argument {option}: '{value}' is not an integer from 1" in capsys.readouterr().err
 
 
 def test_a_network_without_weights_is_refused(capsys):

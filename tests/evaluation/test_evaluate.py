@@ -2,9 +2,12 @@
 import argparse
 import csv
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,9 +32,10 @@ from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 from timm_multiexit.pretrained.exit_config import load_recipe, weights_digest
 from timm_multiexit.pretrained.load import load_model
-from timm_multiexit.stopping.config import FILE_NAME, ExitConfig
+from timm_multiexit.stopping.config import FILE_NAME, SCORES_NAME, ExitConfig
 from timm_multiexit.stopping.costs import ExitCosts
 from timm_multiexit.stopping.policy import ExitPolicy
+from timm_multiexit.stopping.scores import UNKNOWN
 from timm_multiexit.stopping.simulate import simulate
 
 NAME = 'msfuse_cifar.cifar10'
@@ -178,6 +182,22 @@ def test_certification_images_make_a_promise(folder, tmp_path, capsys):
     assert main([*ask, '--max-loss', '10', '--risk', 'consistency']) == 0
     assert main([*ask[:4], '--max-loss', '1']) == 2
     assert 'calibrate MODEL --certify' in capsys.readouterr().err
+
+
+def test_certification_images_beside_scores_that_are_missing_or_without_labels(folder, tmp_path, capsys):
+    shutil.copytree(WEIGHTS_DIR / NAME, tmp_path / 'own')
+    config = ExitConfig.load(tmp_path / 'own' / FILE_NAME)
+    certify = ['calibrate', NAME, '--checkpoint', str(tmp_path / 'own' / 'model.safetensors'), '--certify',
+               str(Path(folder) / 'validation' / 'cat')]
+    (tmp_path / 'own' / SCORES_NAME).unlink()
+    assert main(certify) == 2
+    err = capsys.readouterr().err
+    assert 'no scores are stored with these weights: run timm-multiexit' in err and len(err.splitlines()) == 1
+    few = config.scores.subset(slice(300))
+    replace(config, scores=replace(few, labels=np.full(300, UNKNOWN))).save(tmp_path / 'own' / FILE_NAME)
+    assert main(certify) == 0
+    rows = re.findall(r'^ *[0-9.]+ M( +)[0-9]+% ', capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) > 5 and {len(blank) for blank in rows} == {len('  top-1  ')}
 
 
 def held_out(*args):

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import numpy
+import push
 import pytest
 import timm
 import yaml
@@ -328,6 +329,14 @@ def test_images_of_the_data_set_are_published_on_request_alone(final, tmp_path):
     for wanted in (False, True):
         built = build_folder(read_network(str(folder)), tmp_path / f'{wanted}', 'me', with_images=wanted)
         assert {(built / name).exists() for name in ('examples.json', 'images.png')} == {wanted}
+
+
+@pytest.mark.parametrize('models', [[], ['msfuse_cifar.cifar10'], ['FOLDER', 'msfuse_cifar.cifar10']])
+def test_images_are_not_sent_with_networks_of_the_package(models, tmp_path, capsys):
+    assert push.parse_args([str(tmp_path), '--with-images']).with_images
+    with pytest.raises(SystemExit) as stopped:
+        push.parse_args([*(model.replace('FOLDER', str(tmp_path)) for model in models), '--with-images'])
+    assert stopped.value.code == 2 and '--with-images needs MODEL to be a folder' in capsys.readouterr().err
 
 
 def test_options_are_published_without_paths():

@@ -84,7 +84,7 @@ def test_replicas_that_cannot_be(folder, capsys):
     assert capsys.readouterr().err == 'timm-multiexit: error: --replicas goes with --ray\n'
     with pytest.raises(SystemExit):
         main(['serve', str(folder), '--ray', '--replicas', '2,0'])
-    assert "'0' is not a whole number from 1" in capsys.readouterr().err
+    assert "'0' is not an integer from 1" in capsys.readouterr().err
 
 
 def descendants(pid):

@@ -78,3 +78,11 @@ def test_other_configurations_are_told_apart():
         checkpoint_filter_fn(public_state(timm.create_model('msdnet_imagenet_s4', **SMALL['msdnet_imagenet_s4'])), net)
     with pytest.raises(InputError, match="have keys like 'conv1.weight'"):
         checkpoint_filter_fn({'conv1.weight': torch.zeros(1)}, net)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_transformer_s_blocks_are_not_those_of_the_public_code(name, tmp_path):
+    vit = timm.create_model('vit_tiny_patch16_224', depth=1, embed_dim=24, num_heads=3)
+    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
+    with pytest.raises(InputError, match="have keys like 'cls_token': "):
+        load_model(name, tmp_path / 'vit.pth', **SMALL[name])

@@ -11,6 +11,8 @@ from timm.models._hub import save_for_hf
 
 from timm_multiexit import InputError, load_model
 from timm_multiexit.models import MultiExitBackbone
+from timm_multiexit.training.options import parse_train_args
+from timm_multiexit.training.trainer import create_network
 
 SMALL = dict(backbone='vit_tiny_patch16_224', img_size=64, embed_dim=48, num_heads=3, depth=6)
 
@@ -96,6 +98,24 @@ def test_registered_cfgs_stay_as_they_are():
 def test_bad_arguments(kwargs, error):
     with pytest.raises(InputError, match=error):
         timm.create_model('multiexit', **kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(model_name='multiexit.cifar100'), dict(model_name='multiexit', pretrained_cfg='cifar100')])
+def test_a_tag_is_refused(kwargs):
+    with pytest.raises(InputError, match="multiexit has no tag 'cifar100': leave it out"):
+        timm.create_model(**kwargs, **SMALL)
+    args = parse_train_args('', ['--model', 'multiexit.cifar100', '--model-kwargs', 'backbone=resnet10t'])
+    with pytest.raises(InputError, match="cannot be created .multiexit has no tag 'cifar100': leave it out"):
+        create_network(args, 2)
+
+
+def test_weights_that_an_overlay_names(saved, offline):
+    net, folder = saved
+    overlay = dict(file=str(folder / 'model.safetensors'), num_classes=5)
+    back = timm.create_model(
+        'multiexit', pretrained=True, at=2, pretrained_cfg=None, pretrained_cfg_overlay=overlay, **SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), back.state_dict().values()))
 
 
 def test_a_checkpoint_of_the_network(saved, tmp_path):

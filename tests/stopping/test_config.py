@@ -8,7 +8,7 @@ import timm
 from conftest import PROJECT, SMALL
 from killer import Killer
 
-from timm_multiexit.errors import InputError
+from timm_multiexit.errors import InputError, MissingFileError
 from timm_multiexit.models._costs import exit_costs
 from timm_multiexit.pretrained.exit_config import load_exit_config, load_recipe, weights_digest
 from timm_multiexit.pretrained.load import load_model
@@ -51,7 +51,7 @@ def test_temperatures_are_fitted_on_development_images_alone():
 
 
 def test_without_scores_no_policy_is_solved():
-    with pytest.raises(InputError, match='no scores are stored with these weights: create one with'):
+    with pytest.raises(InputError, match='no scores are stored with these weights: run timm-multiexit'):
         small_config(scores=None).policy_for(20e6)
 
 
@@ -62,6 +62,13 @@ def test_several_configs_in_a_folder_keep_their_scores(tmp_path):
     assert ExitConfig.load(tmp_path / 'one.json') == one != many == ExitConfig.load(tmp_path / 'many.json')
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         'many.json', 'many.scores.safetensors', 'one.json', 'one.scores.safetensors']
+
+
+def test_a_config_without_scores_leaves_none_of_an_earlier_one(tmp_path):
+    small_config().save(tmp_path / FILE_NAME)
+    small_config(scores=None).save(tmp_path / FILE_NAME)
+    assert ExitConfig.load(tmp_path / FILE_NAME) == small_config(scores=None)
+    assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_scores_of_other_weights_are_refused(tmp_path):
@@ -166,6 +173,17 @@ def test_the_config_of_a_user_s_checkpoint_lies_beside_it(tmp_path):
         load_exit_config('msfuse_cifar', checkpoint)
     small_config().save(tmp_path / FILE_NAME)
     assert load_exit_config('msfuse_cifar', checkpoint) == small_config()
+
+
+def test_no_config_is_told_from_one_that_cannot_be_read(tmp_path):
+    for missing in (('msfuse_cifar', tmp_path / 'model.safetensors'), ('vgg8_mc_cifar.cifar100',)):
+        with pytest.raises(MissingFileError):
+            load_exit_config(*missing)
+    (tmp_path / FILE_NAME).write_text('{')
+    for wrong in (('msfuse_cifar', tmp_path / 'model.safetensors'), ('msfuse',)):
+        with pytest.raises(InputError) as caught:
+            load_exit_config(*wrong)
+        assert not isinstance(caught.value, MissingFileError)
 
 
 @pytest.mark.parametrize('name, words', [

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm_multiexit.commands import Interruptions
 from timm_multiexit.errors import InputError
 from timm_multiexit.files import held
-from timm_multiexit.training.history import History
+from timm_multiexit.training.history import History, read_rows
 from timm_multiexit.training.options import parse_train_args
 from timm_multiexit.training.run import train
 from timm_multiexit.training.run_folder import RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
@@ -149,6 +149,18 @@ def test_a_run_goes_on_from_an_earlier_checkpoint(trainer, tmp_path):
     record(trainer, tmp_path)
     # What was calibrated for the weights before is kept beside them.
     assert (tmp_path / 'final.1' / 'multiexit.json').exists() and not (tmp_path / 'final' / 'multiexit.json').exists()
+
+
+def test_a_run_that_goes_on_in_another_folder_keeps_its_log(trainer, tmp_path):
+    first, second = tmp_path / 'a', tmp_path / 'b'
+    record(trainer, first)
+    checkpoint = find_checkpoint(str(first / 'checkpoint-1.pth.tar'), second)
+    RunFolder(trainer, second, checkpoint, 2, {})
+    assert [row['epoch'] for row in read_rows(second / 'summary.csv')] == ['0', '1']
+    record(trainer, second)
+    assert read_rows(second / 'summary.csv') == read_rows(first / 'summary.csv')
+    log = read_rows(second / 'final' / 'history.csv')
+    assert log == read_rows(first / 'final' / 'history.csv') and [row['epoch'] for row in log] == ['0', '1', '2']
 
 
 def test_other_settings_are_named_recorded_or_refused(trainer, folder_dataset, tmp_path):

@@ -7,6 +7,7 @@ import torch
 import yaml
 from backbone_support import photos
 from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
 
 from timm_multiexit import InputError, load_model
 from timm_multiexit.cli import main
@@ -53,6 +54,16 @@ def test_heads_leave_the_last_exit_as_it_was(folder_dataset, backbone, tmp_path)
         assert type(plain) is type(own) and torch.equal(plain(x), own(x))
     assert plain.pretrained_cfg['mean'] == list(net.pretrained_cfg['mean'])
     assert main(['detach', str(final), '--output', str(tmp_path / 'plain')]) == 2
+
+
+def test_detach_inside_the_folder_writes_beside_it(tmp_path, monkeypatch):
+    net = timm.create_model('multiexit', backbone='resnet10t', at=1, num_classes=4)
+    save_for_hf(net, tmp_path / 'final', safe_serialization=True)
+    monkeypatch.chdir(tmp_path / 'final')
+    assert main(['detach', '.']) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['final', 'final-backbone']
+    plain = timm.create_model(f'local-dir:{tmp_path / "final-backbone"}', pretrained=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), net.backbone.state_dict().values()))
 
 
 def test_heads_of_a_checkpoint_of_timms_train_script(folder_dataset, backbone, tmp_path):

@@ -50,6 +50,15 @@ def test_a_teacher_of_another_image_size_is_refused(tmp_path):
         load_teacher(*arguments, (3, 32, 32))
 
 
+def test_a_teacher_that_is_cut_off_is_refused(tmp_path):
+    path = tmp_path / 'teacher.safetensors'
+    save_file(timm.create_model('resnet10t', num_classes=2).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="the teacher 'resnet10t' cannot be loaded .*: choose one of") as caught:
+        load_teacher('resnet10t', str(path), 2, {}, (3, 32, 32))
+    assert '\n' not in str(caught.value)
+
+
 def test_several_teachers_are_averaged():
     """Two teachers, one of them with a single classifier, against the mean of their probabilities."""
     student, several = small_network(), small_network(growth=6)

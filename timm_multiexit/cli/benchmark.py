@@ -56,7 +56,7 @@ def add_parser(subparsers) -> None:
                         help=f'test images (default: {IMAGES}, fewer if one costs over {FULL_LOAD / 1e6:g} M MACs)')
     parser.add_argument('--batch-size', type=COUNT, default=None, metavar='N',
                         help=f'the large batch (default: {BATCH_SIZE}, smaller in the same way)')
-    parser.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='measurements of each')
+    parser.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='timed rounds (default: %(default)s)')
     parser.add_argument('--threads', type=Number(int, 1, os.cpu_count() or 1), default=None, metavar='N',
                         help="CPU threads (default: PyTorch's)")
     parser.add_argument('--json', action='store_true', help='for programs: one object')

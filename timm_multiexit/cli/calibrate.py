@@ -17,6 +17,7 @@ from ..pretrained.exit_config import exit_config_of, weights_digest
 from ..pretrained.names import class_labels
 from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig, scores_path
 from ..stopping.costs import format_macs
+from ..stopping.policy import CALIBRATE_HINT
 from ..stopping.scores import UNKNOWN, ExitScores
 from ._common import add_model_argument, add_model_options, load_network, weights_folder
 from .evaluate import add_data_options, prepare, split_logits
@@ -29,13 +30,13 @@ def add_parser(subparsers) -> None:
         'calibrate', help='temperatures and scores of held-out images, for a checkpoint',
         description=f'Fits temperatures on validation images and keeps the scores of all exits; writes {FILE_NAME} and '
                     f'{SCORES_NAME} beside the weights, from which every command solves the policy asked for. With '
-                    '--certify, images that serve for nothing else are added, on which --max-loss makes its promise.')
+                    '--certify, also the scores of images kept for the guarantee of --max-loss alone.')
     add_model_argument(parser)
     add_model_options(parser)
     add_data_options(parser)
     parser.add_argument('--certify', default='', metavar='DIR',
-                        help='images for a guarantee, in folders named after their classes; without such folders the '
-                             'risk "consistency" alone can be promised. Used for nothing else, ever')
+                        help='images for the guarantee, in folders named after their classes; without such folders '
+                             'only the risk "consistency" can be bounded. Use them for nothing else')
     parser.add_argument('--output', metavar='FILE', default='', help=f'default: {FILE_NAME} beside the weights')
     parser.set_defaults(run=run)
 
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> None:
         config = fit(args, model, splits)
     else:  # what is stored, with other certification images
         config = exit_config_of(model, args.model, args.checkpoint)
+        if config.scores is None:
+            raise InputError(f'no scores are stored with these weights: {CALIBRATE_HINT}')
         config = replace(config, scores=config.scores.development)
     if args.certify:
         split = certification_split(args.certify, class_labels(model, config.class_names))
@@ -98,11 +101,12 @@ def print_config(config: ExitConfig) -> None:
     print(f"policies solved from them, for example:\n{'expected':>9} {'top-1':>6}  share leaving at each exit")
     for p in config.policies(11).values():
         shares = ' '.join(f'{100 * s:.0f}%' for s in p.exit_shares)
-        print(f'{format_macs(p.expected_macs):>9} {p.expected_accuracy:>6.2f}  {shares}')
+        accuracy = '' if p.expected_accuracy is None else f'{p.expected_accuracy:.2f}'
+        print(f'{format_macs(p.expected_macs):>9} {accuracy:>6}  {shares}')
 
 
 def print_missing(config: ExitConfig, labels: Sequence[int]) -> None:
-    names = config.class_names or ()
-    missing = [name for i, name in enumerate(names) if i not in set(labels)]
+    names, there = config.class_names or (), set(labels)
+    missing = [name for i, name in enumerate(names) if i not in there]
     if missing:
         print(f"note: no validation image of {', '.join(missing[:5])}{' and others' * (len(missing) > 5)}")

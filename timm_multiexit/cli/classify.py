@@ -7,7 +7,7 @@ from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, MissingFileError
 from ..inference.anytime import AnytimeRunner
 from ..inference.batch_loop import segments_of
 from ..inference.engine import ENGINES, Engine, make_engine
@@ -182,9 +182,12 @@ def stored_config(args: argparse.Namespace, model: MultiExitNet) -> Optional[Exi
     """
     try:
         return stored_exit_config(args, model)
-    except InputError:
-        if asks_for_policy(args) or args.exit_config:
+    except MissingFileError:
+        if asks_for_policy(args):
             raise
+        if args.confidence is not None and not args.uncalibrated:
+            print('note: no temperatures are stored with these weights: --confidence is of uncalibrated confidence',
+                  file=sys.stderr)
         return None
 
 

@@ -55,8 +55,8 @@ def add_parser(subparsers) -> None:
     add_image_options(parser)
     parser.add_argument('--measure', type=rules, default=['max_softmax'], metavar='RULE,...',
                         help='stopping rules to lay side by side, for --data-dir or .npz files: confidence by '
-                             f'{", ".join(MEASURES)}, or {AGREEMENT}, where an image leaves once so many exits in a '
-                             'row answer alike, of 2, 3 and more (default: max_softmax)')
+                             f'{", ".join(MEASURES)}, or {AGREEMENT}, where an image leaves once 2, 3 or more '
+                             'consecutive exits agree (default: max_softmax)')
     parser.add_argument('--device', type=device, default='cpu', help='torch device (default: %(default)s)')
     parser.add_argument('--time', action='store_true', help='also against milliseconds, profiled on this machine')
     parser.add_argument('--engine', choices=ENGINES, default='auto', help='for --time (default: %(default)s)')
@@ -145,7 +145,7 @@ def print_comparison(entries: Sequence[Entry]) -> None:
     for other in entries[1:]:
         rows = saved(entries[0], other)
         if not rows:
-            print(f'{entries[0].name} and {other.name} share no half percent of accuracy\n')
+            print(f'the accuracies of {entries[0].name} and {other.name} do not overlap\n')
             continue
         print(f'average MACs for the same accuracy: {entries[0].name} against {other.name}')
         for row in rows[-6:]:

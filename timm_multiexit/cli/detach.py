@@ -27,9 +27,9 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    output = Path(args.output) if args.output else folder.with_name(f'{folder.resolve().name}-backbone')
+    output = Path(args.output or f'{folder.resolve()}-backbone')
     if output.exists():
-        raise InputError(f"'{output}' exists: name a new folder by --output")
+        raise InputError(f"'{output}' exists: name a new folder with --output")
     net = load_model('', folder)
     if not isinstance(net, MultiExitBackbone):
         raise InputError(f"'{folder}' holds a {type(net).__name__}, which is not built on a backbone of timm's")

@@ -182,9 +182,9 @@ def print_classes(rows: Sequence[ClassResult], measured_on: str) -> None:
 
 
 def print_guarantees(checks: List[GuaranteeCheck], risk: str, costs: ExitCosts, images: int) -> None:
-    print(f'\nguaranteed loss ({risk}), certainty {100 * CERTAINTY:.0f} %, if new images are like these: certified on '
-          f'{images:,} test images, checked on the rest, {SPLITS} splits')
-    print(f"{'at most':>8} {'broken in':>10} {'plug-in rule in':>16} {'median cost':>12} {'of full':>8} {'none':>6}")
+    print(f'\nbound on the loss ({risk}), certainty {100 * CERTAINTY:.0f} %, if new images are like these: certified '
+          f'on {images:,} test images, checked on the rest, {SPLITS} splits')
+    print(f"{'at most':>8} {'exceeded':>10} {'by plug-in rule':>16} {'median cost':>12} {'of full':>8} {'none':>6}")
     for c in checks:
         print(f'{c.max_loss:>8.2f} {c.broken:>10.1%} {c.plug_in_broken:>16.1%} {format_macs(c.median_macs):>12} '
               f'{c.median_macs / costs.macs[-1]:>8.0%} {c.nothing:>6.1%}')

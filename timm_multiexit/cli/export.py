@@ -57,8 +57,7 @@ def add_parser(subparsers) -> None:
                         help='int8 for processors with VNNI or dot products only: weights of 8 bits in place of 7')
     add_image_options(parser, 'folder of the data set, for --int8')
     parser.add_argument('--certify', default='', metavar='DIR',
-                        help='for --int8: images for --max-loss, as for calibrate, whose own scores are of the float '
-                             'network')
+                        help='for --int8: images for --max-loss, as for calibrate; int8 has scores of its own')
     parser.set_defaults(run=run)
 
 

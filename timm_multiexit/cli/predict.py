@@ -27,9 +27,9 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--output', required=True, metavar='OUTPUT', help='the folder to write or to continue')
     add_stop_options(parser)
     parser.add_argument('--part-size', type=COUNT, default=10_000, metavar='N',
-                        help='images in a file; a kill costs at most so many (default: %(default)s)')
+                        help='images in one Parquet file; a kill loses at most one file (default: %(default)s)')
     parser.add_argument('--batch-size', type=COUNT, default=64, metavar='N',
-                        help='images among which those that go on are regrouped (default: %(default)s)')
+                        help='images in a batch (default: %(default)s)')
     parser.add_argument('--ray', action='store_true',
                         help='parts by many processes of this machine, or of the cluster that RAY_ADDRESS names, whose '
                              'machines have DIR, SOURCE and OUTPUT under the same paths')

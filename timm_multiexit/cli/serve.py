@@ -21,14 +21,14 @@ def add_parser(subparsers) -> None:
                     'batches with those of other callers.')
     parser.add_argument('folder', metavar='DIR', help='what export --output wrote')
     add_stop_options(parser)
-    parser.add_argument('--host', default='127.0.0.1', help='0.0.0.0 for all of the network (default: %(default)s)')
+    parser.add_argument('--host', default='127.0.0.1', help='0.0.0.0 listens on all interfaces (default: %(default)s)')
     parser.add_argument('--port', type=Number(int, 1, 65535), default=8000, help='default: %(default)s')
     parser.add_argument('--batch-size', type=COUNT, default=32, metavar='N',
-                        help='images that run together at most (default: %(default)s)')
+                        help='largest batch (default: %(default)s)')
     parser.add_argument('--queue', type=COUNT, default=1024, metavar='N',
-                        help='images decoded, waiting and running at most, then status 503 (default: %(default)s)')
+                        help='most images in flight; above it requests get status 503 (default: %(default)s)')
     parser.add_argument('--max-bytes', type=COUNT, default=20_000_000, metavar='N',
-                        help='of a request, then status 413 (default: %(default)s)')
+                        help='largest request; above it status 413 (default: %(default)s)')
     parser.add_argument('--ray', action='store_true',
                         help='run the network in processes of Ray Serve on this machine, or on the cluster that '
                              'RAY_ADDRESS names, whose machines have DIR under the same path')
@@ -50,32 +50,44 @@ def run(args: argparse.Namespace) -> None:
     policy = policy_of(args, config, engine)
     if args.replicas and not args.ray:
         raise InputError('--replicas goes with --ray')
+    listener = listen(args.host, args.port)
     if not args.ray:
-        answer(args, SegmentQueues(engine, policy, args.batch_size, args.queue), config)
+        answer(args, listener, SegmentQueues(engine, policy, args.batch_size, args.queue), config)
         return
     from ..inference.on_ray import RayQueues, connected
     with Interruptions(), connected() as cpus:
         counts = args.replicas or [cpus]
         if sum(counts) > cpus and not os.environ.get('RAY_ADDRESS'):  # a cluster may grow
             raise InputError(f'{sum(counts)} replicas need as many CPUs, Ray has {cpus}: give fewer --replicas')
-        answer(args, RayQueues(engine, policy, counts, args.batch_size, args.queue, f'timm-multiexit {args.port}'),
-               config)
+        answer(args, listener, RayQueues(
+            engine, policy, counts, args.batch_size, args.queue, f'timm-multiexit {args.port}'), config)
 
 
-def answer(args: argparse.Namespace, queues: Any, config: ExitConfig) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections.
+
+    Raises:
+        InputError: it cannot be opened there.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(f'cannot answer at {host}:{port} ({error.strerror or error}): choose another --port or '
+                         '--host') from error
+
+
+def answer(args: argparse.Namespace, listener: socket.socket, queues: Any, config: ExitConfig) -> None:
     """Answers requests until a signal ends it."""
     import uvicorn
 
     from ..inference.server import make_app
     try:
-        family = socket.AF_INET6 if ':' in args.host else socket.AF_INET
-        listener = socket.create_server((args.host, args.port), family=family)
-    except OSError as error:
-        raise InputError(f'cannot answer at {args.host}:{args.port} ({error.strerror or error}): choose another --port '
-                         'or --host') from error
+        app = make_app(queues, config, args.max_bytes)  # which closes the queues at its end
+    except BaseException:
+        queues.close()
+        raise
     host = f'[{args.host}]' if ':' in args.host else args.host  # IPv6
     print(f'http://{host}:{args.port}/classify', flush=True)
-    server = uvicorn.Server(uvicorn.Config(
-        make_app(queues, config, args.max_bytes), log_level='warning', timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=5))
     with suppress(KeyboardInterrupt):  # the server has ended when it passes a signal on
         server.run(sockets=[listener])

@@ -49,7 +49,7 @@ def find_splits(root: Path) -> Dict[str, ClassFolders]:
     used = {s.title for s in found.values()}
     unused = [p.name for p in _entries(root) if p.is_dir() and not is_hidden(p.name) and f'{p.name}/' not in used]
     if not found:
-        found['all'] = read_classes(root, f'{root.name}/')
+        found['all'] = read_classes(root, f'{root.resolve().name}/')
     elif unused:
         next(iter(found.values())).notes.append(f"beside {', '.join(sorted(used))} are not read: {_some(unused)}")
     if not any(found.values()):
@@ -87,7 +87,7 @@ def read_classes(folder: Path, title: str) -> ClassFolders:
     return classes
 
 
-def map_classes(sets: Sequence[ClassFolders], classes: Sequence[str]) -> List[str]:
+def check_classes(sets: Sequence[ClassFolders], classes: Sequence[str]) -> List[str]:
     """Checks the class names of sets of images against those that a network knows.
 
     Returns:
@@ -117,7 +117,8 @@ def held_out_order(classes: ClassFolders) -> List[Tuple[str, Path]]:
     """
     keyed = []
     for name, files in classes.files.items():
-        ranked = sorted((hashlib.sha256(f'{name}/{file.name}'.encode()).hexdigest(), file) for file in files)
+        ranked = sorted((hashlib.sha256(f'{name}/{file.name}'.encode(
+            'utf-8', 'surrogateescape')).hexdigest(), file) for file in files)
         keyed += [((rank + 0.5) / len(files), digest, name, file) for rank, (digest, file) in enumerate(ranked)]
     return [(name, file) for _, _, name, file in sorted(keyed)]
 

@@ -24,7 +24,7 @@ from ..datasets import VALIDATION_IMAGES, split_indices
 from ..errors import InputError
 from ..inference.images import image_paths
 from ..stopping.scores import UNKNOWN
-from .folders import ClassFolders, find_splits, held_out_order, map_classes, read_classes
+from .folders import ClassFolders, check_classes, find_splits, held_out_order, read_classes
 
 DEVELOPMENT_SHARE, TEST_SHARE = 0.1, 0.2
 # With fewer images no loss of one point can be ruled out with 90 % certainty, even if none is seen.
@@ -175,14 +175,15 @@ def _folder_splits(
     tests = single or sets.get('test') or sets.get('validation') or ClassFolders('')
     if classes is None:
         classes = sorted((train or tests).files, key=lambda name: (natural_key(name), name))
-    notes += map_classes(list(sets.values()), classes)
-    same = before.get('from') == pool.title  # else the record is of other folders
+    notes += check_classes(list(sets.values()), classes)
+    # Else the record is of other folders. A set without splits is titled by its folder, which may have been renamed.
+    same = before.get('from') == pool.title or (single is not None and before.get('images') == len(pool))
     recorded = before if same else {}
 
     order, images = held_out_order(pool), len(pool)
     measured = recorded.get('test', round(TEST_SHARE * images)) if single else 0
     if separate and development:
-        raise InputError(f'--validation-images {development}: {pool.title} holds the images for choices, leave it out')
+        raise InputError(f'--validation-images {development}: {pool.title} is held out already: omit it')
     certification = _number(certification, recorded.get('certification'), images // 2 if separate else
                             round(DEVELOPMENT_SHARE * images), MIN_CERTIFICATION)
     rest = images - measured - certification
@@ -195,7 +196,8 @@ def _folder_splits(
     for count in (measured, development, certification):
         parts.append(order[start:start + count])
         start += count
-    digest = hashlib.sha256('\n'.join(f'{name}/{file.name}' for part in parts for name, file in part).encode())
+    digest = hashlib.sha256('\n'.join(f'{name}/{file.name}' for part in parts for name, file in part).encode(
+        'utf-8', 'surrogateescape'))
     record = dict(zip(('from', 'images', 'development', 'certification', 'digest'), (
         pool.title, images, development, certification, digest.hexdigest()[:16])))
     if single:
@@ -246,7 +248,7 @@ def _dataset_splits(
     names = getattr(train, 'classes', None)
     lookup = None
     if names and classes:
-        map_classes([ClassFolders(f"data set '{name}'", {n: [] for n in names})], classes)
+        check_classes([ClassFolders(f"data set '{name}'", {n: [] for n in names})], classes)
         lookup = torch.tensor([list(classes).index(n) for n in names])
 
     def split(title: str, dataset: Any, index: torch.Tensor, targets: torch.Tensor) -> Split:
@@ -303,6 +305,6 @@ def certification_split(folder: str, names: Sequence[str]) -> Split:
     """
     paths = image_paths(folder)
     labelled = read_classes(Path(folder), f"'{folder}'")
-    map_classes([labelled], names)
+    check_classes([labelled], names)
     label = {path: names.index(name) for name, files in labelled.files.items() for path in files}
     return Split(f"'{folder}'", paths, torch.tensor([label.get(path, UNKNOWN) for path in paths]))

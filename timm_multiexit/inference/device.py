@@ -16,7 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import read_json, write_json
 from ..stopping.config import ExitConfig
 from ..stopping.costs import StageCosts, format_macs, parse_macs
@@ -97,7 +97,7 @@ class FolderEngine:
                 self.sessions[name] = onnxruntime.InferenceSession(
                     data, options, providers=['CPUExecutionProvider'])
             except Exception as error:  # onnxruntime's own types, which it does not document
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise InputError(f'onnxruntime {onnxruntime.__version__} cannot run {name} ({reason}): '
                                  f"export was made for {self.graphs.get('onnxruntime', 'another version')}") from error
         return self.sessions[name]
@@ -222,8 +222,10 @@ def add_stop_options(parser: argparse.ArgumentParser) -> None:
     """Options that `policy_of` reads."""
     stop = parser.add_mutually_exclusive_group()
     stop.add_argument('--average-budget', metavar='MACS', help='average multiply-adds per image, like 30M')
-    stop.add_argument('--average-latency', metavar='MS', help='average time per image, like 2ms; needs --profile once')
-    stop.add_argument('--max-loss', type=float, metavar='POINTS', help='guaranteed loss of accuracy')
+    stop.add_argument('--average-latency', metavar='MS',
+                      help="average milliseconds per image, like 2ms, or 50%% of the full network's; run DIR/run.py "
+                           '--profile first')
+    stop.add_argument('--max-loss', type=float, metavar='POINTS', help='at most this loss of accuracy, guaranteed')
     stop.add_argument('--confidence', type=float, metavar='C', help='the first exit with this confidence')
     stop.add_argument('--budget', metavar='MACS', help='for each image: the deepest exit within it')
     parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='of --max-loss')

@@ -19,7 +19,7 @@ from ray.data import DataContext, from_items
 from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..stopping.config import FILE_NAME, ExitConfig
 from ..stopping.policy import ExitPolicy
 from .batch_loop import Answers, Segment, segments_of
@@ -49,7 +49,7 @@ def connected() -> Iterator[int]:
                  logging_level=logging.ERROR)
     except Exception as error:  # a plain one if it starts too slowly
         where = 'cannot be started' if address == 'local' else f'at RAY_ADDRESS={address} cannot be reached'
-        raise InputError(f'Ray {where} ({str(error).strip().splitlines()[0]}): try again, or without --ray') from error
+        raise InputError(f'Ray {where} ({first_line(error)}): try again, or without --ray') from error
     finally:
         signal.signal(signal.SIGTERM, before)  # it takes the signal for itself
     try:

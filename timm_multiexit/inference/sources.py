@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Protocol, Se
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .images import SUFFIXES, is_hidden, walk_images
 
 _ROWS = 16  # of a Parquet file that are read at once
@@ -122,7 +122,7 @@ class Table:
             with pq.ParquetFile(place) as file:
                 schema, images = file.schema_arrow, file.metadata.num_rows
         except pa.ArrowException as error:
-            raise InputError(f"'{place}' is not a Parquet file ({str(error).splitlines()[0]}): give another") from error
+            raise InputError(f"'{place}' is not a Parquet file ({first_line(error)}): give another") from error
         kind = schema.field('image').type if 'image' in schema.names else None
         if kind is not None and pa.types.is_struct(kind):
             fields = {kind.field(k).name: kind.field(k).type for k in range(kind.num_fields)}
@@ -148,7 +148,7 @@ class Table:
                     try:
                         values = next(batches).to_pylist()
                     except (pa.ArrowException, OSError) as error:
-                        reason = InputError(f'the row cannot be read ({str(error).splitlines()[0]}): write it again')
+                        reason = InputError(f'the row cannot be read ({first_line(error)}): write it again')
                         values = [dict(image=reason)] * (end - row)
                     for value in values:
                         yield None if row < skip else self._item(row, **value)

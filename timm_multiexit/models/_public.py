@@ -20,10 +20,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: torch.nn.Module) -> 
         return state
     given = {k: v for group in _GROUPS for k, v in state.items()
              if k.startswith(group) and not k.endswith('num_batches_tracked')}
+    public = any(k.startswith('classifier.') for k in given) and any(v.ndim == 4 for v in given.values())
     kind = 'RANet' if 'FirstLayer.' in ''.join(given) else 'MSDNet'
     name = type(model).__name__
-    if not given or kind != name:
-        what = f'are of the public {kind}' if given else f"have keys like '{next(iter(state), '')}'"
+    if not public or kind != name:
+        what = f'are of the public {kind}' if public else f"have keys like '{next(iter(state), '')}'"
         raise InputError(f'the weights {what}: {name} reads its own and those of its public code')
     own = {k: v for k, v in model.state_dict().items() if not k.endswith('num_batches_tracked')}
     names = [k for k in own if k.startswith('stages.')]

@@ -28,7 +28,7 @@ def find_taps(model: nn.Module, whole: Trace, at: Union[int, Sequence[str]]) -> 
     """
     place = {node: i for i, node in enumerate(whole.nodes)}
     if not isinstance(at, int):
-        return sorted(_named(model, whole, [at] if isinstance(at, str) else list(at)),
+        return sorted(_named(model, whole, place, [at] if isinstance(at, str) else list(at)),
                       key=lambda name: place[whole.outputs[name]])
     places = _places(model, whole, place)
     if isinstance(at, bool) or not 1 <= at <= len(places):
@@ -70,8 +70,7 @@ def _places(model: nn.Module, whole: Trace, place: Dict[fx.Node, int]) -> List[s
     return [names[node] for node in sorted(best if len(best) > 3 else names, key=place.__getitem__)]
 
 
-def _named(model: nn.Module, whole: Trace, names: Sequence[str]) -> List[str]:
-    place = {node: i for i, node in enumerate(whole.nodes)}
+def _named(model: nn.Module, whole: Trace, place: Dict[fx.Node, int], names: Sequence[str]) -> List[str]:
     modules = dict(model.named_modules())
     seen = {}
     if not names:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 BATCHES = (2, 3)  # two sizes tell what depends on the batch from what does not
 
@@ -153,7 +153,6 @@ def trace(root: Root, image_size: Tuple[int, int, int]) -> Tuple[Trace, Trace]:
     """
     modes = {module: module.training for module in root.modules()}
     traces: List[Trace] = []
-    tracer = _Tracer(root.backbone)
     try:
         for training in (False, True):
             tracer = _Tracer(root.backbone)
@@ -172,7 +171,7 @@ def trace(root: Root, image_size: Tuple[int, int, int]) -> Tuple[Trace, Trace]:
                        for name, made in tracer.outputs.items()}
             traces.append(Trace(list(graph.nodes), outputs, shapes, macs))
     except Exception as error:  # whatever the model's own code raises on a proxy or a size
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(
             f'{type(root.backbone).__name__} cannot be cut into stages for images of size {tuple(image_size)}, in '
             f'{tracer.last or "forward"} ({reason}): choose another backbone or image size') from error

@@ -177,6 +177,7 @@ class MultiExitBackbone(MultiExitNet):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
+        """As timm's, but once only: the modules that it removes would be needed to cut the network anew."""
         _, last = feature_take_indices(len(self.stages), indices)
         self._cut_anew(last + 1)
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
@@ -304,9 +305,8 @@ def _delete_unused(model: nn.Module, used: Set[str]) -> None:
             setattr(model.get_submodule(parent), child, None)
 
 
-def _has_weights(cfg: Any) -> bool:
-    values = cfg if isinstance(cfg, dict) else vars(cfg) if cfg is not None else {}
-    return any(values.get(name) for name in _SOURCES)
+def _values(cfg: Any) -> Dict[str, Any]:
+    return cfg if isinstance(cfg, dict) else {} if cfg is None else vars(cfg)
 
 
 default_cfgs = generate_default_cfgs({
@@ -333,11 +333,14 @@ def multiexit(
         near = difflib.get_close_matches(backbone.partition('.')[0], timm.models.list_models(), n=1)
         raise InputError(f"unknown backbone '{backbone}': "
                          + (f'did you mean {near[0]}?' if near else 'choose one of timm.list_models()'))
-    stored = _has_weights(pretrained_cfg) or _has_weights(pretrained_cfg_overlay)
+    if isinstance(pretrained_cfg, str):
+        raise InputError(f"multiexit has no tag '{pretrained_cfg}': leave it out")
+    values = {**_values(pretrained_cfg), **(pretrained_cfg_overlay or {})}
+    stored = any(values.get(name) for name in _SOURCES)
     features = {name: kwargs.pop(name) for name in ('features_only', 'out_indices', 'feature_cls') if name in kwargs}
-    if stored:  # the backbone's weights are among the network's: nothing is fetched for it
-        values = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
+    if stored and values.get('num_classes'):
         kwargs.setdefault('num_classes', values['num_classes'])
+    # Where weights are stored, the backbone's are among them: nothing is fetched for it.
     model = timm.create_model(backbone, pretrained=pretrained and not stored, **kwargs)
     net = MultiExitBackbone(model, at, head)
     cfg = pretrained_cfg if stored else net.pretrained_cfg

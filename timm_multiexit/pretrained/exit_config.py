@@ -3,7 +3,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Dict, List, Union
 
-from ..errors import InputError, MissingFileError
+from ..errors import MissingFileError
 from ..files import read_yaml
 from ..models import MultiExitNet
 from ..models._pretrained import WEIGHTS_DIR
@@ -22,7 +22,8 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
         checkpoint: File with weights that replace the named ones; the config is read from the same folder.
 
     Raises:
-        InputError: unknown name, or no config is stored with these weights.
+        MissingFileError: no config is stored with these weights.
+        InputError: unknown name, or a config that cannot be fetched or read.
     """
     if name.endswith('.json'):
         return ExitConfig.load(name)
@@ -32,12 +33,12 @@ def load_exit_config(name: str, checkpoint: Union[str, Path] = '') -> ExitConfig
         path = stored_path(name, FILE_NAME, checkpoint)
         stored_path(name, SCORES_NAME, checkpoint)  # fetched, to lie beside it
     except MissingFileError:
-        raise InputError(f"'{name}' holds no {FILE_NAME} and {SCORES_NAME}: {CALIBRATE_HINT}") from None
+        raise MissingFileError(f"'{name}' holds no {FILE_NAME} and {SCORES_NAME}: {CALIBRATE_HINT}") from None
     if not path.is_file() and (checkpoint or ':' in name):
-        raise InputError(f"there is no {FILE_NAME} beside '{checkpoint or name}': {CALIBRATE_HINT}")
+        raise MissingFileError(f"there is no {FILE_NAME} beside '{checkpoint or name}': {CALIBRATE_HINT}")
     if not path.is_file():
         others = ', '.join(list_stored())
-        raise InputError(
+        raise MissingFileError(
             f"no exit config is stored for '{path.parent.name}': {CALIBRATE_HINT}"
             + (f', or choose one of {others}' if others else ''))
     return ExitConfig.load(path)

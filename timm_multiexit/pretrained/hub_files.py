@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session
 from timm.models._hub import download_from_hf, hf_split  # private: they alone know timm's 'ORG/NAME@REVISION'
 
-from ..errors import InputError, MissingFileError
+from ..errors import InputError, MissingFileError, first_line
 from ..files import sha256
 
 EXAMPLES_FILE, SPRITE_FILE = 'examples.json', 'images.png'  # images that the app shows
@@ -77,11 +77,6 @@ def explain(error: BaseException) -> str:
 def _lacks_file(error: BaseException) -> bool:
     """Whether the repository was reached but lacks the file; huggingface_hub 1.0 added a class for it."""
     return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, its class if there is none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _silence(place: str, filename: str) -> str:

@@ -10,10 +10,10 @@ from timm.models import load_state_dict
 from timm.models._hub import load_model_config_from_path  # private: timm exports only its twin for the Hub
 
 from ..datasets import DATASETS, find_dataset
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models import MultiExitNet
 from .exit_config import load_recipe
-from .hub_files import CONFIG_FILE, WEIGHTS_FILE, first_line, hub_file
+from .hub_files import CONFIG_FILE, WEIGHTS_FILE, hub_file
 from .names import LOAD_ERRORS, check_name, list_networks, require_weights
 from .record import TrainingData, describe, find_weights, read_config, read_training_data
 
@@ -106,7 +106,7 @@ def load_teacher(
     try:
         teacher = load_model(name, checkpoint, classes, **kwargs) if own else timm.create_model(
             name, pretrained=not checkpoint, checkpoint_path=checkpoint, num_classes=classes, **kwargs)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
+    except LOAD_ERRORS as error:
         raise InputError(
             f"the teacher '{name}' cannot be loaded ({first_line(error)}): choose one of timm's networks") from error
     try:

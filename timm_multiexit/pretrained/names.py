@@ -9,9 +9,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from timm.models._hub import load_model_config_from_path  # private: timm exports only its twin for the Hub
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models import MultiExitNet
-from .hub_files import CONFIG_FILE, first_line, hub_file
+from .hub_files import CONFIG_FILE, hub_file
 
 # What timm, torch and the Hub's client raise on a config or weights that are missing, damaged or do not fit.
 LOAD_ERRORS = (

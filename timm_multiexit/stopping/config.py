@@ -334,7 +334,9 @@ class ExitConfig:
 
     def save(self, path: Union[str, Path]) -> None:
         """Writes JSON, and the scores beside it."""
-        if self.scores is not None:
+        if self.scores is None:
+            scores_path(path).unlink(missing_ok=True)
+        else:
             self.scores.save(scores_path(path), self.weights, self.temperatures)
         write_json(path, self.to_dict())
 

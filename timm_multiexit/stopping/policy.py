@@ -16,7 +16,7 @@ from ..files import read_json, write_json
 
 MEASURES = ('max_softmax', 'entropy', 'margin')
 
-CALIBRATE_HINT = 'create one with timm-multiexit calibrate'
+CALIBRATE_HINT = 'run timm-multiexit calibrate --checkpoint WEIGHTS --data-dir DIR'
 
 # A threshold that no score reaches, so that no image leaves, and one that every score does. JSON has no infinity.
 NEVER = 1e9

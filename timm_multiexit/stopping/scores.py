@@ -6,7 +6,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import written_beside
 from .policy import CALIBRATE_HINT, as_array, leaves, probability
 from .policy import scores as score_of
@@ -179,7 +179,7 @@ class ExitScores:
                     or arrays['certification'].shape != (images,) or not np.isfinite(arrays['scores']).all()):
                 raise ValueError('shapes that do not fit together, or scores that are not finite')
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+            reason = getattr(error, 'strerror', None) or first_line(error)
             raise InputError(f"scores '{path}' cannot be read ({reason}): {CALIBRATE_HINT}") from error
         arrays['certification'] = arrays['certification'].astype(bool)
         return cls(**arrays), dict(header.get('__metadata__', {}))

@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models import densenet_mc, ranet
 
 _FLAGS = '-O3 -std=c++20 -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16'.split()
@@ -34,9 +34,8 @@ def _kernels() -> Any:
     try:
         return load('timm_multiexit_cpu_kernels', [str(source)], extra_cflags=_FLAGS)
     except (OSError, RuntimeError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f'the CPU kernels cannot be compiled ({reason}): install a C++ compiler and ninja, or omit '
-                         '--cpu-kernels') from error
+        raise InputError(f'the CPU kernels cannot be compiled ({first_line(error)}): install a C++ compiler and ninja, '
+                         'or omit --cpu-kernels') from error
 
 
 # Inputs in autocast's type, and autocast off in the forward pass.
@@ -151,9 +150,12 @@ class _NarrowConv(torch.autograd.Function):
         rows, flipped = ctx.saved_tensors
         # Dense first: gathering a slice of many channels reads a cache line for each value.
         gradient = _kernels().gather(gradient.contiguous(memory_format=torch.channels_last))
-        grad_x = _map(torch.mm(gradient, flipped), ctx.shape)
-        grad_weight = torch.mm(gradient.t(), rows).view(3, 3, -1, rows.shape[1])
-        return grad_x, grad_weight.permute(2, 3, 0, 1).flip(2, 3)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _map(torch.mm(gradient, flipped), ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.mm(gradient.t(), rows).view(3, 3, -1, rows.shape[1]).permute(2, 3, 0, 1).flip(2, 3)
+        return grad_x, grad_weight
 
 
 class _Resize(torch.autograd.Function):
@@ -207,7 +209,7 @@ class _FastConv(nn.Conv2d):
 class _FastDenseLayer(densenet_mc.DenseLayer):
     def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
         norm, x = self.conv.norm, state[-1]
-        if not (_fast(self) and isinstance(norm, _FastNormAct) and norm.supports(x)):
+        if not (isinstance(norm, _FastNormAct) and norm.supports(x)):
             return super().forward(state)
         x, y = norm.with_input(x)
         return [_Concatenation.apply(x, _NarrowConv.apply(y, self.conv.conv.weight))]

@@ -34,7 +34,7 @@ def open_data(args: argparse.Namespace) -> Splits:
                      f'{splits.test.title}')
     classes = count_classes(splits)
     if args.num_classes is not None and args.num_classes < classes:
-        raise InputError(f'--num-classes {args.num_classes}: the data set has {classes}, leave it out')
+        raise InputError(f'--num-classes {args.num_classes}: the data set has {classes}: omit it')
     return splits
 
 

@@ -50,7 +50,7 @@ def parse_train_args(description: str, argv: Optional[Sequence[str]] = None) -> 
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of all options but `--config`, which `parse_train_args` reads first."""
+    """The parser of all options; `parse_train_args` reads `--config` first."""
     parser = Parser(description=description, epilog=HINT)
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file with defaults for the options')
     _add_data_options(parser)
@@ -60,6 +60,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_augmentation_options(parser)
     _add_machine_options(parser)
     _add_run_options(parser)
+    for action in parser._actions:
+        tells = action.default is not False and action.default not in (None, '', [], {}, argparse.SUPPRESS)
+        if tells and 'default' not in (action.help or ''):
+            action.help = f'{action.help or ""} (default: %(default)s)'.strip()
     return parser
 
 

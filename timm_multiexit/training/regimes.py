@@ -46,7 +46,7 @@ def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
         if not knows:
             raise InputError(
                 f'--regime heads keeps the backbone, and this one does not know the {model.num_classes} classes: use '
-                '--regime mixed, or give its weights for them, by --backbone-checkpoint or backbone=local-dir:DIR')
+                '--regime mixed, or give its weights for them, with --backbone-checkpoint or backbone=local-dir:DIR')
         args.freeze = sorted({*args.freeze, 'backbone'})
         args.exit_weights = args.exit_weights or [1.] * (model.num_exits - 1) + [0.]
     if args.regime == 'mixed':

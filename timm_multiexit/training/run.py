@@ -11,7 +11,7 @@ from timm.utils import setup_default_logging
 from timm.utils.distributed import world_info_from_env
 
 from ..commands import Interruptions
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import held
 from .run_folder import LAST_NAME, RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
 from .throughput import print_throughput
@@ -34,7 +34,9 @@ def train(args: argparse.Namespace) -> None:
     """
     setup_default_logging()
     if args.benchmark:
-        print_throughput(Trainer(args), args.benchmark)
+        trainer = Trainer(args)
+        trainer.distribute()
+        print_throughput(trainer, args.benchmark)
         return
     path = Path(args.output) / args.experiment
     first = world_info_from_env()[1] == 0  # it alone writes
@@ -96,5 +98,5 @@ def _resume(trainer: Trainer, checkpoint: str) -> None:
         if trainer.task.has_ema():
             load_task_ema_checkpoint(trainer.task, checkpoint)
     except (RuntimeError, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot resume from '{checkpoint}' ({reason}): is it this run's checkpoint?") from error
+        raise InputError(
+            f"cannot resume from '{checkpoint}' ({first_line(error)}): is it this run's checkpoint?") from error

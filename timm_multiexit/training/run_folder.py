@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save
 from timm.utils import CheckpointSaver, unwrap_model
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import sha256, write_csv, write_json, written_beside
 from ..pretrained.hub_files import CONFIG_FILE, WEIGHTS_FILE
 from ..pretrained.load import stored_checkpoint
@@ -71,8 +71,8 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         checkpoint = stored_checkpoint(path, mmap=True)
         checkpoint['epoch'], checkpoint['args'].run_id, checkpoint['saver']
     except Exception as error:  # whatever a damaged or foreign file makes torch raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot resume from '{path}' ({reason}): give a checkpoint of train_timm.py") from error
+        raise InputError(
+            f"cannot resume from '{path}' ({first_line(error)}): give a checkpoint of train_timm.py") from error
     return checkpoint
 
 
@@ -91,7 +91,7 @@ def changed_options(checkpoint: Dict[str, Any], args: argparse.Namespace) -> Dic
             raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)} does not fit the run to resume, which '
                              f'has {changed[name]}: keep that, or start another --experiment')
     if args.epochs <= checkpoint['epoch'] and 'epochs' in changed:
-        raise InputError(f"--epochs {args.epochs}: the run to resume has done {checkpoint['epoch'] + 1}")
+        raise InputError(f"--epochs {args.epochs}: the run to resume has done {checkpoint['epoch'] + 1}: ask for more")
     return changed
 
 
@@ -164,7 +164,8 @@ class RunFolder:
                 self.saver._duplicate(checkpoint, path / LAST_NAME)
             self.saver.load_state_dict_from_checkpoint(checkpoint)
         self.summary = path / SUMMARY_NAME
-        self.rows = [row for row in read_rows(self.summary) if int(row['epoch']) < start_epoch]
+        logged = Path(checkpoint).parent / SUMMARY_NAME if checkpoint else self.summary
+        self.rows = [row for row in read_rows(logged) if int(row['epoch']) < start_epoch]
         write_csv(self.summary, self.rows)
         for row in self.rows:
             if row['eval_top1_mean']:

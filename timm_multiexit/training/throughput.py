@@ -24,6 +24,8 @@ def print_throughput(trainer: Trainer, steps: int) -> None:
         trainer.scheduler.step_update(1)
 
     times = take_turns(dict(bare=lambda: trainer.step(*fixed), real=real), steps, trainer.device, 'throughput')
+    if trainer.args.rank:
+        return
     images = len(fixed[0]) * trainer.args.world_size
     bare, looped = (images / statistics.median(seconds) for seconds in times.values())
     print(f'bare step on one fixed batch: {bare:.1f} images/s')

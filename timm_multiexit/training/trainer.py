@@ -15,11 +15,10 @@ from timm.utils import AverageMeter, NativeScaler, distribute_bn, init_distribut
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
 from ..models._fold import fold_batch_norm
-from ..pretrained.hub_files import first_line
 from ..pretrained.load import load_mean, load_teacher
 from ..pretrained.names import require_weights
 from ..pretrained.record import config_of
