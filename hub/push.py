@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.name and (len(args.models) != 1 or not Path(args.models[0]).is_dir()):
         parser.error('--name needs exactly one MODEL, a folder; networks of the package keep their names')
-    if args.with_images and not all(Path(model).is_dir() for model in args.models or ['']):
+    if args.with_images and not (args.models and all(Path(model).is_dir() for model in args.models)):
         parser.error('--with-images needs MODEL to be a folder: the app has images for the networks of the package')
     return args
 

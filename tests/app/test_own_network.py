@@ -24,8 +24,6 @@ import choose_examples  # noqa: E402
 import handlers  # noqa: E402
 import served  # noqa: E402
 
-import app  # noqa: E402
-
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -43,8 +41,8 @@ def test_own_images_and_names(tmp_path, monkeypatch, capsys, channels, save, suf
     write_json(folder / 'config.json', config_of(model))
     save_file(model.state_dict(), folder / 'model.safetensors')
     name = f'local-dir:{folder}'
-    assert app.main(['--model', name]) == 2  # it does not open with an error
-    assert f'choose_examples.py {name} --data-dir DIR' in capsys.readouterr().err
+    assert served.available_networks(name)[0] == name
+    assert handlers.run_example(name, 0).true_class is None  # the package's, until some are chosen
     handlers.stored_for.cache_clear()
     served._loaded.clear()
 

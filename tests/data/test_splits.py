@@ -141,7 +141,7 @@ def test_only_test_images(tmp_path):
     ({'train': 5, 'val': 2, 'validation': 2}, {}, 'both validation/ and val/: keep one'),
     ({'train': 5, 'test': 2}, {'classes': ('bag', 'dog 2')}, "not trained on, 'dog 10', 'Äpfel'"),
     ({'train': 5, 'test': 2}, {'development': 21}, 'hold out 21 and 0 of the 20 images of train/: hold out fewer'),
-    ({'train': 5, 'val': 2, 'test': 2}, {'development': 3}, '--validation-images 3: val/ holds the images for choices'),
+    ({'train': 5, 'val': 2, 'test': 2}, {'development': 3}, '--validation-images 3: val/ is held out already'),
     ({}, {}, 'holds no images in class folders'),
 ])
 def test_what_cannot_be_right_is_refused(tmp_path, counts, kwargs, words):
