@@ -255,7 +255,7 @@ def test_the_samples_stand_in_for_missing_examples(monkeypatch):
     assets = examples.load_assets('net.nothing', ('cat', 'ship'))
     assert {e.true_class for e in assets.examples} == {'cat', 'ship', None} and assets.gallery == ()
     monkeypatch.setattr(handlers, 'stored_for', lambda name: (network, assets, None))
-    network = handlers.get_network('msfuse_cifar_budgeted')
+    network = handlers.get_network('msfuse_cifar_budgeted.cifar10')
     cards = handlers.cards('net.nothing', 0)
     for position, example in enumerate(assets.examples):
         assert handlers.run_example('net.nothing', position).true_class == example.true_class
