@@ -194,7 +194,7 @@ def check_sent(source: Union[str, Path, BinaryIO]) -> None:
         with Image.open(source, formats=SENT_FORMATS) as image:
             pixels, format = image.width * image.height, image.format
     except Exception:  # Pillow raises many types for what is not an image
-        raise InputError(f"not an image in a supported format: send {', '.join(SENT_FORMATS)}") from None
+        raise InputError(f"this is not an image in a supported format: send {', '.join(SENT_FORMATS)}") from None
     # JPEG is decoded at a fraction of its size.
     limit = 4 * SENT_PIXELS if format in ('JPEG', 'MPO') else SENT_PIXELS
     if pixels > limit:
