@@ -160,6 +160,16 @@ Tensor concatenate(const std::vector<Tensor>& maps) {
   return map;
 }
 
+namespace {
+
+// Folded rows of a map. A slice of many channels is read once only, to lay its few end to end.
+Rows folded_rows(const Tensor& given, int64_t fold) {
+  const Rows rows(given);
+  return (fold == 1 || rows.stride == rows.channels ? rows : Rows(concatenate({given}))).folded(fold);
+}
+
+}  // namespace
+
 // BN with the batch's own statistics, then ReLU; moves the running statistics. Returns y, mean, 1 / deviation.
 std::vector<Tensor> norm_relu_forward(
     const Tensor& x, const Tensor& weight, const Tensor& bias, Tensor running_mean, Tensor running_var, double momentum,
@@ -208,9 +218,8 @@ std::vector<Tensor> norm_relu_backward(
     const Tensor& inverse, const std::optional<Tensor>& rest) {
   const Rows rows(x);
   const int64_t n = rows.count, channels = rows.channels, fold = rows.fold();
-  // A slice of many channels is read once only, to lay its few end to end.
-  const Rows in = rows.folded(fold), grad = fold > 1 ? Rows(concatenate({gradient})).folded(fold) : Rows(gradient);
-  const Rows other = !rest ? grad : fold > 1 ? Rows(concatenate({*rest})).folded(fold) : Rows(*rest);
+  const Rows in = rows.folded(fold), grad = folded_rows(gradient, fold);
+  const Rows other = rest ? folded_rows(*rest, fold) : grad;
   const float *m = mean.data_ptr<float>(), *i = inverse.data_ptr<float>();
   const Affine f(channels, fold, weight.data_ptr<float>(), bias.data_ptr<float>(), m, i);
   const Sums sums = sum_rows(in, fold, [&](int64_t r, int64_t stop, int64_t c, __mmask16 mask, __m512* a, __m512* b) {
