@@ -43,9 +43,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--revision', default=None, metavar='R', help='branch, created if missing (default: main)')
     parser.add_argument('--private', action='store_true', help='create repositories as private')
     args = parser.parse_args(argv)
-    if args.name and (len(args.models) != 1 or not Path(args.models[0]).is_dir()):
+    folders = [Path(model).is_dir() for model in args.models]
+    if args.name and folders != [True]:
         parser.error('--name needs exactly one MODEL, a folder; networks of the package keep their names')
-    if args.with_images and not (args.models and all(Path(model).is_dir() for model in args.models)):
+    if args.with_images and not (folders and all(folders)):
         parser.error('--with-images needs MODEL to be a folder: the app has images for the networks of the package')
     return args
 
