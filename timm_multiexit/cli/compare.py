@@ -145,7 +145,7 @@ def print_comparison(entries: Sequence[Entry]) -> None:
     for other in entries[1:]:
         rows = saved(entries[0], other)
         if not rows:
-            print(f'the accuracies of {entries[0].name} and {other.name} do not overlap\n')
+            print(f'{entries[0].name} and {other.name} reach no accuracy, in steps of 0.5 %, in common\n')
             continue
         print(f'average MACs for the same accuracy: {entries[0].name} against {other.name}')
         for row in rows[-6:]:
