@@ -178,6 +178,15 @@ def test_copies_pickles_and_torchscript():
     assert torch.equal(net(x), expected[-1]) and twin.forward_exits(x)[0].abs().max() == 0
 
 
+@torch.no_grad()
+def test_normalised_features_of_the_own_head_are_a_map():
+    model, size = lively('vit_tiny_patch16_224', (3, 64, 64), **SMALL_VIT)
+    net = add_exits(model)
+    tokens, maps = net.forward_intermediates(photos(2, size), norm=True)
+    patches = tokens[:, model.num_prefix_tokens:]
+    assert torch.equal(maps[-1], patches.transpose(1, 2).reshape(maps[0].shape))
+
+
 @pytest.mark.parametrize('name, kwargs', [('resnet18', {}), ('vit_tiny_patch16_224', SMALL_VIT)])
 @torch.no_grad()
 def test_pruning_ends_the_network_at_an_exit(name, kwargs):

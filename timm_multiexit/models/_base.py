@@ -324,9 +324,9 @@ class MultiExitNet(nn.Module):
         for i, stage in enumerate(stages):
             state = stage(state)
             if i in take_indices:
-                convs = norm and i == last_index
-                intermediates.append(
-                    self.exits[i].forward_features(state[-1]) if convs else self.feature_map(i, state[-1]))
+                features = self.exits[i].forward_features(state[-1]) if norm and i == last_index else state[-1]
+                # A backbone's own head has no convolutions: it returns what it was given.
+                intermediates.append(self.feature_map(i, features) if features is state[-1] else features)
         if intermediates_only:
             return intermediates
         return self.exits[len(stages) - 1].forward_features(state[-1]), intermediates

@@ -37,6 +37,7 @@ def train(args: argparse.Namespace) -> None:
         trainer = Trainer(args)
         trainer.distribute()
         print_throughput(trainer, args.benchmark)
+        _leave(args)
         return
     path = Path(args.output) / args.experiment
     first = world_info_from_env()[1] == 0  # it alone writes
@@ -86,6 +87,10 @@ def _train(args: argparse.Namespace, path: Path, interruptions: Interruptions) -
             folder.end_update_bn(eval_metrics)
     if folder:
         folder.export()
+    _leave(args)
+
+
+def _leave(args: argparse.Namespace) -> None:
     if args.distributed:  # a process group that outlives the interpreter can abort it
         torch.distributed.destroy_process_group()
 
