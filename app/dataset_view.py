@@ -24,8 +24,14 @@ def accuracy_range(curve: Curve, *others: Curve) -> Tuple[float, float]:
     return float(math.floor(low - margin)), float(math.ceil(high + margin))
 
 
+def round_step(rough: float) -> float:
+    """The smallest step of at least `rough` among 1, 2 and 5 times the powers of ten."""
+    magnitude = 10. ** math.floor(math.log10(rough)) if rough > 0. else 0.1
+    return next(magnitude * s for s in (1, 2, 5, 10) if magnitude * s >= rough)
+
+
 def _ticks(low: float, high: float, count: int = 4) -> List[float]:
-    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50) if s >= (high - low) / count or s == 50)
+    step = round_step((high - low) / count)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 

@@ -62,7 +62,7 @@ def other_curves(name: str) -> Dict[str, Curve]:
             continue
         try:
             config = load_exit_config(other)
-        except InputError:  # none is stored
+        except InputError:  # none is stored, or its own page tells what is wrong
             continue
         if config.class_names == network.config.class_names:
             theirs = load_curve(other, config)
@@ -78,9 +78,7 @@ def slider_range(macs: Tuple[int, ...]) -> Tuple[float, float, float]:
     (15.5, 64.5, 0.5)
     """
     low, high = macs[0] / MEGA, macs[-1] / MEGA
-    rough = (high - low) / 100
-    magnitude = 10. ** math.floor(math.log10(rough)) if rough > 0. else 0.1
-    step = next(magnitude * s for s in (1, 2, 5, 10) if magnitude * s >= rough)
+    step = dataset_view.round_step((high - low) / 100)
     return tuple(round(v, 6) for v in (math.ceil(low / step) * step, math.ceil(high / step) * step, step))
 
 
@@ -144,10 +142,15 @@ def choose_example(name: str, answered: int, event: gr.EventData):
 
 
 @clear_errors
-def choose_file(name: str, path: Optional[str]):
-    if path is None:
+def choose_file(name: str, path: Optional[str]) -> Optional[ExitOutputs]:
+    return None if path is None else run_file(name, path)
+
+
+def accept_file(name: str, outputs: Optional[ExitOutputs]):
+    """A file's outputs, without a card chosen; nothing if another network was chosen while it ran."""
+    if outputs is None or outputs.network != name:
         return gr.skip(), gr.skip()
-    return run_file(name, path), cards(name, None)
+    return outputs, cards(name, None)
 
 
 def switch_mode(mode: str):
@@ -194,7 +197,8 @@ def reliability(name: str, calibrated: bool) -> str:
 
 
 @clear_errors
-def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Optional[float] = None):
+def open_network(
+        name: str, position: int = 0, mode: str = BY_BUDGET, limit: Optional[float] = None, calibrated: bool = True):
     """All components for a network with one of its examples: one value per output."""
     network, assets, curve = stored_for(name)
     macs = network.costs.macs
@@ -207,22 +211,22 @@ def open_network(name: str, position: int = 0, mode: str = BY_BUDGET, limit: Opt
     time = limit if mode == BY_TIME and limit is not None else round((first + last) / 2, 2)
     outputs = run_example(name, position)
     ruler = image_view.ruler(macs, low * MEGA, high * MEGA)
-    page, _ = data_page(name, BY_BUDGET, middle, None)
+    page, status = data_page(name, BY_BUDGET, middle, None)
     return (
         name, outputs, cards(name, position), mode,
         gr.update(minimum=low, maximum=high, step=step, value=min(max(budget, low), high), visible=mode == BY_BUDGET),
         gr.update(value=ruler, visible=mode == BY_BUDGET),
         gr.update(minimum=first, maximum=last, value=min(max(time, first), last), visible=mode == BY_TIME),
-        gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
+        gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE), calibrated,
         gr.update(value=BY_BUDGET, visible=may_promise(network)),
-        gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None), ruler,
-        gr.update(visible=False),
-        page, dataset_view.sprite_style(assets), reliability(name, True),
+        gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None),
+        gr.update(value=ruler, visible=curve is not None), gr.update(visible=False),
+        page, status, dataset_view.sprite_style(assets), reliability(name, True),
         gr.update(value=True, visible=bool(assets.reliability)), None)
 
 
 def open_page(names: List[str], query: Dict[str, str]):
-    """The page in the state of a link: ?network=...&image=3&stop=budget&at=30 (each part is optional)."""
+    """The page in the state of a link: ?network=...&image=3&stop=budget&at=30&raw=1 (each part is optional)."""
     name = query.get('network') if query.get('network') in names else names[0]
     position = parse_position(query.get('image'), len(stored_for(name)[1].examples))
     mode = query['stop'] if query.get('stop') in (BY_TIME, BY_CONFIDENCE) else BY_BUDGET
@@ -230,7 +234,8 @@ def open_page(names: List[str], query: Dict[str, str]):
         limit = float(query['at'])
     except (KeyError, ValueError):
         limit = None
-    return open_network(name, position, mode, limit if limit is not None and math.isfinite(limit) else None)
+    limit = limit if limit is not None and math.isfinite(limit) else None
+    return open_network(name, position, mode, limit, 'raw' not in query)
 
 
 # The API

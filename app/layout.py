@@ -66,6 +66,7 @@ def build_page(names: List[str]) -> gr.Blocks:
     hour = 3600  # uploads older than that are deleted
     with gr.Blocks(title='See a network make up its mind', delete_cache=(hour, hour)) as page:
         outputs = gr.State()
+        sent = gr.State()  # outputs of the visitor's own image
         choices = gr.State(0)  # number of the card choice that was answered last
         with gr.Row(elem_classes='mx-top'):
             with gr.Column(scale=3, min_width=320):
@@ -119,8 +120,8 @@ def build_page(names: List[str]) -> gr.Blocks:
 
         controls = [outputs, mode, budget, time, confidence, calibrated]
         everything = [
-            network, outputs, cards, mode, budget, ruler, time, confidence, data_mode, average,
-            average_ruler, loss, data_view, sprite, diagrams, scaled, image]
+            network, outputs, cards, mode, budget, ruler, time, confidence, calibrated, data_mode, average,
+            average_ruler, loss, data_view, data_status, sprite, diagrams, scaled, image]
         quiet = dict(show_progress='hidden', api_visibility='private')
         refresh = dict(fn=handlers.update_view, inputs=controls, outputs=[view, status], **again)
 
@@ -136,8 +137,8 @@ def build_page(names: List[str]) -> gr.Blocks:
             handlers.choose_example, [network, choices], [outputs, choices], trigger_mode='multiple',
             **quiet).success(**refresh)
         image.input(
-            handlers.choose_file, [network, image], [outputs, cards], trigger_mode='always_last',
-            **quiet).success(**refresh)
+            handlers.choose_file, [network, image], sent, trigger_mode='always_last', **quiet).success(
+                handlers.accept_file, [network, sent], [outputs, cards], **again).success(**refresh)
         mode.input(handlers.switch_mode, mode, [budget, ruler, time, confidence], **again)
         for control in (mode, budget, time, confidence, calibrated):
             control.input(**refresh)

@@ -76,7 +76,7 @@ def push(args: argparse.Namespace, api: HfApi, folder: Path, note: str, network:
     """
     if note:
         print(f'push.py: note: {note}', file=sys.stderr)
-    check_private(folder)
+    check_private(folder, args.org)
     target = Target(f'{args.org}/{folder.name}', 'model' if network else 'space', args.revision, args.private)
     if args.dry_run:
         show_plan(api, target, folder)
@@ -100,6 +100,9 @@ def run(argv: Sequence[str]) -> None:
         raise InputError('this package holds no weights: name a folder')
     # Read all before uploading the first, so that an error in the last publishes nothing.
     networks = [read_network(name, args.name) for name in names]
+    called = [network.name for network in networks]
+    if twice := [name for i, name in enumerate(called) if name in called[:i]]:
+        raise InputError(f"two networks are called '{twice[0]}': push them one at a time, with --name")
     api = HfApi(library_name='timm-multiexit', library_version=__version__)
     for network in networks:
         with TemporaryDirectory() as scratch:

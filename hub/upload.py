@@ -2,7 +2,7 @@
 import getpass
 import re
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,15 +88,22 @@ def compare(folder: Path, remote: Dict[str, RepoFile]) -> List[Change]:
                       for name in gone]
 
 
-def check_private(folder: Path) -> None:
+def check_private(folder: Path, owner: str = '') -> None:
     """Reads every text that would be sent.
+
+    Args:
+        folder: Holds the files.
+        owner: User or organisation of the repository, whose name is public.
 
     Raises:
         InputError: one names a path, the user or the host of this machine, or holds a token.
     """
     patterns = dict(_PRIVATE)
-    for what, name in (('the user name', getpass.getuser()), ('the host name', socket.gethostname())):
-        if len(name) > 3 and name not in _COMMON:
+    names = [('the host name', socket.gethostname())]
+    with suppress(KeyError, OSError):  # in a container a user may have no name
+        names.append(('the user name', getpass.getuser()))
+    for what, name in names:
+        if len(name) > 3 and name not in (*_COMMON, owner):
             patterns[what] = re.compile(rf'\b{re.escape(name)}\b')
     for path in sorted(path for path in folder.rglob('*') if path.is_file()):
         data = path.read_bytes()

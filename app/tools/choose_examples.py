@@ -24,7 +24,7 @@ from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.inference.preprocess import Preprocessing
 from timm_multiexit.pretrained.exit_config import exit_config_of, list_stored
 from timm_multiexit.pretrained.hub_files import EXAMPLES_FILE, SPRITE_FILE
-from timm_multiexit.pretrained.names import class_labels
+from timm_multiexit.pretrained.names import class_labels, with_default_tag
 from timm_multiexit.pretrained.record import trained_on, training_data
 from timm_multiexit.stopping.policy import confidence
 
@@ -159,7 +159,8 @@ def run(argv: Sequence[str]) -> None:
                              '(default: all with weights and an exit config)')
     parser.add_argument('--data-dir', required=True, metavar='DIR', help='folder of the dataset')
     args = parser.parse_args(argv)
-    for name in args.models or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
+    names = [name if ':' in name else with_default_tag(name) for name in args.models]
+    for name in names or sorted(set(list_networks(pretrained=True)) & set(list_stored())):
         model = load_model(name)
         config = exit_config_of(model, name)
         labels = class_labels(model, config.class_names)

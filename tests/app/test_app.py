@@ -20,6 +20,7 @@ from timm_multiexit.stopping.simulate import simulate
 pytest.importorskip('gradio', reason="the app needs gradio: pip install 'timm-multiexit[app]'")
 
 import choose_examples  # noqa: E402
+import dataset_view  # noqa: E402
 import examples  # noqa: E402
 import gradio as gr  # noqa: E402
 import handlers  # noqa: E402
@@ -180,6 +181,7 @@ def test_links_hold_the_state():
     outputs = make_outputs(example=2)
     assert 'href="?network=net.data&amp;image=3&amp;stop=budget&amp;at=21.5"' in image_view.anytime_view(
         outputs, answer_within_budget(outputs, 21.5e6))
+    assert 'at=0.5&amp;raw=1"' in image_view.anytime_view(outputs, answer_by_confidence(outputs, 0.5, calibrated=False))
     assert 'href=' not in image_view.anytime_view(make_outputs(), answer_within_budget(outputs, 21e6))
 
 
@@ -194,6 +196,17 @@ def test_the_slider_reaches_every_exit(macs):
     low, high, step = handlers.slider_range(macs)
     assert macs[0] <= low * 1e6 < macs[0] + 1.0001e6 * step and macs[1] <= high * 1e6 < macs[1] + 1.0001e6 * step
     assert (high - low) / step <= 101
+
+
+@pytest.mark.parametrize('high', [0.5, 50, 4000])
+def test_an_axis_has_a_few_round_labels(high):
+    ticks = dataset_view._ticks(0.1 * high, high, 5)
+    assert 3 <= len(ticks) <= 6 and all(float(f'{tick:.1g}') == pytest.approx(tick) for tick in ticks)
+
+
+def test_a_file_of_another_network_is_not_shown():
+    outputs = make_outputs()
+    assert handlers.accept_file('other.data', outputs) == (gr.skip(), gr.skip())
 
 
 def test_display_names():
@@ -330,9 +343,9 @@ def test_strangers_send_photos(tmp_path):
     for name, image in {
             'deep.png': Image.new('I;16', (4001, 4000)), 'flat.png': Image.new('1', (4001, 4000)),
             'photo.eps': Image.new('RGB', (8, 8)), 'photo.tiff': Image.new('RGB', (8, 8)),
-            'photo.jpg': Image.new('L', (8001, 8000))}.items():
+            'photo.jpg': Image.new('L', (8001, 8000)), 'strip.png': Image.new('L', (1, 900_000))}.items():
         image.save(tmp_path / name)
-        with pytest.raises(InputError, match='too many|not an image'):
+        with pytest.raises(InputError, match='too many|not an image|long and thin'):
             check_sent(str(tmp_path / name))
     for name in ('photo.jpg', 'photo.png', 'photo.webp', 'photo.gif', 'photo.bmp'):
         Image.new('RGB', (64, 32)).save(tmp_path / name)

@@ -193,6 +193,10 @@ def test_links_and_visitors_apart(server, browser):
         one.get_by_label('Calibrated probabilities').uncheck()
         one.wait_for_timeout(500)
         assert 'image=2' in one.locator('#view .permalink').get_attribute('href')
+        link = one.locator('#view .permalink[href*="raw=1"]').get_attribute('href')
+    with Visit(browser, server.url, link) as page:
+        assert not page.get_by_label('Calibrated probabilities').is_checked()
+        assert page.locator('#view .permalink').get_attribute('href') == link
     with Visit(browser, server.url, '?network=none&image=99&stop=x&at=nan') as page:  # falls back to the defaults
         assert 'image=1' in page.locator('#view .permalink').get_attribute('href')
 

@@ -342,10 +342,12 @@ def test_images_are_not_sent_with_networks_of_the_package(models, tmp_path, caps
 def test_options_are_published_without_paths():
     options = dict(
         lr=0.1, dataset='torch/cifar10', initial_checkpoint=['runs/a/model.safetensors'], kd_checkpoint='b.pt',
+        backbone_checkpoint='clients/c.pt',
         model_kwargs=dict(a=['/home/me/x.pt', 3]), mean='~/y.pt', drive='C:\\me\\z.pt', share='\\\\host\\share\\w.pt',
         model='local-dir:/home/me/net', kd_model_name=['hf-hub:org/net'])
     assert portable(options) == dict(
         lr=0.1, dataset='torch/cifar10', initial_checkpoint=['model.safetensors'], kd_checkpoint='b.pt',
+        backbone_checkpoint='c.pt',
         model_kwargs=dict(a=['x.pt', 3]), mean='y.pt', drive='z.pt', share='w.pt', model='local-dir:net',
         kd_model_name=['hf-hub:org/net'])
 
@@ -363,6 +365,18 @@ def test_a_text_that_tells_about_this_machine_is_not_published(client, server, f
     (tmp_path / 'page.html').write_bytes(b'\xe9\n' + text.encode())  # not UTF-8
     with pytest.raises(InputError, match=f"'page.html', line 2, holds {what}"):
         check_private(tmp_path)
+
+
+def test_the_owner_of_the_repository_may_be_named(tmp_path, monkeypatch):
+    monkeypatch.setattr('getpass.getuser', lambda: 'alice')
+    (tmp_path / 'README.md').write_text('hf-hub:alice/net')
+    check_private(tmp_path, 'alice')
+    with pytest.raises(InputError, match='the user name'):
+        check_private(tmp_path, 'bob')
+
+
+def test_two_networks_of_one_name_are_refused(client, final):
+    client.push(final, final, '--dry-run').refused('push them one at a time, with --name')
 
 
 def test_only_tracked_files_make_the_space(tmp_path):

@@ -142,6 +142,23 @@ def test_the_page_prepares_images_as_python_does(page, tmp_path):
 
 
 @pytest.mark.browser
+def test_an_image_chosen_while_the_network_loads_is_answered_first(page, site):
+    held = []
+    page.route('**/network.onnx', held.append)
+    page.reload(wait_until='commit')
+    page.locator('#samples button').nth(4).click()
+    while not held:
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(200)  # the image is decoded, and waits
+    held[0].continue_()
+    page.locator('#output[data-runs="1"]').wait_for()
+    page.wait_for_timeout(200)
+    assert page.locator('#output').get_attribute('data-label') == 'automobile'
+    for _ in range(2):  # and a file may be chosen again
+        answer_after(page, lambda: page.locator('#file').set_input_files(str(PATHS[0])))
+
+
+@pytest.mark.browser
 def test_a_file_that_is_no_image(page, tmp_path):
     (tmp_path / 'text.png').write_text('no image')
     page.locator('#file').set_input_files(str(tmp_path / 'text.png'))

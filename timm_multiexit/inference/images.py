@@ -188,17 +188,20 @@ def check_sent(source: Union[str, Path, BinaryIO]) -> None:
     """Checks from its first bytes that a stranger's file is a photo that can be decoded cheaply.
 
     Raises:
-        InputError: another format, or too many pixels.
+        InputError: another format, too many pixels, or a strip, which resizing to the network's height would blow up.
     """
     try:
         with Image.open(source, formats=SENT_FORMATS) as image:
-            pixels, format = image.width * image.height, image.format
+            (short, long), format = sorted(image.size), image.format
     except Exception:  # Pillow raises many types for what is not an image
         raise InputError(f"this is not an image in a supported format: send {', '.join(SENT_FORMATS)}") from None
     # JPEG is decoded at a fraction of its size.
     limit = 4 * SENT_PIXELS if format in ('JPEG', 'MPO') else SENT_PIXELS
-    if pixels > limit:
-        raise InputError(f'{pixels / 1e6:.0f} million pixels are too many: shrink the image below {limit / 1e6:.0f}')
+    if short * long > limit:
+        raise InputError(
+            f'{short * long / 1e6:.0f} million pixels are too many: shrink the image below {limit / 1e6:.0f}')
+    if long > 100 * short:
+        raise InputError(f'{long} x {short} pixels are too long and thin: crop the image')
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -17,7 +17,7 @@ from ..pretrained.load import stored_checkpoint
 STEPS_NAME = 'history.yaml'
 LOG_NAME = 'history.csv'
 SUMMARY_NAME = 'summary.csv'  # the log of a run in progress
-_PATHS = ('initial_checkpoint', 'kd_checkpoint', 'checkpoint')  # options that name files
+_PATHS = ('initial_checkpoint', 'kd_checkpoint', 'backbone_checkpoint')  # options that name files
 _HEAD = '# Runs in order; options are those that differ from the run above. The last run wrote the weights.\n'
 
 

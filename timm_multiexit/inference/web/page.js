@@ -1,7 +1,7 @@
 // One image at a time: prepared as in Python, run under the thresholds of the slider's policy, shown.
 'use strict';
 const $ = (id) => document.getElementById(id);
-let about, session, image = null, busy = false, waiting = false;
+let about, session, image = null, busy = true, waiting = false;  // busy until the network is loaded
 
 const text = (tag, content, name = '') =>
   Object.assign(document.createElement(tag), {textContent: content, className: name});
@@ -162,6 +162,17 @@ async function start() {
     button.onclick = () => choose(load(url).then((answer) => answer.blob()), button);
     $('samples').append(button);
   }
+  $('file').onchange = () => {
+    if ($('file').files.length) choose($('file').files[0]);
+    $('file').value = '';  // the same file may be chosen again
+  };
+  for (const [event, over] of [['dragover', true], ['dragleave', false], ['drop', false]]) {
+    document.addEventListener(event, (e) => {
+      e.preventDefault();
+      $('drop').classList.toggle('over', over);
+      if (event === 'drop' && e.dataTransfer.files.length) choose(e.dataTransfer.files[0]);
+    });
+  }
   const at = (name) => new URL(name, document.baseURI).href;
   ort.env.wasm.numThreads = 1;
   ort.env.wasm.wasmPaths = {mjs: at('ort-wasm.js'), wasm: at('ort-wasm.wasm')};
@@ -171,15 +182,9 @@ async function start() {
   await session.run({image: nothing, thresholds: thresholds(about.policies.at(-1))});
   $('budget').disabled = false;
   $('budget').oninput = () => { showPolicy(); run().catch(fail); };
-  $('file').onchange = () => { if ($('file').files.length) choose($('file').files[0]); };
-  for (const [event, over] of [['dragover', true], ['dragleave', false], ['drop', false]]) {
-    document.addEventListener(event, (e) => {
-      e.preventDefault();
-      $('drop').classList.toggle('over', over);
-      if (event === 'drop' && e.dataTransfer.files.length) choose(e.dataTransfer.files[0]);
-    });
-  }
-  $('samples').querySelector('button').click();
+  busy = waiting = false;
+  if (image) await run();
+  else if (!chosen) $('samples').querySelector('button').click();
 }
 
 start().catch(fail);
