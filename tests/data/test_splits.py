@@ -8,7 +8,7 @@ import torch
 from photos import make_photos
 from PIL import Image
 
-from timm_multiexit.data.splits import SPLITS, open_splits
+from timm_multiexit.data.splits import SPLITS, certification_split, open_splits
 from timm_multiexit.errors import InputError
 
 CLASSES = ('bag', 'dog 2', 'dog 10', 'Äpfel')
@@ -26,7 +26,8 @@ def sizes(splits):
     return [len(getattr(splits, name)) for name in SPLITS]
 
 
-@pytest.mark.parametrize('held, tested', [('', 'test'), ('', 'val'), ('', 'validation'), ('val', 'test')])
+@pytest.mark.parametrize('held, tested', [
+    ('', 'test'), ('', 'val'), ('', 'validation'), ('', 'Testing'), ('val', 'test')])
 def test_which_folder_is_what(tmp_path, held, tested):
     root = folder(tmp_path, {'train': 20, tested: 3, **({held: 5} if held else {})})
     splits = open_splits('folder', root)
@@ -138,10 +139,11 @@ def test_only_test_images(tmp_path):
 
 
 @pytest.mark.parametrize('counts, kwargs, words', [
-    ({'train': 5, 'val': 2, 'validation': 2}, {}, 'both validation/ and val/: keep one'),
+    ({'train': 5, 'val': 2, 'validation': 2}, {}, 'both val/ and validation/: keep one'),
     ({'train': 5, 'test': 2}, {'classes': ('bag', 'dog 2')}, "not trained on, 'dog 10', 'Äpfel'"),
     ({'train': 5, 'test': 2}, {'development': 21}, 'hold out 21 and 0 of the 20 images of train/: hold out fewer'),
     ({'train': 5, 'val': 2, 'test': 2}, {'development': 3}, '--validation-images 3: val/ is held out already'),
+    ({'train': 5, 'val': 2, 'test': 2}, {'certification': 9}, 'hold out 0 and 9 of the 8 images of val/'),
     ({}, {}, 'holds no images in class folders'),
 ])
 def test_what_cannot_be_right_is_refused(tmp_path, counts, kwargs, words):
@@ -150,6 +152,20 @@ def test_what_cannot_be_right_is_refused(tmp_path, counts, kwargs, words):
         open_splits('folder', tmp_path, **kwargs)
     with pytest.raises(InputError, match='is not a folder: pass --data-dir'):
         open_splits('folder', tmp_path / 'none')
+
+
+@pytest.mark.parametrize('name', ['photos', 'folders', 'torch', 'nope/cifar10'])
+def test_unknown_data_sets_are_not_read_as_folders(tmp_path, name):
+    with pytest.raises(InputError, match=f"unknown data set '{name}'"):
+        open_splits(name, folder(tmp_path, {'train': 5, 'test': 2}))
+
+
+def test_class_folders_of_certification_images_may_be_links(tmp_path):
+    folder(tmp_path / 'elsewhere', {'': 3})
+    (tmp_path / 'certify').mkdir()
+    for name in CLASSES:
+        (tmp_path / 'certify' / name).symlink_to(tmp_path / 'elsewhere' / name)
+    assert certification_split(str(tmp_path / 'certify'), CLASSES).targets.bincount().tolist() == [3] * len(CLASSES)
 
 
 def test_classes_of_torch_data_sets_go_by_name_too(cifar_root):

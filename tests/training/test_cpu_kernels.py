@@ -190,7 +190,7 @@ def test_unsupported_layers_are_unchanged():
 
 def test_unsupported_processor(monkeypatch):
     monkeypatch.setattr(timm_multiexit.training.cpu_kernels, 'cpu_kernels_supported', lambda: False)
-    with pytest.raises(InputError, match='omit --cpu-kernels'):
+    with pytest.raises(InputError, match='pass --no-cpu-kernels'):
         use_cpu_kernels(small_network())
 
 

@@ -23,7 +23,14 @@ from timm_multiexit.files import held
 from timm_multiexit.training.history import History, read_rows
 from timm_multiexit.training.options import parse_train_args
 from timm_multiexit.training.run import train
-from timm_multiexit.training.run_folder import RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
+from timm_multiexit.training.run_folder import (
+    RunFolder,
+    changed_options,
+    check_kept,
+    find_checkpoint,
+    is_finished,
+    read_checkpoint,
+)
 from timm_multiexit.training.trainer import Trainer
 
 pytest_plugins = ['training_support']  # folder_dataset
@@ -140,6 +147,15 @@ def test_overwrite_replaces_the_run(trainer, tmp_path, capsys):
     assert 'choose one' in capsys.readouterr().err
 
 
+def test_overwrite_keeps_what_the_run_starts_from(trainer, folder_dataset, tmp_path):
+    record(trainer, tmp_path / 'run')
+    args = options(folder_dataset, tmp_path, '--overwrite', '--initial-checkpoint', str(tmp_path / 'run' / 'final'))
+    with pytest.raises(InputError, match='--overwrite would delete .*final/model.safetensors'):
+        train(args)
+    assert (tmp_path / 'run' / 'final' / 'model.safetensors').exists()
+    check_kept(tmp_path / 'run', ['', str(folder_dataset)])
+
+
 def test_a_run_goes_on_from_an_earlier_checkpoint(trainer, tmp_path):
     record(trainer, tmp_path)
     (tmp_path / 'final' / 'multiexit.json').write_text('{}')
@@ -171,7 +187,8 @@ def test_other_settings_are_named_recorded_or_refused(trainer, folder_dataset, t
         return changed_options(saved, options(folder_dataset, tmp_path, '--world-size', '1', *extra))
     assert changed() == {}
     assert changed('--lr', '0.5', '--epochs', '6', '--threads', '2') == {'lr': 0.03, 'epochs': 3}
-    for refused in ('--epochs 2', '--opt sgd', '--validation-images 0', '--model-kwargs base_width=8'):
+    for refused in ('--epochs 2', '--opt sgd', '--weight-decay 0.1', '--validation-images 0',
+                    '--model-kwargs base_width=8'):
         with pytest.raises(InputError, match=refused.split()[0]):
             changed(*refused.split())
     args = trainer.args

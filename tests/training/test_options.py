@@ -66,6 +66,7 @@ BAD = """
 --workers -1 | --mixup-off-epoch -1 | --sched foo | --sched none | --sched plateau | --sched step
 --sched multistep | --device foo | --device cuda:99 | --experiment ../x | --experiment /x | --model-kwargs foo
 --config /nope | --config /tmp | --nope | --task-loss-weight 2 | --decay-rate 0 | --warmup-lr -1 | --loader Memory
+--backbone-epochs 3 | --cuda-graph --amp --amp-dtype float16
 """
 
 
@@ -102,6 +103,7 @@ def test_a_config_sets_defaults_that_the_command_line_overrides(tmp_path):
     assert (args.lr, args.amp, args.model_ema, args.exit_weights, args.aa) == (1e-5, True, False, [1.], None)
     assert (args.clip_grad, args.freeze, args.seed, args.epochs) == (None, [], 0, 3)
     assert args.model_kwargs == dict(steps=[1, 2], name='x y', flag=False) and args.kd_model_name == ['resnet18']
+    assert parse_train_args('', ['--config', str(path), '--no-amp']).amp is False
 
 
 @pytest.mark.parametrize('extra', [

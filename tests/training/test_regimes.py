@@ -6,7 +6,7 @@ import timm
 import torch
 import yaml
 from backbone_support import photos
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 
 from timm_multiexit import InputError, load_model
@@ -92,6 +92,14 @@ def test_heads_of_a_checkpoint_of_timms_train_script(folder_dataset, backbone, t
 def test_heads_refuse_a_backbone_that_does_not_know_the_classes(folder_dataset, tmp_path):
     with pytest.raises(InputError, match='does not know the 2 classes: use --regime mixed'):
         Trainer(options(folder_dataset, tmp_path, '--regime', 'heads'))
+
+
+@pytest.mark.parametrize('regime', ['heads', 'mixed'])
+def test_a_last_exit_of_other_classes_is_refused(folder_dataset, tmp_path, regime):
+    path = tmp_path / 'of_five.safetensors'
+    save_file(timm.create_model('multiexit', backbone='resnet10t', at=2, num_classes=5).state_dict(), path)
+    with pytest.raises(InputError, match='does not fit multiexit with 2 classes'):
+        create_network(options(folder_dataset, tmp_path, '--regime', regime, '--initial-checkpoint', str(path)), 2)
 
 
 def test_mixed_trains_the_backbone_first(folder_dataset, tmp_path):

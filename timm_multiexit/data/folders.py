@@ -8,7 +8,7 @@ from typing import Dict, List, Sequence, Tuple
 from ..errors import InputError
 from ..inference.images import SUFFIXES, image_files, is_hidden
 
-# Names of the folders of each split. Without any of them, the folders are the classes of a single set.
+# Names of the folders of each split, in any case. Without any of them, the folders are the classes of a single set.
 SPLIT_FOLDERS = dict(train=('train', 'training'), validation=('validation', 'val', 'valid'), test=('test', 'testing'))
 
 
@@ -41,11 +41,12 @@ def find_splits(root: Path) -> Dict[str, ClassFolders]:
     found: Dict[str, ClassFolders] = {}
     for split, names in SPLIT_FOLDERS.items():
         # A folder with images right in it is a class of that name.
-        there = [name for name in names if any(p.is_dir() and not is_hidden(p.name) for p in _entries(root / name))]
+        there = [folder for folder in _entries(root) if folder.name.lower() in names
+                 and any(p.is_dir() and not is_hidden(p.name) for p in _entries(folder))]
         if len(there) > 1:
-            raise InputError(f"'{root}' holds both {there[0]}/ and {there[1]}/: keep one of them")
+            raise InputError(f"'{root}' holds both {there[0].name}/ and {there[1].name}/: keep one of them")
         if there:
-            found[split] = read_classes(root / there[0], f'{there[0]}/')
+            found[split] = read_classes(there[0], f'{there[0].name}/')
     used = {s.title for s in found.values()}
     unused = [p.name for p in _entries(root) if p.is_dir() and not is_hidden(p.name) and f'{p.name}/' not in used]
     if not found:

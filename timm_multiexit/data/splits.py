@@ -22,13 +22,14 @@ from timm.utils.misc import natural_key
 
 from ..datasets import VALIDATION_IMAGES, split_indices
 from ..errors import InputError
-from ..inference.images import image_paths
+from ..inference.images import image_files, image_paths
 from ..stopping.scores import UNKNOWN
 from .folders import ClassFolders, check_classes, find_splits, held_out_order, read_classes
 
 DEVELOPMENT_SHARE, TEST_SHARE = 0.1, 0.2
 # With fewer images no loss of one point can be ruled out with 90 % certainty, even if none is seen.
 MIN_CERTIFICATION = 230
+READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')  # timm's, which `name/...` chooses
 FOLDER_NAMES = ('folder', 'image_folder', 'imagefolder')
 
 
@@ -189,9 +190,9 @@ def _folder_splits(
     rest = images - measured - certification
     development = rest if separate else _number(
         development, recorded.get('development'), max(round(DEVELOPMENT_SHARE * images), min(1, images)))
-    if rest < development or certification < 0:
-        raise InputError(f'cannot hold out {development} and {certification} of the {images - measured} images of '
-                         f'{pool.title}: hold out fewer (--validation-images)')
+    if rest < development or development < 0:
+        raise InputError(f'cannot hold out {max(development, 0)} and {certification} of the {images - measured} images '
+                         f'of {pool.title}: hold out fewer (--validation-images, --certification-images)')
     parts, start = [], 0
     for count in (measured, development, certification):
         parts.append(order[start:start + count])
@@ -281,6 +282,9 @@ def open_dataset(name: str, root: str, train: bool, download: bool = False) -> A
     Raises:
         InputError: it is not there, cannot be read, or only in order.
     """
+    if name.partition('/')[0] not in READERS or '/' not in name:  # timm would read any folder, split or not
+        raise InputError(f"unknown data set '{name}': give 'folder' for a folder of images, or timm's name, such as "
+                         'torch/cifar10')
     try:
         dataset = create_dataset(name, root=root, split='train' if train else 'validation', download=download)
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as error:
@@ -303,8 +307,9 @@ def certification_split(folder: str, names: Sequence[str]) -> Split:
     Raises:
         InputError: no images, or a folder that is not named after a class.
     """
-    paths = image_paths(folder)
     labelled = read_classes(Path(folder), f"'{folder}'")
     check_classes([labelled], names)
     label = {path: names.index(name) for name, files in labelled.files.items() for path in files}
+    # Class folders may be links, which `image_files` does not follow; without any image `image_paths` tells why.
+    paths = sorted({*image_files(Path(folder)), *label}) or image_paths(folder)
     return Split(f"'{folder}'", paths, torch.tensor([label.get(path, UNKNOWN) for path in paths]))

@@ -35,7 +35,7 @@ def _kernels() -> Any:
         return load('timm_multiexit_cpu_kernels', [str(source)], extra_cflags=_FLAGS)
     except (OSError, RuntimeError, ImportError) as error:
         raise InputError(f'the CPU kernels cannot be compiled ({first_line(error)}): install a C++ compiler and ninja, '
-                         'or omit --cpu-kernels') from error
+                         'or pass --no-cpu-kernels') from error
 
 
 # Inputs in autocast's type, and autocast off in the forward pass.
@@ -274,7 +274,7 @@ def use_cpu_kernels(model: nn.Module) -> int:
         InputError: this processor lacks the instructions, or there is no C++ compiler.
     """
     if not cpu_kernels_supported():
-        raise InputError('the CPU kernels need a processor with AVX-512 and bfloat16: omit --cpu-kernels')
+        raise InputError('the CPU kernels need a processor with AVX-512 and bfloat16: pass --no-cpu-kernels')
     _kernels()
     changed = 0
     for module in model.modules():

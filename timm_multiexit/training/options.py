@@ -60,6 +60,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_augmentation_options(parser)
     _add_machine_options(parser)
     _add_run_options(parser)
+    for action in list(parser._actions):  # what a recipe switches on can be switched off
+        if isinstance(action, argparse._StoreTrueAction):
+            parser.add_argument(f'--no-{action.option_strings[-1][2:]}', dest=action.dest, action='store_false',
+                                help=argparse.SUPPRESS)
     for action in parser._actions:
         tells = action.default is not False and action.default not in (None, '', [], {}, argparse.SUPPRESS)
         if tells and 'default' not in (action.help or ''):
@@ -236,7 +240,7 @@ def _config_arguments(parser: argparse.ArgumentParser, path: str) -> List[str]:
         parser.error(str(error))
     if not isinstance(settings, dict):
         parser.error(f"config '{path}' holds {type(settings).__name__}: give lines of OPTION: VALUE")
-    actions, argv = {action.dest: action for action in parser._actions}, []
+    actions, argv = {action.dest: action for action in reversed(parser._actions)}, []  # not --no-...
     if unknown := sorted(str(name) for name in settings if name not in actions):
         parser.error(f"config '{path}' sets unknown options: {', '.join(unknown)} (names as in a run's recipe.yaml, "
                      'with underscores)')
@@ -265,9 +269,14 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
                      'give a file for each, or none for pretrained weights')
     if args.cpu_kernels and (args.torchcompile or args.device != 'cpu' or not args.channels_last
                              or not args.amp or args.amp_dtype != 'bfloat16'):
-        parser.error('--cpu-kernels needs --amp --channels-last --device cpu, in bfloat16 and not compiled')
+        parser.error('--cpu-kernels needs --amp --channels-last --device cpu, in bfloat16 and not compiled: change '
+                     'that, or add --no-cpu-kernels')
     if args.cuda_graph and args.regime == 'mixed':
         parser.error('--cuda-graph captures one kind of step: use another --regime')
+    if args.cuda_graph and args.amp and args.amp_dtype == 'float16':
+        parser.error('--cuda-graph cannot scale the loss, as float16 needs: use bfloat16')
+    if args.backbone_epochs and args.regime != 'mixed':
+        parser.error(f'--backbone-epochs is for --regime mixed, not {args.regime}: omit it, or set it to 0')
     if args.cuda_graph and (torch.device(args.device).type != 'cuda' or args.kd_draw):
         parser.error('--cuda-graph needs --device cuda and excludes --kd-draw: a graph cannot draw')
     if args.overwrite and args.resume:

@@ -13,7 +13,7 @@ from timm.utils.distributed import world_info_from_env
 from ..commands import Interruptions
 from ..errors import InputError, first_line
 from ..files import held
-from .run_folder import LAST_NAME, RunFolder, changed_options, find_checkpoint, is_finished, read_checkpoint
+from .run_folder import LAST_NAME, RunFolder, changed_options, check_kept, find_checkpoint, is_finished, read_checkpoint
 from .throughput import print_throughput
 from .trainer import Trainer
 
@@ -54,6 +54,8 @@ def train(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace, path: Path, interruptions: Interruptions) -> None:
     checkpoint = find_checkpoint(args.resume, path, args.overwrite)
+    if args.overwrite:
+        check_kept(path, [*args.initial_checkpoint, *args.kd_checkpoint, args.backbone_checkpoint])
     start_epoch, saved = 0, {}
     if checkpoint:
         saved = read_checkpoint(checkpoint)

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 import yaml
 from safetensors.torch import save
@@ -34,7 +34,8 @@ _NOT_IN_RECIPE = (
 
 # What a checkpoint is a checkpoint of; a run that is resumed cannot change it.
 _FIXED = ('model', 'model_kwargs', 'regime', 'num_classes', 'dataset', 'validation_images', 'certification_images',
-          'input_size', 'in_chans', 'pretrained', 'loader', 'freeze', 'opt', 'opt_args', 'model_ema')
+          'input_size', 'in_chans', 'pretrained', 'loader', 'freeze', 'opt', 'opt_args', 'momentum', 'weight_decay',
+          'model_ema', 'cuda_graph')
 
 
 def find_checkpoint(resume: str, folder: Path, overwrite: bool = False) -> str:
@@ -59,6 +60,19 @@ def _results(folder: Path) -> List[Path]:
     """What a run left that another would overwrite; what others put beside it, such as final-backbone, is theirs."""
     patterns = ('*.pth.tar', 'final', 'final.partial', 'final.[0-9]*')
     return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def check_kept(folder: Path, files: Sequence[str]) -> None:
+    """Checks that a run which replaces the one in a folder does not start from its files.
+
+    Raises:
+        InputError: it does.
+    """
+    for old in _results(folder):
+        for file in files:
+            if file and Path(file).resolve().is_relative_to(old.resolve()):
+                raise InputError(f"--overwrite would delete '{file}', which this run needs: choose another "
+                                 '--experiment')
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:
@@ -164,8 +178,8 @@ class RunFolder:
                 self.saver._duplicate(checkpoint, path / LAST_NAME)
             self.saver.load_state_dict_from_checkpoint(checkpoint)
         self.summary = path / SUMMARY_NAME
-        logged = Path(checkpoint).parent / SUMMARY_NAME if checkpoint else self.summary
-        self.rows = [row for row in read_rows(logged) if int(row['epoch']) < start_epoch]
+        logged = read_rows(Path(checkpoint).parent / SUMMARY_NAME) if checkpoint else []
+        self.rows = [row for row in logged if int(row['epoch']) < start_epoch]
         write_csv(self.summary, self.rows)
         for row in self.rows:
             if row['eval_top1_mean']:

@@ -62,7 +62,8 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
         raise InputError(f"'{args.model}' has no exits: give it some, by --model multiexit --model-kwargs "
                          f"backbone={args.model} at=3, or choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
-        load_mean(model, args.initial_checkpoint, args.model, new_classes=True)
+        # Other regimes take the last exit of these weights as one that knows the classes.
+        load_mean(model, args.initial_checkpoint, args.model, new_classes=args.regime == 'joint')
     prepare(args, model)
     return model
 
@@ -184,6 +185,9 @@ class Trainer:
         if self.args.cuda_graph:
             self.graphed_step = self.graphed_step or GraphedStep(
                 self.gradients, unwrap_model(self.task.get_trainable_module()), self.optimizer, images, targets)
+            if images.shape != self.graphed_step.images.shape:
+                raise InputError('--cuda-graph needs batches of one size, and files that cannot be read made one '
+                                 'smaller: remove those named above and resume')
             return self.graphed_step(images, targets)
         if self.scaler:
             loss = self.loss(images, targets)
