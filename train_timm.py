@@ -9,7 +9,7 @@ is kept in OUTPUT/EXPERIMENT: the same command with --resume auto continues afte
 with the weights that the uninterrupted run would have had. `final/` there then holds the weights (EMA if kept) as
 safetensors, with the recipe and the history of the run.
 """
-from timm_multiexit.commands import run_command
+from timm_multiexit.errors import run_command
 
 
 def main(argv=None) -> None:

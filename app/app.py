@@ -20,7 +20,8 @@ from layout import STYLE, build_page, theme  # noqa: E402
 from served import available_networks  # noqa: E402
 
 from timm_multiexit import InputError  # noqa: E402
-from timm_multiexit.commands import Parser, run_command  # noqa: E402
+from timm_multiexit.commands import Parser  # noqa: E402
+from timm_multiexit.errors import run_command  # noqa: E402
 
 
 def launch_options() -> Dict[str, Any]:

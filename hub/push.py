@@ -22,7 +22,8 @@ from space_repo import SPACE, build_space, check_space
 from upload import Target, check_private, compare, remote_files, send, verify_files, verify_network
 
 from timm_multiexit import InputError, __version__, list_networks
-from timm_multiexit.commands import Parser, run_command
+from timm_multiexit.commands import Parser
+from timm_multiexit.errors import run_command
 from timm_multiexit.optional import require_timm
 from timm_multiexit.pretrained.hub_files import HUB_ERRORS, explain
 

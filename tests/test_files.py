@@ -80,9 +80,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     try:
         with pytest.raises(InputError, match='File too large'):
             write_json(path, 'n' * 5000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        with pytest.raises(InputError, match="lock' cannot be written"), held(tmp_path):
+            pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert read_json(path, 'file') == 'old' and [p.name for p in tmp_path.iterdir()] == ['file.json']
+    assert read_json(path, 'file') == 'old'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'file.json']
 
 
 @pytest.mark.parametrize('text', [b'', b'{', b'\xff\xfe\x00', b'[' * 100_000, b'!!python/object/apply:os.getpid []'])
@@ -101,7 +105,7 @@ def test_letters_of_other_alphabets_under_a_locale_without_them(tmp_path):
     (tmp_path / 'config.yaml').write_text('experiment: Äpfel 猫\n', encoding='utf-8')
     script = f"""
 import locale, sys
-from timm_multiexit.commands import run_command
+from timm_multiexit.errors import run_command
 from timm_multiexit.files import read_json, write_json
 from timm_multiexit.training.options import parse_train_args
 

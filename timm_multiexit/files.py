@@ -64,7 +64,9 @@ def replaced(folder: Union[str, Path], mark: str) -> Iterator[Path]:
     Raises:
         InputError: the place holds something else, or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    if folder.is_mount():
+        raise InputError(f"'{folder}' is a mount point, which cannot be replaced: give a folder in it")
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' holds something other than an earlier export: give another folder")
     with _write_errors(folder):
@@ -114,9 +116,9 @@ def held(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise InputError(f"'{folder}' is in use by {file.read() or error}: wait for it, stop it, or choose another "
                              'folder') from error
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}')
-        file.flush()
+        with _write_errors(path):  # unbuffered, or closing the file would fail once more on a full disk
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f'process {os.getpid()} on {socket.gethostname()}'.encode())
         for partial in folder.glob('.*.[0-9]*'):  # of a run that was killed, see `_places`
             if partial.is_file():
                 partial.unlink()

@@ -16,9 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from timm_multiexit import ExitConfig, list_networks, load_model
-from timm_multiexit.commands import Parser, run_command
+from timm_multiexit.commands import Parser
 from timm_multiexit.data.images import Images
 from timm_multiexit.data.splits import open_splits
+from timm_multiexit.errors import run_command
 from timm_multiexit.evaluation.evaluate import LabelledLogits, calibration_error, exit_logits
 from timm_multiexit.files import write_json, written_beside
 from timm_multiexit.inference.preprocess import Preprocessing

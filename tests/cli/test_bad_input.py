@@ -9,8 +9,8 @@ from conftest import SAMPLES
 from safetensors.torch import load_file, save_file
 
 from timm_multiexit.cli import main
-from timm_multiexit.commands import Interruptions, run_command
-from timm_multiexit.errors import first_line
+from timm_multiexit.commands import Interruptions
+from timm_multiexit.errors import first_line, run_command
 from timm_multiexit.models._pretrained import WEIGHTS_DIR
 
 pytestmark = pytest.mark.usefixtures('one_thread')

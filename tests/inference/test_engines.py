@@ -11,8 +11,11 @@ from torch import nn
 
 from timm_multiexit.errors import InputError
 from timm_multiexit.inference.engine import make_engine
+from timm_multiexit.inference.runner import EarlyExitRunner
 from timm_multiexit.inference.torch_engine import TorchEngine
+from timm_multiexit.models import exit_costs
 from timm_multiexit.models._fold import fold_batch_norm
+from timm_multiexit.stopping.policy import ExitPolicy
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -114,6 +117,17 @@ def test_the_torch_engine_is_channels_last_and_runs_in_bfloat16(small_msfuse, im
     for a, b in zip(exit_logits(exact, images), exit_logits(fast, images)):
         assert b.dtype == torch.float32
         assert float((a - b).abs().max()) < 0.05 * float(a.abs().max())
+
+
+def test_an_engine_of_one_size_refuses_others(small_msfuse):
+    costs, policy = exit_costs(small_msfuse), ExitPolicy.at_exit(0, small_msfuse.num_exits)
+    for engine in ('torch', 'onnx'):
+        runner = EarlyExitRunner(small_msfuse, policy, engine, costs=costs)
+        if engine == 'torch':
+            assert len(runner.run(torch.zeros(2, 3, 48, 48)).prediction) == 2
+        else:
+            with pytest.raises(InputError, match='images of 48 x 48 pixels: this engine takes 32 x 32'):
+                runner.run(torch.zeros(2, 3, 48, 48))
 
 
 def test_engines_that_cannot_be_had_are_refused(small_msfuse, monkeypatch):

@@ -161,6 +161,11 @@ def test_a_folder_is_replaced_whole_and_no_other(folder, network, tmp_path):
     FolderEngine(tmp_path / 'twice').build([(0, 2)])
     with pytest.raises(InputError, match="stage_2.onnx' is damaged"):  # never half of one network, half of another
         reader.build([(1, 2)])
+    (tmp_path / 'link').symlink_to('twice')
+    export_folder(other, network[1], tmp_path / 'link')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'twice' / 'run.py').exists()
+    with pytest.raises(InputError, match='is a mount point'):
+        export_folder(*network, '/')
     (tmp_path / 'mine').mkdir()
     (tmp_path / 'mine' / 'notes.txt').write_text('mine')
     with pytest.raises(InputError, match='holds something other than an earlier export'):
@@ -219,6 +224,19 @@ def test_a_device_that_answers_otherwise_is_found(folder, tmp_path):
     assert done.returncode == 2 and 'holds other images than' in done.stderr and done.stderr.count('\n') == 1
 
 
+def test_a_device_without_onnxruntime_is_told(folder, photos):
+    code = BLOCKED.replace("'onnxruntime', ", '')
+    done = subprocess.run([sys.executable, '-I', '-c', code, str(folder / 'run.py'), str(photos / '00.png')],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2, 'run.py: error: onnxruntime is not installed: python -m pip install onnxruntime\n')
+
+
+def rename_classes(place, names):
+    path = place / 'multiexit.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'class_names': names}))
+
+
 @pytest.mark.parametrize('spoil, words', [
     (lambda f: (f / 'stage_2.onnx').write_bytes((f / 'stage_2.onnx').read_bytes()[:-9]), "stage_2.onnx' is damaged"),
     (lambda f: (f / 'head_1.onnx').write_bytes((f / 'head_2.onnx').read_bytes()), "head_1.onnx' is damaged"),
@@ -230,6 +248,7 @@ def test_a_device_that_answers_otherwise_is_found(folder, tmp_path):
     (lambda f: (f / 'scores.safetensors').unlink(), 'no scores are stored'),
     (lambda f: (f / 'scores.safetensors').write_bytes((f / 'scores.safetensors').read_bytes()[:-9]), 'cannot be read'),
     (lambda f: replace_operator(f, 'head_1.onnx'), 'cannot run head_1.onnx'),
+    (lambda f: rename_classes(f, ['cat', 'dog']), 'an exit config for 2 classes does not fit a network with'),
 ])
 def test_faults_of_the_folder_end_in_one_line(network, tmp_path, photos, spoil, words, folder):
     copy = shutil.copytree(folder, tmp_path / 'copy')
@@ -244,7 +263,8 @@ def test_bad_images_and_options_end_in_one_line(folder, photos, tmp_path):
     done = on_device(folder, tmp_path / 'bad.png', photos / '01.png', tmp_path / 'half.png', '--json')
     results = json.loads(done.stdout)
     assert done.returncode == 2 and ['error' in r for r in results] == [True, False, True]
-    for args in ((), ('--budget', '1'), ('--average-budget', '1G'), ('--average-latency', 'soon'), ('--max-loss', '1')):
+    for args in ((), ('--budget', ''), ('--average-budget', ''), ('--average-latency', ''), ('--budget', '1'),
+                  ('--average-budget', '1G'), ('--average-latency', 'soon'), ('--max-loss', '1')):
         done = on_device(folder, *([photos / '01.png'] if args else []), *args)
         assert done.returncode == 2 and done.stderr.startswith('run.py: error: ') and done.stderr.count('\n') == 1
 

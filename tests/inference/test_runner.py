@@ -211,6 +211,16 @@ def test_expected_traffic_leaves_in_the_shares_that_are_expected(engine, small, 
     assert runner.segments == ((0, 0), (1, 2)) and len(set(exits[:20].tolist())) == 2
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Without a length."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __iter__(self):
+        return iter(self.images)
+
+
 def test_loader_tensor_and_folder_give_the_same(engine, small, photos, tmp_path):
     model, costs = small
     policy = spread_policy(all_logits(engine, photos[0][:100]), 0.6)
@@ -219,6 +229,8 @@ def test_loader_tensor_and_folder_give_the_same(engine, small, photos, tmp_path)
     dataset = torch.utils.data.TensorDataset(photos[0][:100], photos[1][:100])
     for batches, has_targets in (
             (torch.utils.data.DataLoader(dataset, batch_size=30), True),
+            (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(photos[0][:100]), batch_size=30), False),
+            (torch.utils.data.DataLoader(Stream(photos[0][:100]), batch_size=30), False),
             (iter(photos[0][:100].split(30)), False)):
         run = runner(batches)
         assert torch.equal(run.exit_index, whole.exit_index)
@@ -237,6 +249,8 @@ def test_a_folder_runs_in_the_order_of_its_names(small, photos, tmp_path):
     numbers = [int(p.name.split('_')[2]) for p in paths]  # the samples are test images, named by their number
     torch.testing.assert_close(run.logits, runner.run(photos[0][numbers]).logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(runner(str(SAMPLES)).prediction, run.prediction)
+    with pytest.raises(InputError, match='batch_size 0'):
+        runner.run_folder(SAMPLES, batch_size=0)
     with pytest.raises(InputError, match='holds no images'):
         runner.run_folder(tmp_path)
     with pytest.raises(InputError, match='is not a folder'):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SAMPLES
 
 pa = pytest.importorskip('pyarrow')
 
@@ -88,6 +89,13 @@ def test_a_damaged_shard_ends_in_an_error_and_the_next_one_is_read(sources, tmp_
             assert len(whole) == 7 + 1 + 25
         for skip in (1, 6, 7, 8, 9, 15, 16, 17, 30):
             assert read(skip) == whole[skip:], (number, skip)
+
+
+def test_a_compressed_shard_is_refused(tmp_path):
+    with tarfile.open(tmp_path / 'shard.tar', 'w:gz') as tar:
+        tar.add(SAMPLES, 'samples')
+    with pytest.raises(InputError, match='is not an uncompressed tar file'):
+        open_sources([str(tmp_path / 'shard.tar')])
 
 
 def test_a_damaged_row_group_costs_its_own_rows(sources, tmp_path):

@@ -99,6 +99,8 @@ def test_the_average_is_kept_below_the_limit_and_thresholds_come_back(config, im
 def test_what_cannot_be_watched_is_refused(config):
     with pytest.raises(InputError, match='10.00 M MACs on average cannot be kept: the first exit costs 15.00 M'):
         ExitMonitor(config, config.policy_for('30M'), '10M')
+    with pytest.raises(InputError, match='thresholds on entropy cannot be compared'):
+        ExitMonitor(config, replace(config.policy_for('30M'), measure='entropy'))
     bare = ExitConfig(**{**config.to_dict(), 'scores': None})
     with pytest.raises(InputError, match='no scores are stored'):
         ExitMonitor(bare, config.policy_for('30M'))

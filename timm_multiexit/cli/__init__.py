@@ -3,7 +3,8 @@ import argparse
 import logging
 from typing import Optional, Sequence
 
-from ..commands import HINT, Parser, run_command
+from ..commands import Parser
+from ..errors import HINT, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,9 +7,8 @@ import torch
 
 from ..commands import COUNT, Interruptions
 from ..files import held
-from ..inference.device import FolderEngine, add_stop_options, policy_of
+from ..inference.device import add_stop_options, open_folder, policy_of
 from ..optional import require_extra
-from ..stopping.config import FILE_NAME, ExitConfig
 
 STOP_OPTIONS = ('average_budget', 'average_latency', 'max_loss', 'confidence', 'budget')
 
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     require_extra(*(('ray', 'predict --ray') if args.ray else ('predict', 'predict')))
     from ..inference.predict import check_output, policy_on_record, predict, summary
     from ..inference.sources import open_sources
-    engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
+    engine, config = open_folder(args.folder)
     output = Path(args.output)
     stop = {name: value for name in STOP_OPTIONS if (value := getattr(args, name)) is not None}
     if 'max_loss' in stop:

@@ -3,14 +3,13 @@ import argparse
 import os
 import socket
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, List
 
 from ..commands import COUNT, Interruptions, Number
 from ..errors import InputError
-from ..inference.device import FolderEngine, add_stop_options, policy_of
+from ..inference.device import add_stop_options, open_folder, policy_of
 from ..optional import require_extra
-from ..stopping.config import FILE_NAME, ExitConfig
+from ..stopping.config import ExitConfig
 
 
 def add_parser(subparsers) -> None:
@@ -46,7 +45,7 @@ def replicas(text: str) -> List[int]:
 def run(args: argparse.Namespace) -> None:
     require_extra(*(('ray', 'serve --ray') if args.ray else ('serve', 'serve')))
     from ..inference.segment_queues import SegmentQueues
-    engine, config = FolderEngine(Path(args.folder)), ExitConfig.load(Path(args.folder) / FILE_NAME)
+    engine, config = open_folder(args.folder)
     policy = policy_of(args, config, engine)
     if args.replicas and not args.ray:
         raise InputError('--replicas goes with --ray')

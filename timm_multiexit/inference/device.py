@@ -16,9 +16,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, run_command
 from ..files import read_json, write_json
-from ..stopping.config import ExitConfig
+from ..stopping.config import FILE_NAME, ExitConfig
 from ..stopping.costs import StageCosts, format_macs, parse_macs
 from ..stopping.guarantee import RISKS
 from ..stopping.monitor import ExitMonitor
@@ -52,7 +52,7 @@ class FolderEngine:
         InputError: a file is missing or damaged, or onnxruntime cannot run it.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Union[str, Path]):
         self.folder = Path(folder)
         if not (self.folder / GRAPHS_NAME).is_file():
             raise InputError(f"'{folder}' holds no {GRAPHS_NAME}: give a folder that timm-multiexit export wrote")
@@ -88,7 +88,10 @@ class FolderEngine:
 
     def _session(self, name: str) -> Any:
         if name not in self.sessions:
-            import onnxruntime
+            try:
+                import onnxruntime
+            except ImportError:
+                raise InputError('onnxruntime is not installed: python -m pip install onnxruntime') from None
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
@@ -239,9 +242,9 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
         InputError: a budget that cannot be kept.
     """
     last = config.num_exits - 1
-    if args.average_budget:
+    if args.average_budget is not None:
         return config.policy_for(args.average_budget)
-    if args.average_latency:
+    if args.average_latency is not None:
         path = engine.folder / PROFILE_NAME
         if not path.is_file():
             raise InputError(f"'{engine.folder}' has no times of this machine: run its run.py --profile first")
@@ -260,9 +263,20 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
         return config.policy_for(max_loss=args.max_loss, certainty=args.certainty, risk=args.risk)
     if args.confidence is not None:
         return ExitPolicy.at_confidence(args.confidence, config.temperatures)
-    if args.budget:
+    if args.budget is not None:
         last = config.costs.deepest_within(parse_macs(args.budget))
     return ExitPolicy.at_exit(last, config.num_exits, config.temperatures)
+
+
+def open_folder(folder: Union[str, Path]) -> Tuple[FolderEngine, ExitConfig]:
+    """The network of an exported folder and its config.
+
+    Raises:
+        InputError: no such folder, damaged, or a config of another network.
+    """
+    engine, config = FolderEngine(folder), ExitConfig.load(Path(folder) / FILE_NAME)
+    config.check_network(engine)
+    return engine, config
 
 
 class Answer(NamedTuple):
@@ -340,10 +354,10 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--max-average', metavar='MACS',
                         help='stop earlier while the average since start is above this, like 30M')
     parser.add_argument('--json', action='store_true', help='for programs: a list with one object per image')
-    args = parser.parse_args(argv)
-    try:
-        engine = FolderEngine(folder)
-        config = ExitConfig.load(Path(folder) / 'multiexit.json')
+
+    def run(argv: Sequence[str]) -> int:
+        args = parser.parse_args(argv)
+        engine, config = open_folder(folder)
         if args.profile:
             times = measure_profile(engine)
             print(f'{times.full:.3f} ms for the full network, {times.cheapest:.3f} ms for the first exit',
@@ -357,18 +371,17 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
             raise InputError('give image files or folders, --profile or --check; and a --batch-size of 1 or more')
         paths = named_images(args.images)
         policy, monitor = policy_of(args, config, engine), None
-        if args.monitor or args.max_average:
+        if args.monitor or args.max_average is not None:
             monitor = ExitMonitor(config, policy, args.max_average)
         results = list(classify(engine, config, policy, paths, args.batch_size, monitor))
         if monitor is not None and monitor.images:
             print(f"run.py: {'warning: ' + monitor.warning if monitor.warning else monitor}", file=sys.stderr)
-    except InputError as error:
-        print(f'run.py: error: {error}', file=sys.stderr)
-        return 2
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        for r in results:
-            print(f"{r['image']}: " + (r['error'] if 'error' in r else f"{r['label']} {r['probability']:.3f}, exit "
-                                       f"{r['exit']} of {config.num_exits}, {format_macs(r['macs'])} MACs"))
-    return 2 if any('error' in r for r in results) else 0
+        if args.json:
+            print(json.dumps(results, indent=2))
+        else:
+            for r in results:
+                print(f"{r['image']}: " + (r['error'] if 'error' in r else f"{r['label']} {r['probability']:.3f}, exit "
+                                           f"{r['exit']} of {config.num_exits}, {format_macs(r['macs'])} MACs"))
+        return 2 if any('error' in r for r in results) else 0
+
+    return run_command('run.py', run, argv)

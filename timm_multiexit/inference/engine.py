@@ -24,6 +24,7 @@ class Engine(Protocol):
     Attributes:
         name: For reports.
         num_exits, num_classes, in_chans: Those of the network.
+        image_size: (height, width) of the images that it takes; None for all that the network does.
         device, dtype: Where it runs and in which precision, a `torch.device` and a `torch.dtype`.
         workers: How many threads should call at once, each with images of its own.
     """
@@ -32,6 +33,7 @@ class Engine(Protocol):
     num_exits: int
     num_classes: int
     in_chans: int
+    image_size: Optional[Tuple[int, int]]
     device: Any
     dtype: Any
     workers: int

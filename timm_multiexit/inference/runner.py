@@ -4,8 +4,9 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
-from typing import Any, Iterable, Iterator, List, Optional, Sequence, Sized, Tuple, Union
+from typing import Any, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -131,8 +132,7 @@ class EarlyExitRunner:
             InputError: no images, not images of this network, or NaN logits.
         """
         check_images(self.engine, images)
-        if batch_size < 1:
-            raise InputError(f'batch_size {batch_size}: give 1 or more')
+        _check_batch_size(batch_size)
         rank, world = _process()
         if len(images) == 1 and world == 1:  # nothing to share or put in order
             return self._result(self._watched(self._job(images)), None)
@@ -158,13 +158,13 @@ class EarlyExitRunner:
 
         def images() -> Iterator[torch.Tensor]:
             for i, batch in enumerate(loader):
-                x, y = batch[:2] if isinstance(batch, (list, tuple)) else (batch, None)
+                x, y = (*batch, None)[:2] if isinstance(batch, (list, tuple)) else (batch, None)
                 check_images(self.engine, x)
                 if i % world == rank:
                     targets.append((i, None if y is None else torch.as_tensor(y)))
                     yield x
 
-        total = -(-len(loader) // world) if isinstance(loader, Sized) else None
+        total = -(-length_hint(loader) // world) or None  # a loader of a stream has no length
         bar = tqdm(self._map(images()), desc=label, unit='batch', total=total, disable=True if rank else None)
         return self._finish((*targets.popleft(), rows) for rows in bar)
 
@@ -177,6 +177,7 @@ class EarlyExitRunner:
         Raises:
             InputError: no folder, no images in it, one that cannot be read, or NaN logits.
         """
+        _check_batch_size(batch_size)
         if self.model is None:
             raise InputError('a runner of a shared engine has no transform: make one from the network itself')
         paths = image_paths(folder)
@@ -253,19 +254,28 @@ def check_images(engine: Engine, images: torch.Tensor) -> None:
     """Checks that a batch is what an engine runs on.
 
     Raises:
-        InputError: no float tensor (B, C, H, W) with its channels, empty, or in a precision below its own.
+        InputError: no float tensor (B, C, H, W) with its channels and size, empty, or in a precision below its own.
     """
     chans = engine.in_chans
     if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != chans:
         kind = type(images).__name__
         given = f'shape {tuple(images.shape)}' if isinstance(images, torch.Tensor) else f'type {kind}'
         raise InputError(f'images of {given}: give a tensor (images, {chans}, height, width)')
+    height, width = images.shape[2:]
+    if engine.image_size not in (None, (height, width)):
+        raise InputError(f'images of {height} x {width} pixels: this engine takes {engine.image_size[0]} x '
+                         f'{engine.image_size[1]}, resize them or use the torch engine')
     if len(images) == 0:
         raise InputError('an empty batch: give at least one image')
     if not images.is_floating_point():
         raise InputError(f'images of {images.dtype}: normalise them to floats first, as the network was trained')
     if torch.finfo(images.dtype).bits < torch.finfo(engine.dtype).bits:  # what they lost moves images between exits
         raise InputError(f'images of {images.dtype} for an engine of {engine.dtype}: give them in that precision')
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f'batch_size {batch_size}: give 1 or more')
 
 
 def _process() -> Tuple[int, int]:

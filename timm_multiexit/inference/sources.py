@@ -80,8 +80,11 @@ class Shard:
 
     def __init__(self, place: str):
         self.images: Optional[int] = None
-        if not tarfile.is_tarfile(place):
-            raise InputError(f"'{place}' is not a tar file, or its beginning is damaged: give another")
+        try:
+            tarfile.open(place, 'r:').close()
+        except (tarfile.TarError, EOFError):
+            raise InputError(f"'{place}' is not an uncompressed tar file, or its beginning is damaged: give another"
+                             ) from None
         self.place = place
         self.record: Dict[str, Any] = dict(source=place, bytes=os.path.getsize(place))
 

@@ -23,6 +23,7 @@ class TorchEngine:
 
     name = 'torch'
     workers = 1
+    image_size = None
 
     def __init__(
             self,

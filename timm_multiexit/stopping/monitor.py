@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 from .config import ExitConfig
 from .costs import format_macs, parse_macs
-from .policy import CALIBRATE_HINT, ExitPolicy
+from .policy import ALWAYS, CALIBRATE_HINT, NEVER, ExitPolicy
 
 # Chance of a false alarm at each look. Looks are taken at FIRST_LOOK images and whenever their number has doubled: 20
 # of them for 50 million images, so that all together are wrong once in 500 times.
@@ -38,12 +38,15 @@ class ExitMonitor:
         warning: In words, or None; that of the latest look.
 
     Raises:
-        InputError: no scores are stored, or a limit that no policy can keep.
+        InputError: no scores are stored, those of another measure of confidence, or a limit that no policy can keep.
     """
 
     def __init__(self, config: ExitConfig, policy: ExitPolicy, max_average: Optional[Union[str, float]] = None):
         if config.scores is None:
             raise InputError(f'no scores are stored with these weights: {CALIBRATE_HINT}')
+        if policy.measure != config.measure and any(ALWAYS < t < NEVER for t in policy.thresholds):
+            raise InputError(f'thresholds on {policy.measure} cannot be compared with the stored scores of '
+                             f'{config.measure}: give a budget')
         self.limit = math.inf if max_average is None else parse_macs(max_average)
         if self.limit < config.exit_macs[0]:
             raise InputError(f'a limit of {format_macs(self.limit)} MACs on average cannot be kept: the first exit '

@@ -6,9 +6,9 @@ from typing import List, Optional, Sequence
 import torch
 from timm.utils import ParseKwargs
 
-from ..commands import BELOW_ONE, COUNT, HINT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WHOLE, Number, Parser, device
+from ..commands import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WHOLE, Number, Parser, device
 from ..datasets import VALIDATION_IMAGES
-from ..errors import InputError
+from ..errors import HINT, InputError
 from ..files import read_yaml
 from ..pretrained.hub_files import WEIGHTS_FILE
 from .regimes import REGIMES
