@@ -2,7 +2,7 @@
 
     python hub/push.py                                     # every network with weights in the package
     python hub/push.py msfuse_cifar.cifar10 --dry-run      # what would be sent
-    python hub/push.py RUNS/mine/final --org me            # a checkpoint of train_timm.py
+    python hub/push.py RUNS/mine/final --name msfuse_cifar.mine --org me    # your own run
     python hub/push.py --space                             # the app
 
 Each repository is built in a temporary folder, loaded from there and compared, uploaded in one commit, then loaded from
@@ -36,7 +36,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
                              '(default: all in the package)')
     parser.add_argument('--org', default=ORGANISATION, metavar='O', help='organisation or user (default: %(default)s)')
     parser.add_argument('--name', default='', metavar='ARCH.TAG',
-                        help="repository name for a folder (default: the recipe's architecture and dataset)")
+                        help='repository name for a folder (default: architecture and data set of the recipe; for '
+                             'weights of class folders it must be given)')
     parser.add_argument('--with-images', action='store_true',
                         help='also send the images that app/tools/choose_examples.py chose from the data set')
     parser.add_argument('--space', action='store_true', help='push the app, and networks only if named')

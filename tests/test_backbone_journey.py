@@ -43,8 +43,8 @@ def commands(photos, output, backbone):
             start = words.index('--model-kwargs') + 1
             words[start:start + 1] = backbone
             words.remove('--pretrained')
-            words += ['--output', str(output), '--epochs', '4', '--batch-size', '20', '--input-size', '64', '--opt',
-                      'adamw', '--lr', '0.001', '--threads', '1', '--device', 'cpu']
+            words += ['--output', str(output), '--epochs', '4', '--batch-size', '20', '--input-size', '64',
+                      '--threads', '1', '--device', 'cpu']
         elif 'benchmark' in words:
             words += ['--rounds', '1', '--images', '20', '--batch-size', '10', '--threads', '1']
         elif 'classify' in words:

@@ -106,10 +106,11 @@ def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None
                             'network, guaranteed (needs calibrate --certify)')
     add_exit_config_option(parser)
     parser.add_argument('--certainty', type=float, default=0.95, metavar='P',
-                        help='of --max-loss: over the draw of the certification images (default: %(default)s)')
+                        help='probability that --max-loss holds, over the draw of the certification images (default: '
+                             '%(default)s)')
     parser.add_argument('--risk', choices=RISKS, default='accuracy',
-                        help='of --max-loss: accuracy lost on balance; harm: images that only the full network gets '
-                             'right; consistency: answers that differ (default: %(default)s)')
+                        help='what --max-loss bounds: accuracy, its net loss; harm, images that only the full network '
+                             'gets right; consistency, answers that differ (default: %(default)s)')
 
 
 def stored_exit_config(args: argparse.Namespace, model: MultiExitNet) -> ExitConfig:

@@ -48,8 +48,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--output', metavar='DIR', default='',
                         help='default: beside your own weights, else evaluation/MODEL')
     parser.add_argument('--guarantee', nargs='?', const='accuracy', choices=RISKS, metavar='RISK',
-                        help=f'also check promises "at most so many points lost": {SPLITS} random splits of the test '
-                             'images into 2,000, at most half, to certify on and the rest to check on; of '
+                        help=f'also check the bounds of --max-loss on {SPLITS} random splits of the test images: '
+                             'certified on 2,000, at most half, checked on the rest; '
                              f"{', '.join(RISKS)} (default: accuracy)")
     parser.set_defaults(run=run)
 

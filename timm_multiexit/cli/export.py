@@ -45,9 +45,9 @@ def add_parser(subparsers) -> None:
                         help='the ONNX file to write: inputs image (one) and thresholds (one per early exit, of any '
                              'policy), outputs logits, exit and confidence')
     target.add_argument('--web', metavar='DIR',
-                        help='the page to write, for any static file server; onnxruntime-web is downloaded once')
+                        help='the page to write, for any static file server; npm downloads onnxruntime-web once')
     parser.add_argument('--onnxruntime-web', metavar='FILE', default='',
-                        help='for --web: its package from the npm registry, a .tgz file, instead of downloading it')
+                        help='for --web: its .tgz file from npm, instead of downloading it')
     parser.add_argument('--average-budget', default='', metavar='MACS',
                         help='for --output: also merge the graphs between the exits that this budget evaluates, like '
                              '25M; up to a sixth faster under it, other budgets work as before')

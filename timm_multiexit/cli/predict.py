@@ -30,8 +30,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--batch-size', type=COUNT, default=64, metavar='N',
                         help='images in a batch (default: %(default)s)')
     parser.add_argument('--ray', action='store_true',
-                        help='parts by many processes of this machine, or of the cluster that RAY_ADDRESS names, whose '
-                             'machines have DIR, SOURCE and OUTPUT under the same paths')
+                        help='share the parts among processes of this machine, or of the cluster at RAY_ADDRESS, whose '
+                             'machines need DIR, SOURCE and OUTPUT at the same paths')
     parser.set_defaults(run=run)
 
 

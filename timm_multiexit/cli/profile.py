@@ -15,8 +15,8 @@ from ._common import add_model_argument, add_model_options, load_network, networ
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         'profile', help='milliseconds of each stage and head on this machine',
-        description='Measures what each stage and each head takes on this machine, on random images, and keeps it in '
-                    'the cache folder. --average-latency does so by itself at its first use; this measures anew.')
+        description='Times each stage and each head on random images, and keeps the result in the cache folder. '
+                    '--average-latency does so at its first use; this measures again.')
     add_model_argument(parser)
     add_model_options(parser)
     parser.add_argument('--engine', choices=ENGINES, default='auto',

@@ -29,11 +29,11 @@ def add_parser(subparsers) -> None:
     parser.add_argument('--max-bytes', type=COUNT, default=20_000_000, metavar='N',
                         help='largest request; above it status 413 (default: %(default)s)')
     parser.add_argument('--ray', action='store_true',
-                        help='run the network in processes of Ray Serve on this machine, or on the cluster that '
-                             'RAY_ADDRESS names, whose machines have DIR under the same path')
+                        help='run the network in processes of Ray Serve on this machine, or on the cluster at '
+                             'RAY_ADDRESS, whose machines need DIR at the same path')
     parser.add_argument('--replicas', type=replicas, metavar='N[,N...]',
-                        help='of --ray: copies of the network; or of its segments, cut into as many groups as numbers '
-                             '(default: a copy of all on each CPU)')
+                        help='with --ray: copies of the network, or N,N,...: of each group of its segments (default: a '
+                             'copy of the network on each CPU)')
     parser.set_defaults(run=run)
 
 

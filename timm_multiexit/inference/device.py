@@ -231,8 +231,8 @@ def add_stop_options(parser: argparse.ArgumentParser) -> None:
     stop.add_argument('--max-loss', type=float, metavar='POINTS', help='at most this loss of accuracy, guaranteed')
     stop.add_argument('--confidence', type=float, metavar='C', help='the first exit with this confidence')
     stop.add_argument('--budget', metavar='MACS', help='for each image: the deepest exit within it')
-    parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='of --max-loss')
-    parser.add_argument('--risk', choices=RISKS, default='accuracy', help='of --max-loss')
+    parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='probability that --max-loss holds')
+    parser.add_argument('--risk', choices=RISKS, default='accuracy', help='what --max-loss bounds')
 
 
 def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine) -> ExitPolicy:

@@ -87,10 +87,10 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset-download', action='store_true', help='let torchvision download the data set')
     group.add_argument('--validation-images', type=WHOLE, default=None, metavar='N',
                        help='training images to hold out for choices, the same ones in every run (default: of CIFAR '
-                            f'{VALIDATION_IMAGES}, of a folder 10 %%)')
+                            f'{VALIDATION_IMAGES}, of a folder 10 %%, or those of val/ beside test/)')
     group.add_argument('--certification-images', type=WHOLE, default=None, metavar='N',
-                       help='training images to hold out for a guarantee alone (default: of a folder 10 %%, where '
-                            'those are enough for one)')
+                       help='training images to hold out for a guarantee alone (default: 10 %% of a folder, or half of '
+                            'val/ beside test/, where those are enough for one)')
     group.add_argument('--input-size', type=COUNT, nargs='+', default=None, metavar='N',
                        help="pixels that the network sees: one number, or channels, height and width (default: the "
                             "images' own size, with --pretrained that of the weights)")
