@@ -2,16 +2,20 @@
 import copy
 import pickle
 import re
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from backbone_support import difference, enliven, exits_with_drops, lively, photos
+from safetensors.torch import save_file
 from timm.models import group_parameters
+from timm.models._hub import save_for_hf
 from torch import nn
 
 from timm_multiexit import EarlyExitRunner, InputError, add_exits, exit_costs
 from timm_multiexit.models import MultiExitNet
+from timm_multiexit.models._taps import as_map
 from timm_multiexit.stopping.policy import ALWAYS, ExitPolicy, scores
 
 # What people use at the edge, small: name, size of the images, arguments.
@@ -277,3 +281,64 @@ def test_engines_run_it(name, kwargs, engine):
     run = EarlyExitRunner(net, policy, engine=engine)(x)
     assert set(run.exit_index.tolist()) == {0, 1, 2, 3}
     assert difference(run.logits, exits[run.exit_index, torch.arange(20)]) < 1e-3
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'regnetx_002', 'poolformer_s12'])
+@torch.no_grad()
+def test_a_head_that_pools_is_saved_and_loaded(tmp_path, name):
+    net = add_exits(timm.create_model(name, num_classes=7), at=2).eval()
+    save_for_hf(net, tmp_path, safe_serialization=True)
+    x = photos(2, (3, 64, 64))
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(x), net(x))
+    save_file({k: v for k, v in net.state_dict().items() if k != 'exits.0.fc.bias'}, tmp_path / 'model.safetensors')
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True, pretrained_strict=False)
+
+
+@pytest.mark.parametrize('named, shape, image_size, expected', [
+    (1, (2, 197, 8), (3, 224, 224), ('NLC', 1, (14, 14))),
+    (0, (2, 197, 8), (3, 224, 224), ('NLC', 1, (14, 14))),  # a class token that the model does not tell of
+    (1, (2, 196, 8), (3, 224, 224), ('NLC', 0, (14, 14))),  # one that comes later
+    (5, (2, 133, 8), (3, 128, 256), ('NLC', 5, (8, 16))),
+    (0, (2, 64, 64, 128), (3, 256, 512), ('NCHW', 0, (64, 128))),
+    (0, (2, 14, 14, 384), (3, 224, 224), ('NHWC', 0, (14, 14))),
+    (0, (2, 14, 14, 14), (3, 224, 224), ('NCHW', 0, (14, 14))),
+])
+def test_a_tap_is_read_as_the_map_of_the_image(named, shape, image_size, expected):
+    read = as_map(SimpleNamespace(num_prefix_tokens=named), shape, image_size)
+    assert (read.kind, read.num_prefix_tokens, tuple(read.grid)) == expected
+
+
+def test_dropout_layer_decay_and_names_of_a_backbone():
+    net = add_exits(timm.create_model('vit_tiny_patch16_224', drop_rate=0.5, **SMALL_VIT))
+    assert [head.drop.p for head in net.exits[:-1]] == [0.5] * 3
+    net.backbone.group_matcher = lambda coarse=False: len  # of some models it is a function
+    assert net.group_matcher()('backbone.ab') == 2 and net.group_matcher()('exits.0.fc.weight') == float('inf')
+    assert net._model_args['backbone'].startswith('vit_tiny_patch16_224.')
+    net.backbone.pretrained_cfg['tag'] = 'mine'
+    assert net._model_args['backbone'] == 'vit_tiny_patch16_224'
+
+
+def test_tokens_are_of_one_image_size():
+    net = add_exits(timm.create_model('vit_tiny_patch16_224', dynamic_img_size=True, **SMALL_VIT))
+    with pytest.raises(InputError, match=r'images of \(128, 128\) pixels: this backbone was cut for'):
+        net.forward_exits(torch.randn(2, 3, 128, 128))
+
+
+def test_costs_of_a_frozen_backbone():
+    net = add_exits(timm.create_model('resnet10t'))
+    expected = exit_costs(net, (3, 64, 64))
+    net.backbone.requires_grad_(False).eval()
+    assert exit_costs(net, (3, 64, 64)) == expected
+    assert net.training and net.exits.training and not net.backbone.training
+
+
+@pytest.mark.parametrize('name, kwargs, head', [
+    ('resnet10t', {}, ('fc.',)), ('vit_tiny_patch16_224', SMALL_VIT, ('head.',)), ('convnext_atto', {}, ('head.',))])
+def test_the_exits_hold_the_backbone_s_head_and_no_more(name, kwargs, head):
+    net = add_exits(timm.create_model(name, **kwargs))
+    net.requires_grad_(False)
+    net.exits.requires_grad_(True)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in net.named_parameters()
+                       if name.startswith(('exits.', *(f'backbone.{part}' for part in head)))}

@@ -1,4 +1,6 @@
 """MSFuse: the costs of the paper's network, how its layers are connected, its exits."""
+import copy
+
 import pytest
 import timm
 import torch
@@ -165,3 +167,18 @@ def test_pruning_with_the_head_kept_is_a_shorter_network(small_msfuse):
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError):
         timm.create_model('msfuse_cifar', **SMALL, no_such_argument=1)
+
+
+def test_checkpointed_stages_can_be_compiled(small_msfuse):
+    plain = small_msfuse.train()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected, found = plain(x), torch.compile(saving, backend='aot_eager')(x)
+    torch.testing.assert_close(found, expected)
+    expected.sum().backward()
+    found.sum().backward()
+    for ours, theirs in zip(saving.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3)
+    for ours, theirs in zip(saving.buffers(), plain.buffers()):  # statistics have moved once
+        torch.testing.assert_close(ours, theirs)

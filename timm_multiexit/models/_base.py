@@ -34,6 +34,8 @@ class Stage(nn.Module):
 
     def forward(self, state: List[torch.Tensor]) -> List[torch.Tensor]:
         if self.grad_checkpointing and not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():  # the compiler moves statistics once
+                return checkpoint(self.run_layers, state)
             return checkpoint(self.run_layers, state, context_fn=self._contexts)
         return self.run_layers(state)
 

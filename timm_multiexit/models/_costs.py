@@ -41,19 +41,21 @@ def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] =
     """
     if input_size is None:
         input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     macs, params = [], []
     model.eval()  # of one image there are no batch statistics
     try:
         for k in range(model.num_exits):
             # The other backend of ptflops counts BN and activations too.
+            prefix = _Prefix(model, k)
             count = get_model_complexity_info(
-                _Prefix(model, k), tuple(input_size), as_strings=False, print_per_layer_stat=False, verbose=False,
+                prefix, tuple(input_size), as_strings=False, print_per_layer_stat=False, verbose=False,
                 backend='aten')
             if count[0] is None:
                 raise InputError(f'{type(model).__name__} does not run on images of size {tuple(input_size)}')
             macs.append(int(count[0]))
-            params.append(int(count[1]))
+            params.append(sum(p.numel() for p in prefix.parameters()))  # ptflops leaves out those that are frozen
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return ExitCosts(tuple(macs), tuple(params), tuple(input_size))

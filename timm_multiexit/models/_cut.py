@@ -185,7 +185,7 @@ class CutStage(Stage):
 
 
 def cut_stages(root: Root, traces: Tuple[Trace, Trace], taps: Sequence[str], image_size: Tuple[int, int, int],
-               to_the_end: bool = True) -> List[CutStage]:
+               to_the_end: bool = True, one_size: bool = False) -> List[CutStage]:
     """The stages of a backbone.
 
     Args:
@@ -194,11 +194,14 @@ def cut_stages(root: Root, traces: Tuple[Trace, Trace], taps: Sequence[str], ima
         taps: Names of the modules that stages end with, in the order in which they run.
         image_size: (C, H, W) of the traces.
         to_the_end: Add a stage for what comes after the last of them.
+        one_size: Whether what reads the states takes images of this size only.
     """
     cuts = [cut(whole, [*(whole.outputs[tap] for tap in taps), *([whole.end] if to_the_end else [])])
             for whole in traces]
-    size = tuple(image_size[1:]) if cuts[0][1] or cuts[1][1] else None
-    return [CutStage(root, graphs, None if k else size) for k, graphs in enumerate(zip(cuts[0][0], cuts[1][0]))]
+    size = tuple(image_size[1:]) if one_size or cuts[0][1] or cuts[1][1] else None
+    stages = [CutStage(root, graphs, None if k else size) for k, graphs in enumerate(zip(cuts[0][0], cuts[1][0]))]
+    root.used = set().union(*(stage.uses() for stage in stages))
+    return stages
 
 
 def share(root: Root, used: Set[str], memo: Set[nn.Module], prefix: str) -> Iterator[Tuple[str, nn.Module]]:

@@ -129,16 +129,21 @@ class AsMap(nn.Module):
 
 def as_map(model: nn.Module, shape: Sequence[int], image_size: Tuple[int, int, int]) -> AsMap:
     """How to read a tap of a backbone, from the shape of its output."""
+    height, width = image_size[1:]
     if len(shape) == 4:
-        chs_last = shape[1] == shape[2] != shape[3] or getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
+        first, last = (abs(a - b * height / width) < 1.5 for a, b in (shape[2:], shape[1:3]))  # where the map may be
+        chs_last = last and (not first or getattr(model, 'output_fmt', 'NCHW') == 'NHWC')
         return AsMap('NHWC', shape[3], grid=shape[1:3]) if chs_last else AsMap('NCHW', shape[1], grid=shape[2:])
     if len(shape) != 3:
         return AsMap('NC', shape[1])
-    prefix = int(getattr(model, 'num_prefix_tokens', 0))
-    patches = shape[1] - prefix
-    height = max(1, round((patches * image_size[1] / image_size[2]) ** 0.5))
-    grid = (height, patches // height) if patches % height == 0 else (patches, 1)
-    return AsMap('NLC', shape[2], prefix, grid)
+    # The class token may come later, or be one that the model does not tell of.
+    named = int(getattr(model, 'num_prefix_tokens', 0))
+    for prefix in (named, 0, 1, 2):
+        rows = max(1, round((max(shape[1] - prefix, 1) * height / width) ** 0.5))
+        columns, rest = divmod(shape[1] - prefix, rows)
+        if not rest and abs(rows - columns * height / width) < 1.5:
+            return AsMap('NLC', shape[2], prefix, (rows, columns))
+    return AsMap('NLC', shape[2], named, (shape[1] - named, 1))
 
 
 def make_head(model: nn.Module, kind: str, to_map: AsMap) -> ExitHead:
@@ -156,9 +161,11 @@ def make_head(model: nn.Module, kind: str, to_map: AsMap) -> ExitHead:
     if kind == 'conv':
         after, width = strided_convs(chs, WIDTH, **dd), WIDTH
     else:
-        if to_map.kind == 'NLC' and getattr(model, 'global_pool', '') == 'token':
+        if to_map.num_prefix_tokens and getattr(model, 'global_pool', '') == 'token':
             to_map = AsMap('token', chs)
         after, width = nn.BatchNorm2d(chs, **dd) if to_map.kind == 'NCHW' else nn.Identity(), chs
-    drop_rate = float(getattr(model, 'drop_rate', 0.) or 0.)
+    places = (getattr(model, 'head_drop', None), getattr(getattr(model, 'head', None), 'drop', None))
+    drops = [place.p for place in places if isinstance(place, nn.Dropout)]
+    drop_rate = float(getattr(model, 'drop_rate', None) or max(drops, default=0.))
     head = ExitHead(nn.Sequential(norm, to_map, after), chs, width, model.num_classes, drop_rate=drop_rate, **dd)
     return head.apply(init_weights)

@@ -1,7 +1,7 @@
 """Traces a timm model with torch.fx: its graph, what it holds at two batch sizes, and what it costs node by node."""
 import sys
 from copy import deepcopy
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Set, Tuple
 
 import torch
 from timm.layers import DropPath
@@ -22,6 +22,7 @@ class Root(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.ends_in_logits = False  # else in what the backbone's own head reads
+        self.used: Set[str] = set()  # names of what stages use
 
     def forward(self, x: torch.Tensor):
         return self.backbone(x) if self.ends_in_logits else self.backbone.forward_features(x)

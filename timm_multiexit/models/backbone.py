@@ -63,10 +63,13 @@ class OwnHead(nn.Module):
 
     def named_modules(self, memo: Optional[Set[nn.Module]] = None, prefix: str = '', remove_duplicate: bool = True
                       ) -> Iterator[Tuple[str, nn.Module]]:
-        """Itself and all modules of the backbone: with the last exit, all its parameters have been used."""
+        """Itself and the backbone's modules that no stage uses."""
         memo = set() if memo is None else memo
         yield from super().named_modules(memo, prefix, remove_duplicate)
-        yield from share(self.root, {'backbone'}, memo, prefix)
+        of_stages = {module for _, module in share(self.root, self.root.used, set(), '')}
+        for name, module in share(self.root, {'backbone'}, memo | of_stages, prefix):
+            memo.add(module)
+            yield name, module
 
 
 class ScriptHead(nn.Module):
@@ -110,7 +113,8 @@ class MultiExitBackbone(MultiExitNet):
         infos = [dict(num_chs=m.chs, reduction=image_size[1] // m.grid[0], module=f'stages.{k}')
                  for k, m in enumerate(as_maps)]
         exits = [*(make_head(backbone, head, as_map) for as_map in as_maps[:-1]), OwnHead(root)]
-        stages = cut_stages(root, traces, taps, image_size)
+        self.one_size = any(m.kind == 'NLC' for m in as_maps)
+        stages = cut_stages(root, traces, taps, image_size, one_size=self.one_size)
         super().__init__(stages, exits, infos, backbone.num_classes, image_size[0])
         self.taps, self.head, self.image_size = taps, head, image_size
         self.as_maps = nn.ModuleList(as_maps)
@@ -130,8 +134,7 @@ class MultiExitBackbone(MultiExitNet):
             super()._read_head_sizes()
             return
         model = last.root.backbone
-        pool = getattr(model, 'global_pool', '')
-        self.global_pool = pool if isinstance(pool, str) else getattr(pool, 'pool_type', '')
+        self.global_pool = _pooling(model)
         self.num_features = model.num_features
         self.head_hidden_size = getattr(model, 'head_hidden_size', model.num_features)
 
@@ -142,6 +145,8 @@ class MultiExitBackbone(MultiExitNet):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         own = self.backbone.group_matcher(coarse=coarse) if hasattr(self.backbone, 'group_matcher') else dict(stem='')
+        if callable(own):
+            return lambda name: own(name[len('backbone.'):]) if name.startswith('backbone.') else float('inf')
         groups = {name: _prefixed(value, pattern=True) for name, value in own.items()}
         blocks = groups.get('blocks') or []
         groups['blocks'] = [*([(blocks, None)] if isinstance(blocks, str) else blocks), (r'^exits', (99999,))]
@@ -168,7 +173,7 @@ class MultiExitBackbone(MultiExitNet):
         traces = trace(self.root, self.image_size)
         whole = num_stages > len(self.taps)
         self.stages = nn.ModuleList(
-            cut_stages(self.root, traces, self.taps[:num_stages], self.image_size, to_the_end=whole))
+            cut_stages(self.root, traces, self.taps[:num_stages], self.image_size, whole, self.one_size))
         self.stages.train(self.training)
 
     def prune_intermediate_layers(
@@ -202,6 +207,8 @@ class MultiExitBackbone(MultiExitNet):
         own = {k: v for k, v in getattr(self.backbone, '_model_args', {}).items() if k not in _NOT_REBUILT}
         cfg = getattr(self.backbone, 'pretrained_cfg', None) or {}
         name = '.'.join(filter(None, [cfg.get('architecture'), cfg.get('tag')]))
+        if not timm.models.is_model_pretrained(name):  # a tag that timm does not know, of a folder or repository
+            name = cfg.get('architecture', '')
         return dict(own, backbone=name, at=list(self.taps), head=self.head)
 
     @_model_args.setter
@@ -226,6 +233,13 @@ def add_exits(model: nn.Module, at: Union[int, Sequence[str]] = 3, head: str = '
         InputError: a model, place or head that exits cannot be made of.
     """
     return MultiExitBackbone(model, at, head)
+
+
+def _pooling(model: nn.Module) -> Optional[str]:
+    """The pooling of a backbone's head, looked for where timm does when it saves a model; None if there is none."""
+    head = getattr(model, 'head', None)
+    places = (getattr(head, 'global_pool', None), getattr(head, 'pool_type', None), getattr(model, 'global_pool', None))
+    return next((pool for pool in (getattr(p, 'pool_type', p) for p in places) if isinstance(pool, str)), None)
 
 
 _NOT_REBUILT = ('pretrained_cfg', 'pretrained_cfg_overlay', 'features_only')
@@ -340,6 +354,7 @@ def multiexit(
     features = {name: kwargs.pop(name) for name in ('features_only', 'out_indices', 'feature_cls') if name in kwargs}
     if stored and values.get('num_classes'):
         kwargs.setdefault('num_classes', values['num_classes'])
+    loading = {name: kwargs[name] for name in ('cache_dir', 'pretrained_strict') if kwargs.get(name) is not None}
     # Where weights are stored, the backbone's are among them: nothing is fetched for it.
     model = timm.create_model(backbone, pretrained=pretrained and not stored, **kwargs)
     net = MultiExitBackbone(model, at, head)
@@ -347,4 +362,4 @@ def multiexit(
     return build_network(
         lambda **_: net, 'multiexit', pretrained and stored, pretrained_cfg=cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay, pretrained_model_args=pretrained_model_args,
-        in_chans=net.in_chans, **features)
+        in_chans=net.in_chans, **loading, **features)
