@@ -160,6 +160,13 @@ def test_unknown_data_sets_are_not_read_as_folders(tmp_path, name):
         open_splits(name, folder(tmp_path, {'train': 5, 'test': 2}))
 
 
+def test_timm_s_folders_need_the_same_classes_and_other_images(tmp_path):
+    with pytest.raises(InputError, match='other classes in its test images .* or the same images: .*--dataset folder'):
+        open_splits('torch/image_folder', folder(tmp_path / 'a', {'train': 5, 'test': 2}))
+    with pytest.raises(InputError, match='or the same images'):
+        open_splits('torch/image_folder', folder(tmp_path / 'b', {'': 5}))
+
+
 def test_class_folders_of_certification_images_may_be_links(tmp_path):
     folder(tmp_path / 'elsewhere', {'': 3})
     (tmp_path / 'certify').mkdir()

@@ -17,6 +17,7 @@ from timm_multiexit.files import read_json  # noqa: E402
 from timm_multiexit.inference.engine import make_engine  # noqa: E402
 from timm_multiexit.inference.preprocess import Preprocessing  # noqa: E402
 from timm_multiexit.inference.web_page import BUDGETS, export_web  # noqa: E402
+from timm_multiexit.pretrained.record import TrainingData, describe  # noqa: E402
 from timm_multiexit.stopping.solve import budget_grid  # noqa: E402
 
 NAME = 'msfuse_cifar_budgeted.cifar10'
@@ -31,6 +32,13 @@ def test_another_package_is_refused_and_nothing_written(content, words, tmp_path
     with pytest.raises(InputError, match=words):
         export_web(*calibrated_network(), tmp_path / 'web', 'network', package)
     assert not (tmp_path / 'web').exists()
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    model, config = calibrated_network()
+    describe(model, TrainingData('folder', (0., 4095.)), None)
+    with pytest.raises(InputError, match='browsers keep 8 bits of a channel'):
+        export_web(model, config, tmp_path / 'web', 'network')
 
 
 class Quiet(SimpleHTTPRequestHandler):

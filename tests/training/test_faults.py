@@ -22,7 +22,7 @@ from timm_multiexit.errors import InputError
 from timm_multiexit.files import held
 from timm_multiexit.training.history import History, read_rows
 from timm_multiexit.training.options import parse_train_args
-from timm_multiexit.training.run import train
+from timm_multiexit.training.run import _check_classes, train
 from timm_multiexit.training.run_folder import (
     RunFolder,
     changed_options,
@@ -154,6 +154,16 @@ def test_overwrite_keeps_what_the_run_starts_from(trainer, folder_dataset, tmp_p
         train(args)
     assert (tmp_path / 'run' / 'final' / 'model.safetensors').exists()
     check_kept(tmp_path / 'run', ['', str(folder_dataset)])
+
+
+def test_a_run_of_renamed_classes_is_not_resumed(trainer, tmp_path):
+    record(trainer, tmp_path)
+    path = tmp_path / 'config.json'
+    _check_classes(trainer, path)
+    names = list(trainer.config['label_names'])
+    path.write_text(path.read_text().replace(names[-1], 'renamed'))
+    with pytest.raises(InputError, match='the classes are not those of the run to resume'):
+        _check_classes(trainer, path)
 
 
 def test_a_run_goes_on_from_an_earlier_checkpoint(trainer, tmp_path):

@@ -11,9 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_multiexit.data.images import Images
+from timm_multiexit.datasets import DATASETS
 from timm_multiexit.errors import InputError
 from timm_multiexit.files import write_json
 from timm_multiexit.inference.preprocess import Preprocessing
+from timm_multiexit.pretrained.load import load_teacher
+from timm_multiexit.pretrained.names import may_be_classes
 from timm_multiexit.pretrained.record import TrainingData, config_of, describe, training_data
 from timm_multiexit.training.data import count_classes, describe_data, open_data
 from timm_multiexit.training.loader import InMemoryLoader, StreamedEvaluation, StreamingLoader, create_loaders
@@ -71,6 +74,36 @@ def test_photos_of_different_sizes_need_a_size(tmp_path):
     train, held_out = create_loaders(args, splits, Preprocessing.of(model), torch.device('cpu'))
     assert next(iter(train))[0].shape == (8, 3, 48, 48) and next(iter(held_out))[0].shape == (2, 3, 48, 48)
 
+
+
+def test_large_photos_need_a_size_too(tmp_path):
+    root = make_photos(tmp_path, CLASSES, {'train': 2, 'test': 1}, (260, 260))
+    with pytest.raises(InputError, match='the images are large, 260 x 260 pixels: .* like --input-size 224'):
+        described(root)
+
+
+def test_the_number_of_classes_is_that_of_the_folders(tmp_path):
+    root = make_photos(tmp_path / 'photos', CLASSES, {'train': 2, 'test': 1}, (40, 40))
+    with pytest.raises(InputError, match='--num-classes 10: the data set has 2: omit it'):
+        described(root, '--num-classes', '10')
+    with pytest.raises(InputError, match='holds images of one class: give the folder that holds train/'):
+        described(tmp_path)
+
+
+def test_names_tell_whether_a_network_knows_the_classes():
+    assert may_be_classes(None, CLASSES) and may_be_classes(CLASSES, None) and may_be_classes(list(CLASSES), CLASSES)
+    assert may_be_classes(('tench', 'goldfish'), ('n01440764', 'n01443537'))
+    assert not may_be_classes(CLASSES, ('a b', 'c')) and not may_be_classes(CLASSES, CLASSES[::-1])
+
+
+def test_a_teacher_of_other_classes_is_refused_and_a_grey_one_normalised(tmp_path):
+    names = DATASETS['cifar10'].classes
+    assert load_teacher('msfuse_cifar_budgeted.cifar10', '', 10, {}, (3, 32, 32), names)
+    with pytest.raises(InputError, match='knows other classes, or these in another order: choose one for truck, ship'):
+        load_teacher('msfuse_cifar_budgeted.cifar10', '', 10, {}, (3, 32, 32), names[::-1])
+    save_file(timm.create_model('resnet10t', in_chans=1, num_classes=2).state_dict(), tmp_path / 'grey.safetensors')
+    teacher = load_teacher('resnet10t', str(tmp_path / 'grey.safetensors'), 2, dict(in_chans=1), (1, 32, 32))
+    assert teacher.pretrained_cfg['mean'] == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
 
 
 def test_weights_of_other_classes_start_a_run(tmp_path, caplog):

@@ -98,8 +98,15 @@ def test_heads_refuse_a_backbone_that_does_not_know_the_classes(folder_dataset, 
 def test_a_last_exit_of_other_classes_is_refused(folder_dataset, tmp_path, regime):
     path = tmp_path / 'of_five.safetensors'
     save_file(timm.create_model('multiexit', backbone='resnet10t', at=2, num_classes=5).state_dict(), path)
-    with pytest.raises(InputError, match='does not fit multiexit with 2 classes'):
+    with pytest.raises(InputError, match='does not fit multiexit with 2 classes, as --regime .* use --regime joint'):
         create_network(options(folder_dataset, tmp_path, '--regime', regime, '--initial-checkpoint', str(path)), 2)
+
+
+def test_heads_refuse_a_backbone_of_renamed_classes(folder_dataset, backbone, tmp_path):
+    args = options(folder_dataset, tmp_path, '--regime', 'heads', kwargs=[f'backbone=local-dir:{backbone}', 'at=2'])
+    assert create_network(args, 2, ('automobile', 'frog'))
+    with pytest.raises(InputError, match='does not know the 2 classes'):
+        create_network(args, 2, ('automobile', 'tree frog'))
 
 
 def test_mixed_trains_the_backbone_first(folder_dataset, tmp_path):

@@ -246,9 +246,13 @@ def _dataset_splits(
     # The development images are those that a run without certification images would hold out.
     first = split_indices(len(train), development)[1]
     others = held_out[~torch.isin(held_out, first)]
-    names = getattr(train, 'classes', None)
+    names = [name if isinstance(name, str) else ', '.join(name) for name in _classes(train)]  # ImageNet's are tuples
+    if _classes(test) != _classes(train) or (
+            (files := getattr(train, 'samples', None)) and files == getattr(test, 'samples', None)):
+        raise InputError(f"data set '{name}' has other classes in its test images than in its training images, or the "
+                         f"same images: check '{root}', or use --dataset folder")
     lookup = None
-    if names and classes:
+    if names and classes and names != list(classes):  # equal, a name may occur twice
         check_classes([ClassFolders(f"data set '{name}'", {n: [] for n in names})], classes)
         lookup = torch.tensor([list(classes).index(n) for n in names])
 
@@ -285,10 +289,18 @@ def open_dataset(name: str, root: str, train: bool, download: bool = False) -> A
     if name.partition('/')[0] not in READERS or '/' not in name:  # timm would read any folder, split or not
         raise InputError(f"unknown data set '{name}': give 'folder' for a folder of images, or timm's name, such as "
                          'torch/cifar10')
+    split = 'train' if train else 'validation'
     try:
-        dataset = create_dataset(name, root=root, split='train' if train else 'validation', download=download)
+        try:
+            dataset = create_dataset(name, root=root, split=split, download=download)
+        except ValueError:
+            if train or not name.startswith('hfds/'):
+                raise
+            dataset = create_dataset(name, root=root, split='test', download=download)  # many on the Hub have these two
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as error:
-        hint = ('pass --dataset-download to download it' if name.startswith('torch/')
+        unknown = 'Unknown torchvision' in str(error)
+        hint = ('put its images into train/CLASS/ and test/CLASS/, for --dataset folder' if unknown
+                else 'pass --dataset-download to download it' if name.startswith('torch/') and not download
                 else 'check --data-dir and --dataset')
         raise InputError(f"data set '{name}' cannot be read from '{root}' ({error}): {hint}") from error
     if isinstance(dataset, torch.utils.data.IterableDataset):
@@ -298,7 +310,16 @@ def open_dataset(name: str, root: str, train: bool, download: bool = False) -> A
 
 def _targets(dataset: Any) -> torch.Tensor:
     known: Optional[List[int]] = getattr(dataset, 'targets', None)
-    return torch.as_tensor(known if known is not None else [target for _, target in dataset]).long()
+    if hasattr(getattr(dataset, 'reader', None), 'iter_targets'):  # without decoding the images
+        known = list(dataset.reader.iter_targets())
+    if known is None or torch.as_tensor(known).ndim != 1:  # QMNIST has several values for each
+        known = [target for _, target in dataset]
+    return torch.as_tensor(known).long()
+
+
+def _classes(dataset: Any) -> List[Any]:
+    reader = getattr(dataset, 'reader', None)  # timm's own
+    return list(getattr(dataset, 'classes', None) or getattr(reader, 'class_to_idx', None) or ())
 
 
 def certification_split(folder: str, names: Sequence[str]) -> Split:

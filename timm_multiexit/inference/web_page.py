@@ -14,6 +14,7 @@ from typing import Optional, Union
 from ..errors import InputError
 from ..files import replaced, write_json, written_beside
 from ..models import MultiExitNet
+from ..pretrained.record import training_data
 from ..stopping.config import ExitConfig
 from .export import PACKAGE, preprocessing_of
 from .profile import cache_folder
@@ -46,8 +47,11 @@ def export_web(
             where it is downloaded once.
 
     Raises:
-        InputError: as `single_file.export_single_file`, the folder holds something else, or no onnxruntime-web.
+        InputError: as `single_file.export_single_file`, the folder holds something else, no onnxruntime-web, or
+            a network of images with more than 8 bits.
     """
+    if training_data(model).value_range is not None:
+        raise InputError('browsers keep 8 bits of a channel, and these images have more: export with --output')
     package = Path(runtime) if runtime else cache_folder() / f'onnxruntime-web-{VERSION}.tgz'
     with replaced(folder, ABOUT_NAME) as made:
         if not runtime and not package.is_file():

@@ -14,7 +14,7 @@ from ..errors import InputError, first_line
 from ..models import MultiExitNet
 from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE, hub_file
-from .names import LOAD_ERRORS, check_name, list_networks, require_weights
+from .names import LOAD_ERRORS, check_name, list_networks, may_be_classes, require_weights
 from .record import TrainingData, describe, find_weights, read_config, read_training_data
 
 _logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def load_teacher(
         num_classes: int,
         kwargs: Dict[str, Any],
         input_size: Tuple[int, int, int],
+        labels: Optional[Sequence[str]] = None,
 ) -> torch.nn.Module:
     """A trained network of this package, or any other of timm's, as a distillation teacher.
 
@@ -95,9 +96,10 @@ def load_teacher(
         num_classes: Number of classes.
         kwargs: Further arguments of the network.
         input_size: (C, H, W) of the images that it is to see.
+        labels: Names of the classes, if they have any.
 
     Raises:
-        InputError: it cannot be loaded, or does not take these images.
+        InputError: it cannot be loaded, knows other classes, or does not take these images.
     """
     classes = num_classes if checkpoint else None  # a new classifier of pretrained weights would be random
     own = name.partition('.')[0] in list_networks()
@@ -115,6 +117,14 @@ def load_teacher(
     except (RuntimeError, AssertionError, ValueError) as error:  # a ViT takes one size only
         raise InputError(f"the teacher '{name}' does not take images of {' x '.join(map(str, input_size))} "
                          f'({first_line(error)}): choose another, or --input-size') from error
+    cfg = teacher.pretrained_cfg
+    if not may_be_classes(cfg.get('label_names'), labels):
+        raise InputError(f"the teacher '{name}' knows other classes, or these in another order: choose one for "
+                         f"{', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}")
+    if checkpoint and not own:
+        cfg.update((key, value) for key, value in seen_by(checkpoint).items() if key in ('mean', 'std'))
+    if input_size[0] == 1:
+        cfg.update((key, (sum(cfg[key]) / len(cfg[key]),)) for key in ('mean', 'std') if cfg.get(key))
     return teacher
 
 

@@ -92,6 +92,14 @@ def require_weights(name: str) -> None:
             f"{', '.join(trained) or 'none so far'}")
 
 
+def may_be_classes(names: Optional[Sequence[str]], classes: Optional[Sequence[str]]) -> bool:
+    """Whether a network's recorded class names can be those of a data set.
+
+    They are equal, unknown, or of another vocabulary altogether, as ImageNet's words and the names of its folders.
+    """
+    return not names or not classes or list(names) == list(classes) or not set(names) & set(classes)
+
+
 def class_labels(model: MultiExitNet, stored: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
     """Names of a network's classes, in the order of its logits.
 

@@ -15,13 +15,15 @@ from .regimes import starts_trained
 _logger = logging.getLogger('train')
 # Enough for mean and deviation to two digits.
 STATISTICS_IMAGES = 2000
+STATISTICS_BATCH = 16
+LARGEST_SIZE = 256  # pixels of images that are trained on as they are
 
 
 def open_data(args: argparse.Namespace) -> Splits:
     """The splits of the data set that the options name.
 
     Raises:
-        InputError: as `open_splits`, no training images, or fewer `--num-classes` than there are classes.
+        InputError: as `open_splits`, no training images, a single class, or another number of `--num-classes`.
     """
     splits = open_splits(
         args.dataset, args.data_dir, None, args.validation_images, args.certification_images,
@@ -33,7 +35,10 @@ def open_data(args: argparse.Namespace) -> Splits:
                      f'{splits.development.title}, for a guarantee {splits.certification.title}, to measure on '
                      f'{splits.test.title}')
     classes = count_classes(splits)
-    if args.num_classes is not None and args.num_classes < classes:
+    if classes < 2:
+        raise InputError(f"'{args.data_dir}' holds images of one class: give the folder that holds train/, or that "
+                         'of the class folders')
+    if args.num_classes not in (None, classes) and (splits.classes or args.num_classes < classes):
         raise InputError(f'--num-classes {args.num_classes}: the data set has {classes}: omit it')
     return splits
 
@@ -47,7 +52,7 @@ def describe_data(args: argparse.Namespace, model: MultiExitNet, splits: Splits)
     """Records in the network's pretrained cfg what it is trained on, and how it sees it.
 
     Raises:
-        InputError: images of different sizes without `--input-size`, or too small ones.
+        InputError: images of different sizes or large ones without `--input-size`, or too small ones.
     """
     cfg = model.pretrained_cfg
     transferred = starts_trained(args) or bool(args.initial_checkpoint or args.backbone_checkpoint)
@@ -88,20 +93,21 @@ def _input_size(args: argparse.Namespace, cfg: Dict[str, Any], sizes: Sequence[T
         return (given[0], given[0]) if len(given) == 1 else (given[-2], given[-1])
     if starts_trained(args):
         return tuple(cfg['input_size'][1:])
-    if len(sizes) == 1:
+    if len(sizes) == 1 and max(sizes[0]) <= LARGEST_SIZE:
         return sizes[0]
     if not sizes:
         raise InputError(f"no image in '{args.data_dir}' can be read")
     sides = [min(size) for size in sizes]
     usual = max(side for side in (32, 64, 96, 128, 160, 224) if side <= max(min(sides), 32))
-    raise InputError(f'the images have {len(sizes)} sizes, with a shorter side of {min(sides)} to {max(sides)} pixels: '
-                     f'say which size the network is to see, like --input-size {usual}')
+    have = (f'have {len(sizes)} sizes, with a shorter side of {min(sides)} to {max(sides)} pixels'
+            if len(sizes) > 1 else f'are large, {sizes[0][0]} x {sizes[0][1]} pixels')
+    raise InputError(f'the images {have}: say which size the network is to see, like --input-size {usual}')
 
 
 def _statistics(split: Split, preprocess: Preprocessing) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
     """Mean and deviation of each channel over training images, in 0-1, rounded to four digits."""
     count, total, squares = 0, 0., 0.
-    for images, _ in Images(split.some(STATISTICS_IMAGES), preprocess):
+    for images, _ in Images(split.some(STATISTICS_IMAGES), preprocess, STATISTICS_BATCH):
         x = images.double().div(255.).transpose(0, 1).flatten(1)
         count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
     mean = total / count

@@ -20,7 +20,7 @@ from ..inference.preprocess import Preprocessing
 _logger = logging.getLogger('train')
 # All images as uint8; beyond it they are streamed from their files.
 MEMORY_LIMIT = 4 * 2 ** 30
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500  # of images of up to 96 x 96 pixels, fewer of larger ones
 
 
 def augmentation_policy(name: str, image_size: Sequence[int], mean: Sequence[float]) -> Callable:
@@ -296,13 +296,15 @@ def create_loaders(
         InputError: images that cannot be read, or options that do not fit them.
     """
     train = Images(splits['train'], preprocess, label='training images')
-    held_out = Images(splits.development if len(splits.development) else splits['test'], preprocess, EVALUATION_BATCH)
+    height, width = preprocess.input_size[1:]
+    batch = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 96 * 96 // (height * width)))
+    held_out = Images(splits.development if len(splits.development) else splits['test'], preprocess, batch)
     fits = train.bytes + held_out.bytes <= MEMORY_LIMIT
     args.loader = args.loader or ('memory' if fits else 'timm')
     shards = dict(rank=args.rank, world_size=args.world_size)
     common = dict(mean=preprocess.mean, std=preprocess.std, device=device)
     if fits or args.loader == 'memory':
-        loader_eval: Iterable = InMemoryLoader(*held_out.stack(), EVALUATION_BATCH, **common, **shards)
+        loader_eval: Iterable = InMemoryLoader(*held_out.stack(), batch, **common, **shards)
     else:
         loader_eval = StreamedEvaluation(held_out, device, **shards)
     if args.loader == 'timm':

@@ -4,10 +4,12 @@ Source: `Joint or Disjoint: Mixing Training Regimes for Early-Exit Models`, Kuba
 https://arxiv.org/abs/2407.14320
 """
 import argparse
+from typing import Optional, Sequence
 
 from ..errors import InputError
 from ..models import MultiExitBackbone, MultiExitNet
 from ..pretrained.load import load_mean
+from ..pretrained.names import may_be_classes
 
 REGIMES = ('joint', 'heads', 'mixed')
 
@@ -17,7 +19,7 @@ def starts_trained(args: argparse.Namespace) -> bool:
     return args.pretrained or ':' in str(args.model_kwargs.get('backbone', ''))
 
 
-def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
+def prepare(args: argparse.Namespace, model: MultiExitNet, classes: Optional[Sequence[str]] = None) -> None:
     """Loads `--backbone-checkpoint`, and sets the options that a regime stands for.
 
     'heads' freezes the backbone with its last exit, which must know the classes. 'mixed' trains the backbone with its
@@ -26,6 +28,7 @@ def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
     Args:
         args: `freeze`, `exit_weights`, `backbone_epochs` and, to what the checkpoint saw, `input_size` are changed.
         model: The network, with its initial weights.
+        classes: Names of the classes, if they have any.
 
     Raises:
         InputError: not a network on a backbone, a checkpoint that does not fit, or 'heads' with other classes.
@@ -35,7 +38,9 @@ def prepare(args: argparse.Namespace, model: MultiExitNet) -> None:
             option = '--backbone-checkpoint' if args.backbone_checkpoint else f'--regime {args.regime}'
             raise InputError(f'{option} is for exits on a backbone, not for {args.model}: use --model multiexit')
         return
-    knows = starts_trained(args) and model.backbone.pretrained_cfg.get('num_classes') == model.num_classes
+    own = model.backbone.pretrained_cfg
+    knows = (starts_trained(args) and own.get('num_classes') == model.num_classes
+             and may_be_classes(own.get('label_names'), classes))
     if args.backbone_checkpoint:
         seen = load_mean(model.backbone, [args.backbone_checkpoint], f"backbone={model._model_args['backbone']}")
         size = seen.pop('input_size', model.pretrained_cfg['input_size'])

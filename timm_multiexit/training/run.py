@@ -13,6 +13,9 @@ from timm.utils.distributed import world_info_from_env
 from ..commands import Interruptions
 from ..errors import InputError, first_line
 from ..files import held
+from ..pretrained.hub_files import CONFIG_FILE
+from ..pretrained.names import may_be_classes
+from ..pretrained.record import read_config
 from .run_folder import LAST_NAME, RunFolder, changed_options, check_kept, find_checkpoint, is_finished, read_checkpoint
 from .throughput import print_throughput
 from .trainer import Trainer
@@ -70,6 +73,7 @@ def _train(args: argparse.Namespace, path: Path, interruptions: Interruptions) -
         now = f'--{name.replace("_", "-")} is {getattr(args, name)}'
         _logger.warning(f'{now} from epoch {start_epoch} on, {value} before')
     if checkpoint:
+        _check_classes(trainer, Path(checkpoint).parent / CONFIG_FILE)
         _resume(trainer, checkpoint)
     trainer.distribute()
     trainer.scheduler.step_update(start_epoch * trainer.updates_per_epoch)
@@ -95,6 +99,13 @@ def _train(args: argparse.Namespace, path: Path, interruptions: Interruptions) -
 def _leave(args: argparse.Namespace) -> None:
     if args.distributed:  # a process group that outlives the interpreter can abort it
         torch.distributed.destroy_process_group()
+
+
+def _check_classes(trainer: Trainer, config: Path) -> None:
+    before = read_config(config).get('label_names') if config.is_file() else None
+    if not may_be_classes(before, trainer.config.get('label_names')):
+        raise InputError('the classes are not those of the run to resume: undo what was renamed, or start another '
+                         '--experiment')
 
 
 def _resume(trainer: Trainer, checkpoint: str) -> None:

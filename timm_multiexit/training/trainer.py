@@ -3,7 +3,7 @@ import argparse
 import logging
 import random
 import time
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -42,8 +42,14 @@ def seed_epoch(seed: int, epoch: int, rank: int) -> None:
     torch.manual_seed(value)
 
 
-def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
+def create_network(
+        args: argparse.Namespace, num_classes: int, classes: Optional[Sequence[str]] = None) -> MultiExitNet:
     """The network to train, with its initial weights.
+
+    Args:
+        args: Options of the run; those that the regime stands for are set.
+        num_classes: Number of classes.
+        classes: Their names, if they have any.
 
     Raises:
         InputError: a network without exits, or initial weights that cannot be read or do not fit.
@@ -62,9 +68,15 @@ def create_network(args: argparse.Namespace, num_classes: int) -> MultiExitNet:
         raise InputError(f"'{args.model}' has no exits: give it some, by --model multiexit --model-kwargs "
                          f"backbone={args.model} at=3, or choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
-        # Other regimes take the last exit of these weights as one that knows the classes.
-        load_mean(model, args.initial_checkpoint, args.model, new_classes=args.regime == 'joint')
-    prepare(args, model)
+        try:  # other regimes take the last exit of these weights as one that knows the classes
+            load_mean(model, args.initial_checkpoint, args.model, new_classes=args.regime == 'joint')
+        except InputError as error:
+            reason, misfit, _ = str(error).partition(': name the network')
+            if not misfit or args.regime == 'joint':
+                raise
+            raise InputError(f'{reason}, as --regime {args.regime} needs: use --regime joint, or detach and '
+                             'backbone=local-dir:DIR') from error
+    prepare(args, model, classes)
     return model
 
 
@@ -102,7 +114,7 @@ class Trainer:
 
         splits = open_data(args)
         num_classes = args.num_classes or count_classes(splits)
-        model = create_network(args, num_classes)
+        model = create_network(args, num_classes, splits.classes)
         describe_data(args, model, splits)
         self.config = config_of(model)
         size = min(model.pretrained_cfg['input_size'][1:])
@@ -124,10 +136,11 @@ class Trainer:
         loss = dict(soft_targets=True) if self.mixup else dict(smoothing=args.smoothing)
         files = args.kd_checkpoint or [''] * len(args.kd_model_name)
         size = model.pretrained_cfg['input_size']
-        teachers = [fold_batch_norm(load_teacher(name, file, num_classes, args.kd_model_kwargs, size))  # faster
+        teachers = [load_teacher(name, file, num_classes, args.kd_model_kwargs, size, splits.classes)
                     for name, file in zip(args.kd_model_name, files)]
         self.task = MultiExitTask(
-            model, args.exit_weights, args.distill_weight, args.distill_temperature, teachers, args.task_loss_weight,
+            model, args.exit_weights, args.distill_weight, args.distill_temperature,
+            [fold_batch_norm(teacher) for teacher in teachers], args.task_loss_weight,  # faster
             args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
         capturable = dict(capturable=True) if args.cuda_graph else {}
         self.optimizer = self._create(
