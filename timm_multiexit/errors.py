@@ -18,6 +18,10 @@ class MissingFileError(InputError):
     """A folder or a repository lacks this file; a repository that cannot be reached is a plain `InputError`."""
 
 
+class UnreachableError(InputError):
+    """A file cannot be opened now, through no fault of its content."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -46,6 +46,8 @@ def written_beside(path: Union[str, Path]) -> Iterator[Path]:
             yield partial
             if path.exists():
                 partial.chmod(stat.S_IMODE(path.stat().st_mode))
+            with partial.open('rb+') as file:  # after a power cut the name must not be there without the content
+                os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
             with suppress(OSError):  # never written

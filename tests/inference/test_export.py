@@ -122,6 +122,11 @@ def test_its_profile_answers_in_time(folder, photos):
     assert done.returncode == 0 and 'ms for the full network' in done.stderr
     full = float(done.stderr.split(' ms')[0])
     assert on_device(folder, photos / '00.png', '--average-latency', f'{0.99 * full}ms').returncode == 0
+    times = (folder / 'profile.json').read_text()
+    (folder / 'profile.json').write_text(times.replace('"processor": "', '"processor": "another '))
+    done = on_device(folder, photos / '00.png', '--average-latency', '50%')
+    assert done.returncode == 2 and 'has no times of this machine' in done.stderr
+    (folder / 'profile.json').write_text(times)
     done = on_device(folder, photos / '00.png', '--average-latency', '1000ms')
     assert done.returncode == 2 and 'cannot be kept' in done.stderr
 

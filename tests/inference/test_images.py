@@ -1,12 +1,13 @@
 """Image files of every kind, good and bad."""
+import errno
 import struct
 
 import numpy as np
 import pytest
 from conftest import SAMPLES
-from PIL import Image
+from PIL import Image, ImageOps
 
-from timm_multiexit.errors import InputError
+from timm_multiexit.errors import InputError, UnreachableError
 from timm_multiexit.inference.images import read_image
 
 
@@ -118,6 +119,30 @@ def test_bad_files_are_named(make, message, tmp_path):
     with pytest.raises(InputError, match=message) as error:
         read_image(path)
     assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_photos_are_turned_upright_whatever_else_is_in_their_exif(tmp_path, turn):
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8))
+    # The name of the software, as a fraction: Pillow cannot write it again.
+    exif = (b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + struct.pack('<HHIHH', 0x0112, 3, 1, turn, 0)
+            + struct.pack('<HHII', 0x0131, 5, 1, 38) + struct.pack('<III', 0, 1, 2))
+    picture.save(tmp_path / 'a.jpg', exif=exif)
+    plain = Image.Exif()
+    plain[0x0112] = turn
+    picture.save(tmp_path / 'b.jpg', exif=plain)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / 'b.jpg'))
+    assert (pixels(read_image(tmp_path / 'a.jpg')[0]) == pixels(expected)).all()
+
+
+def test_the_disk_is_not_the_file_s_fault(picture, tmp_path, monkeypatch):
+    picture.save(tmp_path / 'a.png')
+
+    def unplugged(*args):
+        raise OSError(errno.EIO, 'Input/output error')
+    monkeypatch.setattr(Image, 'open', unplugged)
+    with pytest.raises(UnreachableError, match=r'cannot be read \(Input/output error\): check the disk'):
+        read_image(tmp_path / 'a.png')
 
 
 def test_an_animation_cut_anywhere_is_read_or_named(tmp_path):

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 from timm_multiexit.cli import main  # noqa: E402
-from timm_multiexit.errors import InputError  # noqa: E402
+from timm_multiexit.errors import InputError, UnreachableError  # noqa: E402
 from timm_multiexit.files import held  # noqa: E402
+from timm_multiexit.inference import device  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, classify  # noqa: E402
 from timm_multiexit.inference.predict import SCHEMA, policy_on_record, write_parts  # noqa: E402
 from timm_multiexit.inference.sources import open_sources, read_images  # noqa: E402
@@ -217,9 +219,23 @@ def test_a_source_that_changes_meanwhile_is_noticed(photos, tmp_path):
         list(read_images(sources, 0))
 
 
+def test_an_unreachable_image_ends_the_run_without_its_part(folder, photos, tmp_path, monkeypatch, capsys):
+    read = device.preprocess
+
+    def unplugged(source, how):
+        if str(source).endswith('03.png'):
+            raise UnreachableError('the disk is gone')
+        return read(source, how)
+    monkeypatch.setattr(device, 'preprocess', unplugged)
+    assert predict(folder, photos, '--output', tmp_path / 'out', *STOP) == 2
+    assert 'the disk is gone, and run the same command again' in capsys.readouterr().err
+    assert not list((tmp_path / 'out').glob('part-*'))
+
+
 TABLE = """
 DEVICE /nope | DEVICE FILES/empty | DEVICE FILES/empty.txt | DEVICE FILES/nope.tar | DEVICE FILES/text.tar
-DEVICE FILES/empty.tar | DEVICE FILES/text.parquet | DEVICE FILES/other.parquet | DEVICE FILES/path.parquet
+DEVICE FILES/empty.tar | DEVICE FILES/none.tar | DEVICE FILES/text.parquet | DEVICE FILES/other.parquet
+DEVICE FILES/path.parquet
 DEVICE FILES/image.png | DEVICE PHOTOS /nope | PHOTOS PHOTOS | /nope PHOTOS | DEVICE PHOTOS --batch-size 0
 DEVICE PHOTOS --part-size 0 | DEVICE PHOTOS --budget 1 | DEVICE PHOTOS --average-budget x
 DEVICE PHOTOS --average-latency 2ms | DEVICE PHOTOS --max-loss 1 | DEVICE PHOTOS --confidence 2
@@ -236,6 +252,7 @@ def files(tmp_path_factory):
         (place / name).touch()
     for name in ('text.tar', 'text.parquet', 'image.png'):
         (place / name).write_text('text')
+    tarfile.open(place / 'none.tar', 'w').close()
     pq.write_table(pa.table(dict(pixels=[b''], name=['x'])), place / 'other.parquet')
     pq.write_table(pa.table(dict(image=[dict(path='x')])), place / 'path.parquet')
     return place

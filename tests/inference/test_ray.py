@@ -64,7 +64,7 @@ def test_deployments_in_a_chain_give_the_answers_of_one_loop(folder, groups):
     rule = Remembering(np.sort(engine.run(0, 0, engine.start(images))[1][:, 0])[5:7].mean())
     found = [Waiting(engine.start(image[None])) for image in images]
     for part in np.array_split(segments_of(rule), groups):
-        deployment = Segments(folder, rule, part.tolist(), 8, None)
+        deployment = Segments(folder, engine.graphs, rule, part.tolist(), 8, None)
         staying = [i for i, result in enumerate(found) if isinstance(result, Waiting)]
         for i, result in zip(staying, deployment._run([found[i] for i in staying])):
             assert isinstance(result, Answers) or all(len(x) == 1 for x in result.state)  # no other image is sent

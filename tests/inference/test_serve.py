@@ -1,4 +1,5 @@
 """The HTTP server of an exported folder: answers, batches of many callers, limits, and an end."""
+import asyncio
 import concurrent.futures
 import io
 import json
@@ -21,12 +22,15 @@ from PIL import Image
 
 pytest.importorskip('onnxruntime')
 
+from fastapi import HTTPException  # noqa: E402
+
 from timm_multiexit.cli import main  # noqa: E402
 from timm_multiexit.errors import InputError  # noqa: E402
 from timm_multiexit.inference.batch_loop import run_one, segments_of  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, classify  # noqa: E402
 from timm_multiexit.inference.export import export_folder  # noqa: E402
 from timm_multiexit.inference.segment_queues import QueueFull, SegmentQueues  # noqa: E402
+from timm_multiexit.inference.server import MAX_BODIES, Guard  # noqa: E402
 from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
 from timm_multiexit.stopping.policy import Decision, ExitPolicy  # noqa: E402
 
@@ -219,6 +223,50 @@ def test_images_of_all_exits_keep_their_answers_in_batches(folder, policy):
         np.testing.assert_allclose(answer.logits, alone.logits, atol=1e-4)
     assert {int(a.exit_index[0]) for a in found} == {0, 1, 2} and queues.images == 0
     queues.close()
+
+
+def test_what_waits_when_the_server_ends_is_not_run(folder, policy):
+    queues = SegmentQueues(FolderEngine(folder), policy, batch_size=1)
+    go, real, ran = threading.Event(), queues.engine.run, []
+    queues.engine.run = lambda *args: go.wait() and (ran.append(1), real(*args))[1]
+    waiting = [queues.submit(np.zeros((3, 32, 32), np.float32)) for _ in range(20)]
+    threading.Timer(0.3, go.set).start()
+    queues.close()
+    assert len(ran) <= 2 and all(future.done() for future in waiting)
+    with pytest.raises(RuntimeError, match='the server ends'):
+        waiting[-1].result()
+
+
+def test_bodies_held_at_once_are_limited():
+    status = []
+
+    async def caller(guard, size, go):
+        async def receive():
+            return dict(type='http.request', body=bytes(size), more_body=False)
+
+        async def send(message):
+            status.append(message.get('status'))
+
+        async def app(scope, receive, send):
+            try:
+                await receive()
+            except HTTPException as error:
+                await send(dict(type='http.response.start', status=error.status_code))
+                return
+            await go.wait()
+            await send(dict(type='http.response.start', status=200))
+        guard.app = app
+        await guard(dict(type='http', path='/'), receive, send)
+
+    async def run():
+        guard, go = Guard(None, 1000, None), asyncio.Event()
+        callers = [asyncio.create_task(caller(guard, 1000, go)) for _ in range(MAX_BODIES + 1)]
+        await asyncio.sleep(0.1)
+        assert status == [503]
+        go.set()
+        await asyncio.gather(*callers)
+        assert status == [503] + [200] * MAX_BODIES and guard.held == 0
+    asyncio.run(run())
 
 
 def test_places_are_limited(folder, policy):

@@ -98,6 +98,22 @@ def test_a_compressed_shard_is_refused(tmp_path):
         open_sources([str(tmp_path / 'shard.tar')])
 
 
+def test_names_above_the_folder_are_read(tmp_path):
+    with tarfile.open(tmp_path / 'shard.tar', 'w') as tar:
+        for name in ('../photos/a.png', 'b/.hidden/c.png'):
+            tar.add(next(SAMPLES.glob('*.png')), name)
+    assert [item.path for item in read_images(open_sources([str(tmp_path / 'shard.tar')]), 0)] == [
+        f'{tmp_path}/shard.tar/../photos/a.png']
+
+
+def test_a_list_of_relative_paths_is_of_its_folder(tmp_path, monkeypatch):
+    (tmp_path / 'list.txt').write_text('a.png\n/b.png\n')
+    (tmp_path / 'absolute.txt').write_text('/a.png\n')
+    monkeypatch.chdir(tmp_path)
+    relative, absolute = open_sources(['list.txt', 'absolute.txt'])
+    assert relative.record['relative_to'] == str(tmp_path) and 'relative_to' not in absolute.record
+
+
 def test_a_damaged_row_group_costs_its_own_rows(sources, tmp_path):
     (path,), paths = sources['parquet']
     group = pq.read_metadata(path).row_group(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..commands import COUNT, Interruptions
+from ..errors import InputError
 from ..files import held
 from ..inference.device import add_stop_options, open_folder, policy_of
 from ..optional import require_extra
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
                 if args.ray:
                     from ..inference.on_ray import connected, predict_on_ray
                     with connected() as cpus:
-                        predict_on_ray(engine, policy, sources, output, args.part_size, args.batch_size, cpus)
+                        predict_on_ray(engine, config, policy, sources, output, args.part_size, args.batch_size, cpus)
                 else:
                     predict(engine, config, policy, sources, output, args.part_size, args.batch_size,
                             torch.get_num_threads())
@@ -62,4 +63,6 @@ def run(args: argparse.Namespace) -> None:
             number = interrupt.args[0]
             raise KeyboardInterrupt(
                 number, f'stopped by {signal.Signals(number).name}: run the same command to resume') from None
+    if not any(output.glob('part-*.parquet')):
+        raise InputError(f"there are no images in {', '.join(args.sources)}: give others")
     print(f'{output}: {summary(output)}')

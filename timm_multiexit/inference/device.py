@@ -172,7 +172,7 @@ def measure_profile(engine: FolderEngine) -> StageCosts:
                 times[number, :, k] = 1e3 * max(whole - head, 0.), 1e3 * head
             state = after
     stages, heads = ([statistics.median(column) for column in times[:, i].T] for i in range(2))
-    write_json(engine.folder / PROFILE_NAME, dict(stages_ms=stages, heads_ms=heads))
+    write_json(engine.folder / PROFILE_NAME, dict(processor=processor(), stages_ms=stages, heads_ms=heads))
     return StageCosts(tuple(stages), tuple(heads))
 
 
@@ -246,9 +246,9 @@ def policy_of(args: argparse.Namespace, config: ExitConfig, engine: FolderEngine
         return config.policy_for(args.average_budget)
     if args.average_latency is not None:
         path = engine.folder / PROFILE_NAME
-        if not path.is_file():
+        values = read_json(path, 'profile') if path.is_file() else {}
+        if not isinstance(values, dict) or values.get('processor') != processor():
             raise InputError(f"'{engine.folder}' has no times of this machine: run its run.py --profile first")
-        values = read_json(path, 'profile')
         times = StageCosts(tuple(values['stages_ms']), tuple(values['heads_ms']))
         image = np.zeros((1, *engine.graphs['preprocessing']['input_size']), np.float32)
 
@@ -275,7 +275,7 @@ def open_folder(folder: Union[str, Path]) -> Tuple[FolderEngine, ExitConfig]:
         InputError: no such folder, damaged, or a config of another network.
     """
     engine, config = FolderEngine(folder), ExitConfig.load(Path(folder) / FILE_NAME)
-    config.check_network(engine)
+    config.check_network(engine, engine.graphs.get('weights', ''))
     return engine, config
 
 

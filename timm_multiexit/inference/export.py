@@ -9,7 +9,7 @@ import onnxruntime
 from timm.data import resolve_data_config
 
 from ..errors import InputError
-from ..files import replaced, write_json
+from ..files import read_json, replaced, write_json
 from ..models import MultiExitNet
 from ..pretrained.record import training_data
 from ..stopping.config import FILE_NAME, ExitConfig
@@ -71,6 +71,8 @@ def export_folder(
 def add_runner(made: Path, config: ExitConfig) -> None:
     """Adds to a folder of graphs what decides and runs: the exit config, run.py, and sample images with answers."""
     config.save(made / FILE_NAME)
+    graphs = made / GRAPHS_NAME
+    write_json(graphs, {**read_json(graphs, 'list of graphs'), 'weights': config.weights})
     for pattern in COPIED:
         for source in PACKAGE.glob(pattern):
             target = made / 'timm_multiexit' / source.relative_to(PACKAGE)

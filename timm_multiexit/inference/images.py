@@ -2,27 +2,31 @@
 
 What is unusual becomes a note or an error.
 """
+import errno
 import glob
 import os
-import struct
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, UnreachableError
 
 # Above this, decoding takes gigabytes (PIL's own limit for a "decompression bomb").
 MAX_PIXELS = 180_000_000
+_ORIENTATION = 0x0112  # in EXIF
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
 # A photo is decoded at a fraction of its size where the format allows (JPEG): the network sees few pixels anyway.
 DRAFT_SIZE = 1024
 SUFFIXES = frozenset('.avif .bmp .gif .jfif .jp2 .jpeg .jpg .pgm .png .ppm .tif .tiff .webp'.split())
 Source = Union[str, Path, BinaryIO, Image.Image]
 # Of strangers, photos alone: Pillow knows formats that start other programs, and pixels take memory.
-SENT_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')
+SENT_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # not GIF: comments and frames without end occupy its reader
 SENT_PIXELS = 16_000_000
 
 
@@ -146,7 +150,7 @@ def image_header(source: Source) -> Tuple[Tuple[int, int], bool]:
         InputError: no such file, or not an image.
     """
     with _opened(source) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return ((image.height, image.width) if turned else (image.width, image.height)), _is_deep(image)
 
 
@@ -159,18 +163,21 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     name = 'the image'
     if isinstance(source, (str, Path)):
         name = f"'{source}'"
-        if Path(source).is_dir():
-            raise InputError(f'{name} is a folder: give its images, like {source}/*.png')
-        if not Path(source).is_file():
-            raise InputError(f"{name} {'matches no file' if '*' in name else 'does not exist'}: check the name")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # MAX_PIXELS is the limit here; notes of Pillow on damaged EXIF help nobody
         try:
+            if isinstance(source, (str, Path)):
+                if Path(source).is_dir():
+                    raise InputError(f'{name} is a folder: give its images, like {source}/*.png')
+                if not Path(source).is_file():
+                    raise InputError(f"{name} {'matches no file' if '*' in name else 'does not exist'}: check the name")
             with Image.open(source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise InputError(
                         f'{name} has {image.width} x {image.height} pixels: shrink it below {MAX_PIXELS // 10 ** 6} '
                         'million')
+                if max(image.size) > 1000 * min(image.size):  # resizing would blow it up
+                    raise InputError(f'{name} has {image.width} x {image.height} pixels: crop it')
                 yield image
         except UnidentifiedImageError:
             raise InputError(f'{name} is not an image: give a PNG, JPEG, WebP or another file that Pillow reads'
@@ -178,9 +185,12 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except Image.DecompressionBombError:
             raise InputError(f'{name} has far too many pixels: shrink it below {MAX_PIXELS // 10 ** 6} million'
                              ) from None
-        # Pillow's readers let all of these through on damaged files.
-        except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error
-                ) as error:
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # Pillow's readers let many types through on damaged files
+            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that is a seek outside
+                raise UnreachableError(f'{name} cannot be read ({error.strerror}): check the disk and permissions'
+                                       ) from None
             raise InputError(f'{name} is damaged or truncated ({error}): save it again') from None
 
 
@@ -225,7 +235,8 @@ def _to_8_bits(
     side = max(DRAFT_SIZE, 2 * size)
     image.draft('RGB', (side, side))
     image.load()
-    image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))  # exif_transpose fails on EXIF that it cannot write again
+    image = image if turn is None else image.transpose(turn)
     if _is_deep(image):
         low, high = value_range or _likely_range(np.asarray(image))
         if value_range is None:

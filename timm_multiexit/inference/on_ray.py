@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
 from ..errors import InputError, first_line
-from ..stopping.config import FILE_NAME, ExitConfig
+from ..stopping.config import ExitConfig
 from ..stopping.policy import ExitPolicy
 from .batch_loop import Answers, Segment, segments_of
 from .device import FolderEngine
@@ -58,11 +58,20 @@ def connected() -> Iterator[int]:
         ray.shutdown()
 
 
+def _reopened(folder: Path, graphs: Dict[str, Any]) -> FolderEngine:
+    """The network of a folder in another process, unless it has been exported again since."""
+    engine = FolderEngine(folder)
+    if engine.graphs != graphs:
+        raise InputError(f"'{folder}' holds another network than at the start: put that back, or start anew")
+    return engine
+
+
 class Segments:
     """A deployment: segments that follow one another, and a handle to what comes after them."""
 
-    def __init__(self, folder: Path, rule: ExitPolicy, segments: Sequence[Segment], batch_size: int, deeper: Any):
-        self.engine, self.rule, self.segments, self.deeper = FolderEngine(folder), rule, segments, deeper
+    def __init__(self, folder: Path, graphs: Dict[str, Any], rule: ExitPolicy, segments: Sequence[Segment],
+                 batch_size: int, deeper: Any):
+        self.engine, self.rule, self.segments, self.deeper = _reopened(folder, graphs), rule, segments, deeper
         self.engine.build(segments)
         self.batched.set_max_batch_size(batch_size)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -115,7 +124,7 @@ class RayQueues(Places):
                 name=f'segments {first + 1} to {last}', num_replicas=replicas[number], max_ongoing_requests=limit,
                 graceful_shutdown_wait_loop_s=0.1, ray_actor_options=dict(num_cpus=1),
                 logging_config=dict(enable_access_log=False),
-            ).bind(engine.folder.resolve(), rule, segments[first:last], batch_size, deployment)
+            ).bind(engine.folder.resolve(), engine.graphs, rule, segments[first:last], batch_size, deployment)
             last = first
         serve.start(proxy_location='Disabled')
         try:
@@ -138,6 +147,7 @@ class RayQueues(Places):
 
 def predict_on_ray(
         engine: FolderEngine,
+        config: ExitConfig,
         policy: ExitPolicy,
         sources: Sequence[ImageSource],
         output: Path,
@@ -149,6 +159,7 @@ def predict_on_ray(
 
     Args:
         engine: Engine of the exported folder.
+        config: Its exit config.
         policy: When to stop.
         sources: The images.
         output: The folder, held.
@@ -167,13 +178,13 @@ def predict_on_ray(
             runs[-1] = (runs[-1][0], runs[-1][1] + 1)
         else:
             runs.append((k, 1))
-    folder, place = engine.folder, Path.cwd()
+    folder, graphs, place = engine.folder, engine.graphs, Path.cwd()
 
     def work(run: Dict[str, int]) -> Dict[str, Any]:
         try:
             os.chdir(place)
-            write_parts(FolderEngine(folder), ExitConfig.load(folder / FILE_NAME), policy, sources, output, part_size,
-                        batch_size, 1, run['first'], run['count'])
+            write_parts(_reopened(folder, graphs), config, policy, sources, output, part_size, batch_size, 1,
+                        run['first'], run['count'])
         except (InputError, OSError) as error:
             return dict(run, error=str(error))
         return dict(run, error='')

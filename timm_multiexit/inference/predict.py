@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ..errors import InputError
+from ..errors import InputError, UnreachableError
 from ..files import read_json, sha256, write_json, written_beside
 from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig
 from ..stopping.costs import format_macs
@@ -163,6 +163,8 @@ def write_parts(
         for path, image in items:
             answer = image if isinstance(image, InputError) else next(answers)
             row = dict(path=path.encode('utf-8', 'backslashreplace').decode())  # names of files may be no UTF-8
+            if isinstance(answer, UnreachableError):
+                raise InputError(f'{answer}, and run the same command again')
             if isinstance(answer, InputError):
                 made.append(dict(row, error=str(answer).encode('utf-8', 'backslashreplace').decode()))
             else:

@@ -102,7 +102,7 @@ class SegmentQueues(Places):
     def __init__(self, engine: Any, rule: StoppingRule, batch_size: int = 32, limit: int = 1024):
         super().__init__(limit)
         self.engine, self.rule, self.batch_size = engine, rule, batch_size
-        self.segments = segments_of(rule)
+        self.segments, self._closing = segments_of(rule), False
         engine.build(self.segments)
         self._queues: List[SimpleQueue[Optional[_Entry]]] = [SimpleQueue() for _ in self.segments]
         self._workers = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(len(self.segments))]
@@ -128,7 +128,8 @@ class SegmentQueues(Places):
         return await asyncio.wrap_future(self.submit(image))
 
     def close(self) -> None:
-        """Answers what waits, and ends the workers."""
+        """Ends the workers. What waits has no caller any more, and gets an error."""
+        self._closing = True
         self._queues[0].put(None)
         for worker in self._workers:
             worker.join()
@@ -139,6 +140,8 @@ class SegmentQueues(Places):
             batch, ends = self._take(self._queues[number])
             if batch:
                 try:
+                    if self._closing:
+                        raise RuntimeError('the server ends')
                     self._run(number, batch)
                 except BaseException as error:  # an image's caller must not wait for ever
                     for _, answer in batch:

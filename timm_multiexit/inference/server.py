@@ -24,22 +24,24 @@ from .segment_queues import QueueFull
 
 _logger = logging.getLogger('timm_multiexit.serve')
 MAX_FILES = 64  # in one request
+MAX_BODIES = 50  # of the largest size, held at once
 
 
 class Guard:
-    """ASGI middleware: a body of more than `max_bytes` ends in status 413, not kept; the status of answers is counted.
+    """ASGI middleware: a body of more than `max_bytes` ends in status 413, not kept, and one beyond `MAX_BODIES` such
+    bodies in 503; the status of answers is counted.
 
     Callers that leave, and requests that an ending server cancels, are no errors.
     """
 
     def __init__(self, app: Any, max_bytes: int, requests: Counter):
-        self.app, self.max_bytes, self.requests = app, max_bytes, requests
+        self.app, self.max_bytes, self.requests, self.held = app, max_bytes, requests, 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        read, started = 0, False
+        read, kept, started = 0, 0, False
 
         async def limited() -> Any:
-            nonlocal read
+            nonlocal read, kept
             message = await receive()
             read += len(message.get('body', b''))
             if read > self.max_bytes:
@@ -48,6 +50,10 @@ class Guard:
                     message = await receive()
                     read += len(message.get('body', b''))
                 raise HTTPException(413, f'more than {self.max_bytes:,} bytes: send smaller or fewer images')
+            kept += len(message.get('body', b''))
+            self.held += len(message.get('body', b''))
+            if self.held > MAX_BODIES * self.max_bytes:
+                raise HTTPException(503, 'too many bytes wait: try again later', {'Retry-After': '1'})
             return message
 
         async def counted(message: Any) -> None:
@@ -65,6 +71,8 @@ class Guard:
         except asyncio.CancelledError:
             if not started:
                 await JSONResponse(dict(detail='the server ends'), 503)(scope, receive, counted)
+        finally:
+            self.held -= kept
 
 
 class Metrics:

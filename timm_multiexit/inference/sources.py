@@ -49,15 +49,18 @@ class Files:
     """The image files of a folder with its subfolders, or those that a text file names, one a line."""
 
     def __init__(self, place: str):
-        self.place, images, digest = Path(place), 0, hashlib.sha256()
+        self.place, images, digest, relative = Path(place), 0, hashlib.sha256(), False
         for path in self._paths():
             images += 1
+            relative = relative or not os.path.isabs(path)
             digest.update(os.fsencode(path) + b'\n')
         if not images:
             advice = f"{', '.join(sorted(SUFFIXES))} files" if self.place.is_dir() else 'one path per line'
             raise InputError(f"'{place}' holds no images: give {advice}")
         self.images: Optional[int] = images
         self.record: Dict[str, Any] = dict(source=place, images=images, sha256=digest.hexdigest())
+        if relative and not self.place.is_dir():
+            self.record['relative_to'] = os.getcwd()
 
     def _paths(self) -> Iterator[str]:
         if self.place.is_dir():
@@ -95,7 +98,8 @@ class Shard:
                 while member := tar.next():
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - it would keep them all
                     name = PurePosixPath(member.name)
-                    if member.isfile() and name.suffix.lower() in SUFFIXES and not any(map(is_hidden, name.parts)):
+                    hidden = any(is_hidden(part) for part in name.parts if part != '..')
+                    if member.isfile() and name.suffix.lower() in SUFFIXES and not hidden:
                         seen += 1
                         yield None if seen <= skip else Item(f'{self.place}/{member.name}', _data(tar, member))
                 assert tar.fileobj is not None
@@ -151,6 +155,8 @@ class Table:
                     try:
                         values = next(batches).to_pylist()
                     except (pa.ArrowException, OSError) as error:
+                        if getattr(error, 'errno', None):  # of the disk, not of the file
+                            raise
                         reason = InputError(f'the row cannot be read ({first_line(error)}): write it again')
                         values = [dict(image=reason)] * (end - row)
                     for value in values:
