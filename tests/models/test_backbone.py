@@ -17,6 +17,7 @@ from timm_multiexit import EarlyExitRunner, InputError, add_exits, exit_costs
 from timm_multiexit.models import MultiExitNet
 from timm_multiexit.models._taps import as_map
 from timm_multiexit.stopping.policy import ALWAYS, ExitPolicy, scores
+from timm_multiexit.training.task import MultiExitTask
 
 # What people use at the edge, small: name, size of the images, arguments.
 SMALL_VIT = dict(img_size=64, embed_dim=48, num_heads=3, depth=6)
@@ -342,3 +343,13 @@ def test_the_exits_hold_the_backbone_s_head_and_no_more(name, kwargs, head):
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trained == {name for name, _ in net.named_parameters()
                        if name.startswith(('exits.', *(f'backbone.{part}' for part in head)))}
+
+
+def test_a_frozen_stage_keeps_its_statistics():
+    net = add_exits(timm.create_model('resnet10t'), at=2)
+    task = MultiExitTask(net, frozen=['stages.0']).train()
+    before = copy.deepcopy(net.state_dict())
+    net(torch.randn(4, 3, 64, 64))
+    moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert net.taps[0] == 'conv1' and not any(name.startswith('backbone.conv1.') for name in moved)
+    assert 'backbone.bn1.running_mean' in moved and task.training

@@ -169,6 +169,13 @@ class CutStage(Stage):
                 'it with another img_size')
         return self.functions[self.root.backbone.training](self.root, state)
 
+    def train(self, mode: bool = True) -> 'CutStage':
+        """Sets the mode of the backbone's modules that it runs."""
+        super().train(mode)
+        for node in (node for graph in self.graphs for node in graph.nodes if node.op == 'call_module'):
+            self.root.get_submodule(str(node.target)).train(mode)
+        return self
+
     def keep_maps(self, kept: List[int]) -> List[int]:
         return kept  # a stage of a pruned network is cut anew
 
