@@ -44,7 +44,10 @@ def status_text(curve: Curve, budget: float) -> str:
 
 def _exits(policy: ExitPolicy, shares: Sequence[float]) -> List[Dict]:
     """How many images reach each exit, how many leave there, and at which confidence."""
-    used, exits = policy.exits_in_use, []
+    used, exits, shares = policy.exits_in_use, [], list(shares)
+    for k in range(used[-1]):  # between two stored budgets the shares are those of both, the exits in use are not
+        if k not in used:
+            shares[k], shares[k + 1] = 0., shares[k] + shares[k + 1]
     for k, share in enumerate(shares):
         if k not in used:
             short, words = 'off', 'not used'

@@ -86,7 +86,7 @@ def build_page(names: List[str]) -> gr.Blocks:
                         with gr.Row():
                             mode = gr.Radio(
                                 [('Budget', BY_BUDGET), ('Time', BY_TIME), ('Confidence', BY_CONFIDENCE)],
-                                value=BY_BUDGET, label='Stop by', elem_id='mode', scale=3, min_width=330)
+                                value=BY_BUDGET, label='Stop on', elem_id='mode', scale=3, min_width=330)
                             calibrated = gr.Checkbox(
                                 True, label='Calibrated probabilities', elem_id='calibrated', scale=2, min_width=210)
                         budget = gr.Slider(
@@ -103,13 +103,13 @@ def build_page(names: List[str]) -> gr.Blocks:
             with gr.Tab('Whole dataset', id='data'):
                 with gr.Column(elem_classes='mx-controls'):
                     data_mode = gr.Radio(
-                        [('Average budget', BY_BUDGET), ('Largest loss', BY_LOSS)], value=BY_BUDGET, label='Choose by',
+                        [('Average budget', BY_BUDGET), ('Maximum loss', BY_LOSS)], value=BY_BUDGET, label='Choose by',
                         elem_id='data-mode', visible=False)
                     average = gr.Slider(
                         0, 100, 50, label='Average budget (million MACs per image)', buttons=[], elem_id='average')
                     average_ruler = _picture(elem_classes='mx-ruler')
                     loss = gr.Slider(
-                        0.25, 5, 1, step=0.25, label='Lose at most (points of accuracy, with 95% certainty)',
+                        0.25, 5, 1, step=0.25, label='Maximum accuracy loss (points, with 95% certainty)',
                         buttons=[], visible=False, elem_id='loss')
                 sprite = _picture(elem_classes='mx-sprite')
                 data_view = _picture(elem_id='data-view')

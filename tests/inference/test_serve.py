@@ -233,7 +233,7 @@ def test_what_waits_when_the_server_ends_is_not_run(folder, policy):
     threading.Timer(0.3, go.set).start()
     queues.close()
     assert len(ran) <= 2 and all(future.done() for future in waiting)
-    with pytest.raises(RuntimeError, match='the server ends'):
+    with pytest.raises(RuntimeError, match='the server is stopping'):
         waiting[-1].result()
 
 

@@ -86,7 +86,7 @@ def test_the_number_of_classes_is_that_of_the_folders(tmp_path):
     root = make_photos(tmp_path / 'photos', CLASSES, {'train': 2, 'test': 1}, (40, 40))
     with pytest.raises(InputError, match='--num-classes 10: the data set has 2: omit it'):
         described(root, '--num-classes', '10')
-    with pytest.raises(InputError, match='holds images of one class: give the folder that holds train/'):
+    with pytest.raises(InputError, match='holds images of one class: give the folder that contains train/'):
         described(tmp_path)
 
 

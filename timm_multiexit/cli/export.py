@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.vnni and not args.int8:
         raise InputError('--vnni is an option of --int8: give both')
     if args.average_budget and (args.int8 or not args.output):
-        raise InputError('--average-budget merges the graphs of --output without --int8')
+        raise InputError('--average-budget needs --output and excludes --int8')
     if args.certify and not args.int8:
         raise InputError('--certify is an option of --int8: other folders take the scores of --exit-config')
     model = load_network(args)

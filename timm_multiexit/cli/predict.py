@@ -64,5 +64,5 @@ def run(args: argparse.Namespace) -> None:
             raise KeyboardInterrupt(
                 number, f'stopped by {signal.Signals(number).name}: run the same command to resume') from None
     if not any(output.glob('part-*.parquet')):
-        raise InputError(f"there are no images in {', '.join(args.sources)}: give others")
+        raise InputError(f"no images found in {', '.join(args.sources)}: give others")
     print(f'{output}: {summary(output)}')

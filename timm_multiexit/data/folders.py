@@ -52,7 +52,7 @@ def find_splits(root: Path) -> Dict[str, ClassFolders]:
     if not found:
         found['all'] = read_classes(root, f'{root.resolve().name}/')
     elif unused:
-        next(iter(found.values())).notes.append(f"beside {', '.join(sorted(used))} are not read: {_some(unused)}")
+        next(iter(found.values())).notes.append(f"ignored beside {', '.join(sorted(used))}: {_some(unused)}")
     if not any(found.values()):
         raise InputError(f"'{root}' holds no images in class folders: put them into train/CLASS/, and those to measure "
                          f"on into test/CLASS/, as {', '.join(sorted(SUFFIXES))}")
@@ -101,7 +101,7 @@ def check_classes(sets: Sequence[ClassFolders], classes: Sequence[str]) -> List[
     for each in sets:
         if unknown := [name for name in each.files if name not in classes]:
             raise InputError(f'{each.title} holds classes that the network was not trained on, {_some(unknown)} (it '
-                             f'knows {_some(classes)}): remove them, or rename them to those meant')
+                             f'knows {_some(classes)}): remove them, or rename them to match')
         if missing := [name for name in classes if name not in each.files]:
             notes.append(f'{each.title} holds no images of {_some(missing)}')
     return notes

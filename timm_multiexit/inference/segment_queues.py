@@ -141,7 +141,7 @@ class SegmentQueues(Places):
             if batch:
                 try:
                     if self._closing:
-                        raise RuntimeError('the server ends')
+                        raise RuntimeError('the server is stopping')
                     self._run(number, batch)
                 except BaseException as error:  # an image's caller must not wait for ever
                     for _, answer in batch:

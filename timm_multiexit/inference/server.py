@@ -53,7 +53,7 @@ class Guard:
             kept += len(message.get('body', b''))
             self.held += len(message.get('body', b''))
             if self.held > MAX_BODIES * self.max_bytes:
-                raise HTTPException(503, 'too many bytes wait: try again later', {'Retry-After': '1'})
+                raise HTTPException(503, 'too many bytes are queued: try again later', {'Retry-After': '1'})
             return message
 
         async def counted(message: Any) -> None:

@@ -284,9 +284,9 @@ class ExitConfig:
         kept = self.scores.for_certification
         kept = kept.subset(np.random.default_rng(0).permutation(kept.num_images))  # the bound needs a random order
         if kept.num_images == 0:
-            raise InputError('these weights carry no certification images, so nothing can be promised: make some from '
-                             'images of your own with timm-multiexit calibrate MODEL --certify DIR --output FILE, and '
-                             'pass it with --exit-config FILE (to export too)')
+            raise InputError('these weights carry no certification images, so no loss can be guaranteed: run '
+                             'timm-multiexit calibrate MODEL --certify DIR --output FILE on your own images, then pass '
+                             '--exit-config FILE (to export too)')
         labelled = kept.labels != UNKNOWN
         if risk != 'consistency' and not labelled.all():
             raise InputError(f'{int((~labelled).sum())} of {kept.num_images} certification images have no label: '
@@ -298,8 +298,8 @@ class ExitConfig:
         if chosen is None:
             raise InputError(
                 f'a loss of at most {max_loss:g} points cannot be promised from {kept.num_images} certification images '
-                f'with certainty {certainty:g}: ask for {tightest(losses[0], certainty, risk):.2f} points or more, or '
-                'for less certainty, or certify more images')
+                f'with certainty {certainty:g}: ask for {tightest(losses[0], certainty, risk):.2f} points or more, '
+                'lower --certainty, or certify more images')
         what = {'accuracy': 'points less accurate than the full network',
                 'harm': '% of images wrong that the full network gets right',
                 'consistency': '% of answers that differ from those of the full network'}[risk]

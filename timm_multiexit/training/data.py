@@ -36,8 +36,8 @@ def open_data(args: argparse.Namespace) -> Splits:
                      f'{splits.test.title}')
     classes = count_classes(splits)
     if classes < 2:
-        raise InputError(f"'{args.data_dir}' holds images of one class: give the folder that holds train/, or that "
-                         'of the class folders')
+        raise InputError(f"'{args.data_dir}' holds images of one class: give the folder that contains train/, or "
+                         'the class folders')
     if args.num_classes not in (None, classes) and (splits.classes or args.num_classes < classes):
         raise InputError(f'--num-classes {args.num_classes}: the data set has {classes}: omit it')
     return splits
@@ -101,7 +101,7 @@ def _input_size(args: argparse.Namespace, cfg: Dict[str, Any], sizes: Sequence[T
     usual = max(side for side in (32, 64, 96, 128, 160, 224) if side <= max(min(sides), 32))
     have = (f'have {len(sizes)} sizes, with a shorter side of {min(sides)} to {max(sides)} pixels'
             if len(sizes) > 1 else f'are large, {sizes[0][0]} x {sizes[0][1]} pixels')
-    raise InputError(f'the images {have}: say which size the network is to see, like --input-size {usual}')
+    raise InputError(f"the images {have}: choose the network's input size, like --input-size {usual}")
 
 
 def _statistics(split: Split, preprocess: Preprocessing) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:

@@ -65,7 +65,7 @@ def create_network(
         raise InputError(f"network '{args.model}' with {args.model_kwargs or 'no --model-kwargs'} cannot be created "
                          f'({first_line(error)})') from error
     if not isinstance(model, MultiExitNet):
-        raise InputError(f"'{args.model}' has no exits: give it some, by --model multiexit --model-kwargs "
+        raise InputError(f"'{args.model}' has no exits: add some with --model multiexit --model-kwargs "
                          f"backbone={args.model} at=3, or choose one of {', '.join(timm.list_models('*_cifar*'))}")
     if args.initial_checkpoint:
         try:  # other regimes take the last exit of these weights as one that knows the classes

@@ -149,7 +149,7 @@ async function start() {
   });
   $('legend').textContent = 'exits, and the share of held-out images that leaves at each under this budget';
   const [, height, width] = about.preprocessing.input_size;
-  $('note').textContent = `Images of ${width} x ${height} pixels give the answers of Python; others are resized by ` +
+  $('note').textContent = `Images of ${width} x ${height} pixels give Python's answers; others are resized by ` +
     'the browser, whose pixels differ slightly.';
   $('budget').max = about.policies.length - 1;
   $('budget').value = Math.floor(about.policies.length / 3);
