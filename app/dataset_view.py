@@ -48,6 +48,7 @@ def _exits(policy: ExitPolicy, shares: Sequence[float]) -> List[Dict]:
     for k in range(used[-1]):  # between two stored budgets the shares are those of both, the exits in use are not
         if k not in used:
             shares[k], shares[k + 1] = 0., shares[k] + shares[k + 1]
+    shares[used[-1]:] = [sum(shares[used[-1]:])] + [0.] * (len(shares) - 1 - used[-1])
     for k, share in enumerate(shares):
         if k not in used:
             short, words = 'off', 'not used'

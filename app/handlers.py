@@ -198,7 +198,8 @@ def reliability(name: str, calibrated: bool) -> str:
 
 @clear_errors
 def open_network(
-        name: str, position: int = 0, mode: str = BY_BUDGET, limit: Optional[float] = None, calibrated: bool = True):
+        name: str, position: int = 0, mode: str = BY_BUDGET, limit: Optional[float] = None,
+        calibrated: Optional[bool] = None):
     """All components for a network with one of its examples: one value per output."""
     network, assets, curve = stored_for(name)
     macs = network.costs.macs
@@ -217,7 +218,8 @@ def open_network(
         gr.update(minimum=low, maximum=high, step=step, value=min(max(budget, low), high), visible=mode == BY_BUDGET),
         gr.update(value=ruler, visible=mode == BY_BUDGET),
         gr.update(minimum=first, maximum=last, value=min(max(time, first), last), visible=mode == BY_TIME),
-        gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE), calibrated,
+        gr.update(value=min(max(confidence, 0.2), 1.), visible=mode == BY_CONFIDENCE),
+        gr.skip() if calibrated is None else calibrated,
         gr.update(value=BY_BUDGET, visible=may_promise(network)),
         gr.update(minimum=low, maximum=high, step=step, value=middle, visible=curve is not None),
         gr.update(value=ruler, visible=curve is not None), gr.update(visible=False),

@@ -44,10 +44,10 @@ def written_beside(path: Union[str, Path]) -> Iterator[Path]:
         path, partial = _places(path)
         try:
             yield partial
-            if path.exists():
-                partial.chmod(stat.S_IMODE(path.stat().st_mode))
             with partial.open('rb+') as file:  # after a power cut the name must not be there without the content
                 os.fsync(file.fileno())
+            if path.exists():
+                partial.chmod(stat.S_IMODE(path.stat().st_mode))
             os.replace(partial, path)
         except BaseException:
             with suppress(OSError):  # never written
@@ -64,10 +64,10 @@ def replaced(folder: Union[str, Path], mark: str) -> Iterator[Path]:
         mark: A file that an earlier folder of this kind holds.
 
     Raises:
-        InputError: the place holds something else, or cannot be written.
+        InputError: the place holds something else, is a mount point, or cannot be written.
     """
     folder = Path(folder).resolve()
-    if folder.is_mount():
+    if os.path.ismount(folder):
         raise InputError(f"'{folder}' is a mount point, which cannot be replaced: give a folder in it")
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"'{folder}' holds something other than an earlier export: give another folder")

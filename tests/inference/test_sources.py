@@ -107,8 +107,8 @@ def test_names_above_the_folder_are_read(tmp_path):
 
 
 def test_a_list_of_relative_paths_is_of_its_folder(tmp_path, monkeypatch):
-    (tmp_path / 'list.txt').write_text('a.png\n/b.png\n')
-    (tmp_path / 'absolute.txt').write_text('/a.png\n')
+    (tmp_path / 'list.txt').write_text(f'a.png\n{tmp_path}/b.png\n')
+    (tmp_path / 'absolute.txt').write_text(f'{tmp_path}/a.png\n')
     monkeypatch.chdir(tmp_path)
     relative, absolute = open_sources(['list.txt', 'absolute.txt'])
     assert relative.record['relative_to'] == str(tmp_path) and 'relative_to' not in absolute.record

@@ -188,7 +188,8 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         except (InputError, MemoryError):
             raise
         except Exception as error:  # Pillow's readers let many types through on damaged files
-            if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that is a seek outside
+            if isinstance(error, OSError) and error.errno not in (
+                    None, errno.EINVAL, errno.ENAMETOOLONG):  # a seek outside, a bad name
                 raise UnreachableError(f'{name} cannot be read ({error.strerror}): check the disk and permissions'
                                        ) from None
             raise InputError(f'{name} is damaged or truncated ({error}): save it again') from None

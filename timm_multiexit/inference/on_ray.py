@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple, Union, cast
 
@@ -170,6 +171,7 @@ def predict_on_ray(
     Raises:
         InputError: as `predict.predict`.
     """
+    config = replace(config)  # without what it has solved, which may hold sessions
     total = count_images(sources)
     missing = [k for k in range(math.ceil(total / part_size)) if not part_path(output, k).is_file()]
     runs: List[Tuple[int, int]] = []  # of missing parts: first and count

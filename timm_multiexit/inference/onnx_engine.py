@@ -54,7 +54,8 @@ class OnnxEngine:
         self.num_exits, self.num_classes, self.in_chans = model.num_exits, model.num_classes, model.in_chans
         self.device, self.dtype = torch.device('cpu'), torch.float32
         self.workers = threads or torch.get_num_threads()
-        height, width = self.image_size = tuple(model.pretrained_cfg['input_size'][1:])
+        height, width = model.pretrained_cfg['input_size'][1:]
+        self.image_size: Optional[Tuple[int, int]] = (height, width)
         names, graph = export_graph(model, (height, width))
         self.state_names = [*names[:-1], []]  # nothing goes on from the last stage
         self.extractor = onnx.utils.Extractor(graph)

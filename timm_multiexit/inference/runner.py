@@ -158,7 +158,8 @@ class EarlyExitRunner:
 
         def images() -> Iterator[torch.Tensor]:
             for i, batch in enumerate(loader):
-                x, y = (*batch, None)[:2] if isinstance(batch, (list, tuple)) else (batch, None)
+                x, *more = batch if isinstance(batch, (list, tuple)) else (batch,)
+                y = more[0] if more else None
                 check_images(self.engine, x)
                 if i % world == rank:
                     targets.append((i, None if y is None else torch.as_tensor(y)))

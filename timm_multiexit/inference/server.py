@@ -43,17 +43,18 @@ class Guard:
         async def limited() -> Any:
             nonlocal read, kept
             message = await receive()
-            read += len(message.get('body', b''))
-            if read > self.max_bytes:
+            size = len(message.get('body', b''))
+            read += size
+            full = self.held + size > MAX_BODIES * self.max_bytes
+            if full or read > self.max_bytes:
                 # A caller that still sends would see a broken connection in place of the answer.
                 while message.get('more_body') and read < 10 * self.max_bytes:
                     message = await receive()
                     read += len(message.get('body', b''))
-                raise HTTPException(413, f'more than {self.max_bytes:,} bytes: send smaller or fewer images')
-            kept += len(message.get('body', b''))
-            self.held += len(message.get('body', b''))
-            if self.held > MAX_BODIES * self.max_bytes:
+                if read > self.max_bytes:
+                    raise HTTPException(413, f'more than {self.max_bytes:,} bytes: send smaller or fewer images')
                 raise HTTPException(503, 'too many bytes are queued: try again later', {'Retry-After': '1'})
+            kept, self.held = kept + size, self.held + size
             return message
 
         async def counted(message: Any) -> None:

@@ -23,7 +23,7 @@ class TorchEngine:
 
     name = 'torch'
     workers = 1
-    image_size = None
+    image_size: Optional[Tuple[int, int]] = None
 
     def __init__(
             self,

@@ -130,8 +130,9 @@ class AsMap(nn.Module):
 def as_map(model: nn.Module, shape: Sequence[int], image_size: Tuple[int, int, int]) -> AsMap:
     """How to read a tap of a backbone, from the shape of its output."""
     height, width = image_size[1:]
+    off = max(1., height / width) + 0.5  # by rounding of both sides
     if len(shape) == 4:
-        first, last = (abs(a - b * height / width) < 1.5 for a, b in (shape[2:], shape[1:3]))  # where the map may be
+        first, last = (abs(a - b * height / width) < off for a, b in (shape[2:], shape[1:3]))  # where the map may be
         chs_last = last and (not first or getattr(model, 'output_fmt', 'NCHW') == 'NHWC')
         return AsMap('NHWC', shape[3], grid=shape[1:3]) if chs_last else AsMap('NCHW', shape[1], grid=shape[2:])
     if len(shape) != 3:
@@ -141,7 +142,7 @@ def as_map(model: nn.Module, shape: Sequence[int], image_size: Tuple[int, int, i
     for prefix in (named, 0, 1, 2):
         rows = max(1, round((max(shape[1] - prefix, 1) * height / width) ** 0.5))
         columns, rest = divmod(shape[1] - prefix, rows)
-        if not rest and abs(rows - columns * height / width) < 1.5:
+        if not rest and abs(rows - columns * height / width) < off:
             return AsMap('NLC', shape[2], prefix, (rows, columns))
     return AsMap('NLC', shape[2], named, (shape[1] - named, 1))
 

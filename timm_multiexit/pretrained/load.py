@@ -117,8 +117,9 @@ def load_teacher(
     except (RuntimeError, AssertionError, ValueError) as error:  # a ViT takes one size only
         raise InputError(f"the teacher '{name}' does not take images of {' x '.join(map(str, input_size))} "
                          f'({first_line(error)}): choose another, or --input-size') from error
-    cfg = teacher.pretrained_cfg
-    if not may_be_classes(cfg.get('label_names'), labels):
+    cfg: Dict[str, Any] = vars(teacher)['pretrained_cfg']
+    names = cfg.get('label_names') or ()
+    if labels and len(names) == num_classes and not may_be_classes(names, labels):
         raise InputError(f"the teacher '{name}' knows other classes, or these in another order: choose one for "
                          f"{', '.join(labels[:5])}{' ...' if len(labels) > 5 else ''}")
     if checkpoint and not own:

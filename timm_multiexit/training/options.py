@@ -60,14 +60,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     _add_augmentation_options(parser)
     _add_machine_options(parser)
     _add_run_options(parser)
-    for action in list(parser._actions):  # what a recipe switches on can be switched off
-        if isinstance(action, argparse._StoreTrueAction):
-            parser.add_argument(f'--no-{action.option_strings[-1][2:]}', dest=action.dest, action='store_false',
-                                help=argparse.SUPPRESS)
     for action in parser._actions:
         tells = action.default is not False and action.default not in (None, '', [], {}, argparse.SUPPRESS)
         if tells and 'default' not in (action.help or ''):
             action.help = f'{action.help or ""} (default: %(default)s)'.strip()
+    for action in list(parser._actions):  # what a recipe switches on can be switched off
+        if isinstance(action, argparse._StoreTrueAction):
+            parser.add_argument(f'--no-{action.option_strings[-1][2:]}', dest=action.dest, action='store_false',
+                                help=argparse.SUPPRESS)
     return parser
 
 
@@ -110,7 +110,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_Kwargs)
     group.add_argument('--initial-checkpoint', default=[], nargs='+', metavar='PATH',
                        help='start from these weights, files or folders final/ of runs, from their mean if there are '
-                            'several; classifiers of another number of classes are left out')
+                            'several; --regime joint leaves out classifiers of another number of classes')
     group.add_argument('--pretrained', action='store_true',
                        help="start from the pretrained weights of the network, or of multiexit's backbone")
     group.add_argument('--backbone-checkpoint', default='', metavar='FILE',

@@ -14,7 +14,6 @@ from ..commands import Interruptions
 from ..errors import InputError, first_line
 from ..files import held
 from ..pretrained.hub_files import CONFIG_FILE
-from ..pretrained.names import may_be_classes
 from ..pretrained.record import read_config
 from .run_folder import LAST_NAME, RunFolder, changed_options, check_kept, find_checkpoint, is_finished, read_checkpoint
 from .throughput import print_throughput
@@ -103,7 +102,7 @@ def _leave(args: argparse.Namespace) -> None:
 
 def _check_classes(trainer: Trainer, config: Path) -> None:
     before = read_config(config).get('label_names') if config.is_file() else None
-    if not may_be_classes(before, trainer.config.get('label_names')):
+    if before and before != trainer.config.get('label_names'):
         raise InputError('the classes are not those of the run to resume: undo what was renamed, or start another '
                          '--experiment')
 
