@@ -108,7 +108,8 @@ def predict(
 ) -> None:
     """Writes the parts that are missing, `part-00000.parquet` and so on, with the columns of `SCHEMA`.
 
-    An image that cannot be read has a row with its `error` and its path alone. Labels count from 0, exits from 1.
+    An image that cannot be read has a row with its `error` and its path alone; a disk that fails ends the run. Labels
+    count from 0, exits from 1.
 
     Args:
         engine: Engine of the exported folder.
