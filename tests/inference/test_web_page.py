@@ -152,7 +152,7 @@ def test_the_page_prepares_images_as_python_does(page, tmp_path):
 @pytest.mark.browser
 def test_an_image_chosen_while_the_network_loads_is_answered_first(page, site):
     held = []
-    page.route('**/network.onnx', held.append)
+    page.route('**/network.onnx', lambda route: held.append(route))
     page.reload(wait_until='commit')
     page.locator('#samples button').nth(4).click()
     while not held:
