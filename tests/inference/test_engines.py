@@ -14,7 +14,7 @@ from timm_multiexit.inference.engine import make_engine
 from timm_multiexit.inference.runner import EarlyExitRunner
 from timm_multiexit.inference.torch_engine import TorchEngine
 from timm_multiexit.models import exit_costs
-from timm_multiexit.models._fold import fold_batch_norm
+from timm_multiexit.models._fold import fold
 from timm_multiexit.stopping.policy import ExitPolicy
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -39,7 +39,7 @@ def images():
 
 def test_folding_keeps_the_logits_of_every_network(network, images):
     train_statistics(network)
-    folded = fold_batch_norm(network)
+    folded = fold(network)
     with torch.inference_mode():
         for before, after in zip(network.forward_exits(images), folded.forward_exits(images)):
             scale = before.abs().amax()
@@ -50,7 +50,7 @@ def test_folding_keeps_the_logits_of_every_network(network, images):
 def test_no_batch_norm_is_left_in_msfuse_and_the_original_keeps_its_own(small_msfuse):
     count = sum(isinstance(m, nn.BatchNorm2d) for m in small_msfuse.modules())
     weights = {k: v.clone() for k, v in small_msfuse.state_dict().items()}
-    folded = fold_batch_norm(small_msfuse.train())
+    folded = fold(small_msfuse.train())
     assert count > 20
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) and not folded.training
     assert small_msfuse.training
@@ -60,7 +60,7 @@ def test_no_batch_norm_is_left_in_msfuse_and_the_original_keeps_its_own(small_ms
 def test_a_batch_norm_behind_a_convolution_in_a_sequential_is_folded_and_one_before_it_stays():
     net = train_statistics(nn.Sequential(
         nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())).eval()
-    folded = fold_batch_norm(net)
+    folded = fold(net)
     assert [type(m) for m in folded] == [nn.BatchNorm2d, nn.ReLU, nn.Conv2d, nn.Identity, nn.ReLU]
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(folded(x), net(x))
@@ -69,7 +69,7 @@ def test_a_batch_norm_behind_a_convolution_in_a_sequential_is_folded_and_one_bef
 @pytest.mark.parametrize('kwargs', [dict(norm_layer='groupnorm1'), dict(act_layer=nn.GELU)])
 def test_other_norms_and_activations_are_kept(images, kwargs):
     model = timm.create_model('msfuse_cifar', steps=(1, 1), base_width=8, growth=4, **kwargs).eval()
-    torch.testing.assert_close(fold_batch_norm(model)(images), model(images))
+    torch.testing.assert_close(fold(model)(images), model(images))
 
 
 @pytest.fixture(scope='module', params=['torch', 'auto'])

@@ -11,10 +11,12 @@ from backbone_support import difference, enliven, exits_with_drops, lively, phot
 from safetensors.torch import save_file
 from timm.models import group_parameters
 from timm.models._hub import save_for_hf
+from timm.utils import reparameterize_model
 from torch import nn
 
 from timm_multiexit import EarlyExitRunner, InputError, add_exits, exit_costs
 from timm_multiexit.models import MultiExitNet
+from timm_multiexit.models._fold import fold, merge_branches
 from timm_multiexit.models._taps import as_map
 from timm_multiexit.stopping.policy import ALWAYS, ExitPolicy, scores
 from timm_multiexit.training.task import MultiExitTask
@@ -91,7 +93,7 @@ def test_what_the_network_is_made_of(edge):
     assert set(dict(net.named_parameters())) <= set(state)
     costs = exit_costs(net, size)
     assert list(costs.macs) == sorted(set(costs.macs)) and list(costs.params) == sorted(set(costs.params))
-    assert costs.params[-1] == sum(p.numel() for p in net.parameters())
+    assert costs.params[-1] == sum(p.numel() for p in merge_branches(net).parameters())
     with torch.no_grad():
         maps = net.forward_intermediates(photos(2, size), intermediates_only=True)
     assert [m.shape[1] for m in maps] == [info['num_chs'] for info in net.feature_info]
@@ -282,6 +284,27 @@ def test_engines_run_it(name, kwargs, engine):
     run = EarlyExitRunner(net, policy, engine=engine)(x)
     assert set(run.exit_index.tolist()) == {0, 1, 2, 3}
     assert difference(run.logits, exits[run.exit_index, torch.arange(20)]) < 1e-3
+
+
+@torch.no_grad()
+def test_branches_of_a_backbone_are_merged_for_inference():
+    model, size = lively('mobileone_s0', (3, 64, 64), num_classes=10)
+    net, x = add_exits(model, at=2), photos(4, size)
+    expected, merged = net.forward_exits(x), reparameterize_model(net)
+    assert merged.stages.net is merged and net.stages.net is net
+    costs = exit_costs(net)
+    assert costs == exit_costs(merged) and costs.params[-1] < 0.6 * sum(p.numel() for p in net.parameters())
+    for each, error in ((net, 0.), (merged, 1e-3), (fold(net), 1e-3)):
+        for ours, theirs in zip(each.forward_exits(x), expected):
+            assert difference(ours, theirs) <= error
+
+
+def test_a_branch_that_an_exit_follows_is_not_merged():
+    net = add_exits(timm.create_model('mobileone_s0').eval(), at=['stages.1.0.conv_kxk.0'])
+    with pytest.raises(InputError, match="no stage can end with 'stages.1.0.conv_kxk.0', which does not run"):
+        reparameterize_model(net)
+    assert merge_branches(net) is net and exit_costs(net, (3, 64, 64)).params[-1] == sum(
+        p.numel() for p in net.parameters())
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'regnetx_002', 'poolformer_s12'])

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models import MultiExitNet
-from ..models._fold import fold_batch_norm
+from ..models._fold import fold
 from .batch_loop import gather_arrays
 
 State = List[np.ndarray]
@@ -104,7 +104,7 @@ def export_graph(model: MultiExitNet, image_size: Tuple[int, int]) -> Tuple[List
         Names of the maps that each stage reads, with those that the last one makes, and the graph. A map that a stage
         passes on unchanged keeps its name; each head reads the last map after its stage.
     """
-    net = _AllStates(fold_batch_norm(model).cpu().float().to(memory_format=torch.contiguous_format))
+    net = _AllStates(fold(model).cpu().float().to(memory_format=torch.contiguous_format))
     images = torch.zeros(2, model.in_chans, *image_size)
     with torch.no_grad():
         states = [[images]]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 from ..models import MultiExitNet
-from ..models._fold import fold_batch_norm
+from ..models._fold import fold
 
 
 class ExitPrograms(NamedTuple):
@@ -37,7 +37,7 @@ def export_programs(model: MultiExitNet, image_size: Optional[Tuple[int, int]] =
         One pair per exit. The first stage takes (images,), each later one the state that the stage before it gave.
         Temperatures and thresholds are those of the exit config; the head's logits are what a policy decides on.
     """
-    net = fold_batch_norm(model).cpu().float().eval()
+    net = fold(model).cpu().float().eval()
     height, width = image_size or model.pretrained_cfg['input_size'][1:]
     state: Tuple[torch.Tensor, ...] = (torch.zeros(2, model.in_chans, height, width),)
     batch = {0: Dim('batch', min=1)}

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from ..models import MultiExitNet
-from ..models._fold import fold_batch_norm
+from ..models._fold import fold
 
 State = List[torch.Tensor]
 
@@ -31,7 +31,7 @@ class TorchEngine:
             device: Optional[Union[str, torch.device]] = None,
             dtype: torch.dtype = torch.float32,
     ):
-        net = fold_batch_norm(model).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        net = fold(model).to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
         self.num_exits, self.num_classes, self.in_chans = net.num_exits, net.num_classes, net.in_chans
         parameter = next(net.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -8,6 +8,7 @@ from torch import nn
 from ..errors import InputError
 from ..stopping.costs import ExitCosts
 from ._base import MultiExitNet
+from ._fold import merge_branches
 
 
 class _Prefix(nn.Module):
@@ -30,7 +31,8 @@ def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] =
     """Counts the multiply-adds and parameters up to and including each exit, for one image.
 
     Args:
-        model: A multi-exit network; it stays in its mode.
+        model: A multi-exit network; it stays in its mode. Of a backbone whose branches inference merges
+            (`timm.utils.reparameterize_model`) the merged form is counted.
         input_size: (C, H, W); None for the size in the network's pretrained cfg.
 
     Returns:
@@ -41,6 +43,7 @@ def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] =
     """
     if input_size is None:
         input_size = (model.in_chans, *model.pretrained_cfg['input_size'][1:])
+    model = merge_branches(model)
     modes = {module: module.training for module in model.modules()}
     macs, params = [], []
     model.eval()  # of one image there are no batch statistics

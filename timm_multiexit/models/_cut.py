@@ -202,7 +202,13 @@ def cut_stages(root: Root, traces: Tuple[Trace, Trace], taps: Sequence[str], ima
         image_size: (C, H, W) of the traces.
         to_the_end: Add a stage for what comes after the last of them.
         one_size: Whether what reads the states takes images of this size only.
+
+    Raises:
+        InputError: a tap that does not run, as after its layers were merged with others.
     """
+    for tap in taps:
+        if tap not in traces[0].outputs:
+            raise InputError(f"no stage can end with '{tap}', which does not run: name a block or stage")
     cuts = [cut(whole, [*(whole.outputs[tap] for tap in taps), *([whole.end] if to_the_end else [])])
             for whole in traces]
     size = tuple(image_size[1:]) if one_size or cuts[0][1] or cuts[1][1] else None

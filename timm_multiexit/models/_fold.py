@@ -1,16 +1,33 @@
-"""Folds batch normalisation into the preceding convolutions, for inference."""
+"""Folds layers that inference does not need apart: parallel branches of a backbone, and batch normalisation."""
 import copy
 from typing import Tuple, TypeVar
 
 from timm.layers import ConvNormAct
+from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 Net = TypeVar('Net', bound=nn.Module)
 
 
-def fold_batch_norm(model: Net) -> Net:
-    """Folds every BN that directly follows a convolution into its weight and bias.
+def merge_branches(model: Net) -> Net:
+    """Makes one convolution of the branches with which a backbone was trained (RepVGG, MobileOne, GhostNetV3, ...).
+
+    Returns:
+        A copy from timm's `reparameterize_model`; the model itself if it has no such branches, or if they cannot be
+        merged, as when an exit follows one of them.
+    """
+    layers = getattr(model, 'backbone', nn.Identity()).modules()
+    if any(hasattr(layer, name) for layer in layers for name in ('fuse', 'reparameterize', 'switch_to_deploy')):
+        try:
+            return reparameterize_model(model)
+        except Exception:  # of the backbone's own code; the network runs as it was trained
+            pass
+    return model
+
+
+def fold(model: Net) -> Net:
+    """Merges branches, and folds every BN that directly follows a convolution into its weight and bias.
 
     These are the BN of timm's ConvNormAct, and any BN right after a convolution in an nn.Sequential. The BN before a
     convolution (DenseNet) stays, since an activation separates the two.
@@ -18,7 +35,7 @@ def fold_batch_norm(model: Net) -> Net:
     Returns:
         A copy in eval mode, whose outputs differ from the original's by rounding only.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(merge_branches(model)).eval()
     for module in list(model.modules()):
         if isinstance(module, ConvNormAct):
             if isinstance(module.bn, nn.BatchNorm2d):

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..errors import InputError
 from ._base import ExitHead, MultiExitNet, build_network
-from ._cut import cut_stages, lend, share
+from ._cut import CutStage, cut_stages, lend, share
 from ._taps import HEADS, as_map, find_taps, make_head
 from ._trace import Root, trace, trace_head
 
@@ -89,6 +89,13 @@ class ScriptHead(nn.Module):
         return self.head(x)
 
 
+class Stages(nn.ModuleList):
+    """The stages of a network, which `timm.utils.reparameterize_model` cuts anew once it has merged the backbone."""
+
+    def reparameterize(self) -> None:
+        self.net.cut_anew(self.net.num_exits)
+
+
 class MultiExitBackbone(MultiExitNet):
     """A timm model with early exits. Its parameters keep their names, after `backbone.`; the last exit is its own head.
 
@@ -119,6 +126,7 @@ class MultiExitBackbone(MultiExitNet):
         self.taps, self.head, self.image_size = taps, head, image_size
         self.as_maps = nn.ModuleList(as_maps)
         self.backbone = backbone
+        self._keep(stages)
         for name in ('stages', 'exits'):  # behind the backbone, under whose name its parameters are to be found
             self._modules[name] = self._modules.pop(name)
         self.train(backbone.training)
@@ -166,15 +174,19 @@ class MultiExitBackbone(MultiExitNet):
             pool = global_pool if own or global_pool is None else '' if global_pool == '' else 'avg'
             head.reset(num_classes, pool, device=like.device, dtype=like.dtype)
         if self.root.ends_in_logits:
-            self._cut_anew(self.num_exits)
+            self.cut_anew(self.num_exits)
         self._read_head_sizes()
 
-    def _cut_anew(self, num_stages: int) -> None:
+    def cut_anew(self, num_stages: int) -> None:
+        """Makes stages of the backbone as it is now."""
         traces = trace(self.root, self.image_size)
         whole = num_stages > len(self.taps)
-        self.stages = nn.ModuleList(
-            cut_stages(self.root, traces, self.taps[:num_stages], self.image_size, whole, self.one_size))
+        self._keep(cut_stages(self.root, traces, self.taps[:num_stages], self.image_size, whole, self.one_size))
         self.stages.train(self.training)
+
+    def _keep(self, stages: List[CutStage]) -> None:
+        self.stages = Stages(stages)
+        self.stages.__dict__['net'] = self  # not as a submodule
 
     def prune_intermediate_layers(
             self,
@@ -184,7 +196,7 @@ class MultiExitBackbone(MultiExitNet):
     ) -> List[int]:
         """As timm's, but once only: the modules that it removes would be needed to cut the network anew."""
         _, last = feature_take_indices(len(self.stages), indices)
-        self._cut_anew(last + 1)
+        self.cut_anew(last + 1)
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if last < len(self.taps):
             _delete_unused(self.backbone, set().union(*(stage.uses() for stage in self.stages)))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..errors import InputError, first_line
 from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
-from ..models._fold import fold_batch_norm
+from ..models._fold import fold
 from ..pretrained.load import load_mean, load_teacher
 from ..pretrained.names import require_weights
 from ..pretrained.record import config_of
@@ -140,7 +140,7 @@ class Trainer:
                     for name, file in zip(args.kd_model_name, files)]
         self.task = MultiExitTask(
             model, args.exit_weights, args.distill_weight, args.distill_temperature,
-            [fold_batch_norm(teacher) for teacher in teachers], args.task_loss_weight,  # faster
+            [fold(teacher) for teacher in teachers], args.task_loss_weight,  # faster
             args.kd_temperature, args.kd_exits, args.kd_draw, args.freeze, criterion_kwargs=loss, device=self.device)
         capturable = dict(capturable=True) if args.cuda_graph else {}
         self.optimizer = self._create(
