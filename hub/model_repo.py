@@ -40,7 +40,6 @@ class Network:
     results: Results  # from timm-multiexit evaluate
     recipe: Dict[str, Any]  # options of train_timm.py
     history: History  # the runs that led to it, and itself
-    packaged: bool  # whether the weights come with the package
 
     @property
     def tag(self) -> str:
@@ -95,7 +94,7 @@ def read_network(given: str, name: str = '') -> Network:
         raise InputError(f"the costs in {FILE_NAME} of '{folder}' are not the network's: calibrate it again")
     if [e.macs for e in results.exits] != list(costs.macs):
         raise InputError(f"{RESULTS_NAME} of '{folder}' is of another network: evaluate it again")
-    return Network(name, folder, model, exits, results, recipe, history, packaged)
+    return Network(name, folder, model, exits, results, recipe, history)
 
 
 def _default_name(recipe: Dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ The packages, in the order of the data flow:
     training     what `train_timm.py` runs
     cli          the `timm-multiexit` command
 
-`datasets` holds a record for each data set; `errors`, `files` and `optional` serve all. Imports run one way: see
-tests/test_imports.py.
+`datasets` holds a record for each data set; `commands`, `errors`, `files` and `optional` serve all. Imports run one
+way: see tests/test_imports.py.
 """
 import importlib
 from typing import TYPE_CHECKING, Any, List

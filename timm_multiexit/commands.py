@@ -63,7 +63,7 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = math.nan
-        if not self.low <= value <= self.high or value == self.but or math.isinf(value):
+        if not self.low <= value <= self.high or value == self.but or value in (math.inf, -math.inf):
             raise argparse.ArgumentTypeError(f"'{text}' is not {self}")
         return value
 

@@ -37,7 +37,7 @@ class Dataset:
     input_size: Tuple[int, int, int] = (3, 32, 32)
 
 
-# By the tag of weights trained on them. A network's name without a tag means the first one that has weights.
+# By the tag of weights trained on them. A network's name without a tag means the first one.
 DATASETS: Dict[str, Dataset] = dict(
     cifar10=Dataset(
         name='torch/cifar10',

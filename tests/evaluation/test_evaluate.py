@@ -162,6 +162,8 @@ def test_certification_images_make_a_promise(folder, tmp_path, capsys):
     config = ExitConfig.load(output)
     assert config.scores.for_certification.num_images == 10 * PER_CLASS and config.scores.development.num_images == 2000
     assert (config.scores.for_certification.labels >= 0).all()
+    assert main(['calibrate', NAME, '--certify', str(images), '--measure', 'entropy', '--output', str(output)]) == 2
+    assert 'stored scores are of max_softmax: --measure entropy needs --data-dir' in capsys.readouterr().err
     ask = ['classify', str(next(images.glob('*/*.png'))), '--model', NAME, '--exit-config', str(output)]
     assert main([*ask, '--max-loss', '10']) == 0
     assert main([*ask, '--max-loss', '0.01']) == 2

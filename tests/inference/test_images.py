@@ -27,6 +27,12 @@ def test_plain_image_comes_back_unchanged(picture, tmp_path):
     assert (pixels(image) == pixels(picture)).all()
 
 
+@pytest.mark.parametrize('kind, notes', [('MPO', []), ('GIF', ['animated, 2 frames: only the first is classified'])])
+def test_a_photo_of_several_pictures_is_not_animated(picture, tmp_path, kind, notes):
+    picture.save(tmp_path / 'a.jpg', format=kind, save_all=True, append_images=[ImageOps.mirror(picture)])
+    assert read_image(tmp_path / 'a.jpg')[1] == notes
+
+
 def test_greyscale_is_repeated_over_the_channels(picture, tmp_path):
     picture.convert('L').save(tmp_path / 'a.png')
     image, _ = read_image(tmp_path / 'a.png')

@@ -78,7 +78,7 @@ def test_deployments_in_a_chain_give_the_answers_of_one_loop(folder, groups):
 
 def test_replicas_that_cannot_be(folder, capsys):
     from timm_multiexit.inference.on_ray import RayQueues
-    with pytest.raises(InputError, match='the policy has 1 segments: give --replicas at most so many numbers'):
+    with pytest.raises(InputError, match='the policy has 1 segments: give --replicas no more numbers than that'):
         RayQueues(FolderEngine(folder), ExitPolicy.at_exit(2, 3, (1., 1., 1.)), [1, 1], 32, 64, 'name')
     assert main(['serve', str(folder), '--replicas', '2']) == 2
     assert capsys.readouterr().err == 'timm-multiexit: error: --replicas goes with --ray\n'

@@ -292,11 +292,22 @@ def test_branches_of_a_backbone_are_merged_for_inference():
     net, x = add_exits(model, at=2), photos(4, size)
     expected, merged = net.forward_exits(x), reparameterize_model(net)
     assert merged.stages.net is merged and net.stages.net is net
-    costs = exit_costs(net)
-    assert costs == exit_costs(merged) and costs.params[-1] < 0.6 * sum(p.numel() for p in net.parameters())
+    costs = exit_costs(net.train())
+    assert net.training and costs == exit_costs(merged)
+    assert costs.params[-1] < 0.6 * sum(p.numel() for p in net.eval().parameters())
     for each, error in ((net, 0.), (merged, 1e-3), (fold(net), 1e-3)):
         for ours, theirs in zip(each.forward_exits(x), expected):
             assert difference(ours, theirs) <= error
+
+
+def test_a_pruned_network_is_merged_before_or_not_at_all():
+    plain, net = (add_exits(timm.create_model(name).eval(), at=2) for name in ('resnet18', 'mobileone_s0'))
+    for each in (plain, net):
+        each.prune_intermediate_layers([0], prune_head=False)
+    reparameterize_model(plain)
+    with pytest.raises(InputError, match='merge its branches first, then prune it'):
+        reparameterize_model(net)
+    reparameterize_model(timm.create_model('multiexit', backbone='resnet18', features_only=True))
 
 
 def test_a_branch_that_an_exit_follows_is_not_merged():
@@ -345,8 +356,9 @@ def test_dropout_layer_decay_and_names_of_a_backbone():
 
 def test_tokens_are_of_one_image_size():
     net = add_exits(timm.create_model('vit_tiny_patch16_224', dynamic_img_size=True, **SMALL_VIT))
-    with pytest.raises(InputError, match=r'images of \(128, 128\) pixels: this backbone was cut for'):
-        net.forward_exits(torch.randn(2, 3, 128, 128))
+    for run in (net.forward_exits, lambda x: exit_costs(net, x.shape[1:])):
+        with pytest.raises(InputError, match=r'images of \(128, 128\) pixels: this backbone was cut for'):
+            run(torch.randn(2, 3, 128, 128))
 
 
 def test_costs_of_a_frozen_backbone():

@@ -197,6 +197,12 @@ def test_arguments_that_all_networks_have(name):
     assert first_conv.in_channels == 1
 
 
+def test_a_network_of_another_depth_names_its_own_classifiers():
+    model = timm.create_model('msfuse_cifar', **dict(SMALL, steps=(1,) * 8))
+    assert model.pretrained_cfg['classifier'] == tuple(f'exits.{k}.fc' for k in range(8))
+    assert len(timm.create_model('msfuse_cifar').pretrained_cfg['classifier']) == 7
+
+
 @pytest.mark.parametrize('name', SMALL_NETWORKS)
 def test_gradient_checkpointing_changes_nothing(name):
     """Its second forward pass would update BN statistics a second time."""

@@ -109,7 +109,7 @@ def test_what_cannot_be_loaded_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match='unknown fields .* colour: update'):
         load_model(checkpoint=folder)
     (folder / 'config.json').write_text('[]')
-    with pytest.raises(InputError, match='config.json. holds no object but list'):
+    with pytest.raises(InputError, match='config.json. must hold an object, not a list'):
         find_weights('', folder)
     (folder / 'config.json').unlink()
     (folder / 'recipe.yaml').write_text('- list')

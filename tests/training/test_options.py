@@ -55,6 +55,14 @@ def test_every_choice_trains(name, choice, folder_dataset, teacher):
         assert rates[0] < rates[1] and (last < rates[1]) == (choice != 'constant')
 
 
+def test_a_batch_of_one_image_is_mixed_with_itself(folder_dataset):
+    args = parse_train_args('', [*SMALL, '--data-dir', str(folder_dataset), '--dataset', 'folder', '--mixup', '0.2'])
+    image = torch.randn(1, 3, 32, 32)
+    images, targets = Trainer(args).prepare(image, torch.tensor([1]))
+    torch.testing.assert_close(images, image.expand(2, -1, -1, -1))
+    assert targets.shape == (2, 2) and (targets.argmax(1) == 1).all()
+
+
 BAD = """
 --epochs -1 | --epochs 1.5 | --epochs two | --batch-size 0 | --batch-size -4 | --batch-size 1 --mixup 0.2
 --lr nan | --lr -1 | --lr inf | --momentum 1 | --weight-decay -1 | --warmup-epochs -1 | --epochs 2 --warmup-epochs 3

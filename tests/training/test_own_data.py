@@ -21,6 +21,7 @@ from timm_multiexit.pretrained.record import TrainingData, config_of, describe, 
 from timm_multiexit.training.data import count_classes, describe_data, open_data
 from timm_multiexit.training.loader import InMemoryLoader, StreamedEvaluation, StreamingLoader, create_loaders
 from timm_multiexit.training.options import parse_train_args
+from timm_multiexit.training.task import exit_accuracies
 from timm_multiexit.training.trainer import create_network, seed_epoch
 
 CLASSES = ('a b', 'ç')
@@ -179,5 +180,7 @@ def test_streamed_files_keep_their_colours_and_bad_ones_are_named_once(tmp_path,
     parts = [StreamedEvaluation(Images(splits.test, preprocess), torch.device('cpu'), r, 3) for r in range(3)]
     streamed = torch.cat([y for part in parts for _, y in part])
     assert sorted(streamed.tolist()) == [0, 0, 1, 1]
+    idle = StreamedEvaluation(Images(splits.test, preprocess), torch.device('cpu'), 5, 6)
+    assert exit_accuracies(model, idle).isnan().all()  # of this process alone: others add theirs
     whole = InMemoryLoader(*Images(splits.test, preprocess).stack(), 8, preprocess.mean, preprocess.std)
     assert torch.equal(next(iter(parts[0]))[0], next(iter(whole))[0][::3])

@@ -29,7 +29,7 @@ def add_model_argument(parser: argparse.ArgumentParser, instead: str = '') -> No
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that name weights and a device, as `pretrained.load.load_model` takes them."""
     parser.add_argument('--checkpoint', default='', metavar='PATH',
-                        help='weights to use instead of the pretrained ones: final/ of a run, which is enough alone, '
+                        help='weights to use instead of the pretrained ones: final/ of a run, which names its network, '
                              'or a file')
     parser.add_argument('--num-classes', type=COUNT, default=None, metavar='N',
                         help='number of classes, only for weights without a config.json beside them')
@@ -102,8 +102,8 @@ def add_budget_options(group, parser: argparse.ArgumentParser, **kwargs) -> None
                        help="average milliseconds per image on this machine, like 2ms, or a share of the full "
                             "network's, like 50%%")
     group.add_argument('--max-loss', type=POSITIVE, metavar='POINTS', **kwargs,
-                       help='the fewest multiply-adds that lose at most so many points of accuracy against the full '
-                            'network, guaranteed (needs calibrate --certify)')
+                       help='the cheapest policy that is guaranteed to lose at most this many points of accuracy '
+                            'against the full network (needs calibrate --certify)')
     add_exit_config_option(parser)
     parser.add_argument('--certainty', type=float, default=0.95, metavar='P',
                         help='probability that --max-loss holds, over the draw of the certification images (default: '

@@ -17,7 +17,7 @@ from ..pretrained.exit_config import exit_config_of, weights_digest
 from ..pretrained.names import class_labels
 from ..stopping.config import FILE_NAME, SCORES_NAME, ExitConfig, scores_path
 from ..stopping.costs import format_macs
-from ..stopping.policy import CALIBRATE_HINT
+from ..stopping.policy import CALIBRATE_HINT, MEASURES
 from ..stopping.scores import UNKNOWN, ExitScores
 from ._common import add_model_argument, add_model_options, load_network, weights_folder
 from .evaluate import add_data_options, prepare, split_logits
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> None:
         config = exit_config_of(model, args.model, args.checkpoint)
         if config.scores is None:
             raise InputError(f'no scores are stored with these weights: {CALIBRATE_HINT}')
+        if args.measure not in (None, config.measure):
+            raise InputError(f'the stored scores are of {config.measure}: --measure {args.measure} needs --data-dir')
         config = replace(config, scores=config.scores.development)
     if args.certify:
         split = certification_split(args.certify, class_labels(model, config.class_names))
@@ -68,7 +70,7 @@ def fit(args: argparse.Namespace, model: MultiExitNet, splits: Splits) -> ExitCo
     """The exit config of the images that the network's run held out for choices and for a guarantee."""
     validation = split_logits(args, model, splits, 'development')
     config = ExitConfig.fit(
-        validation.logits, validation.targets, exit_costs(model), splits.classes, args.measure,
+        validation.logits, validation.targets, exit_costs(model), splits.classes, args.measure or MEASURES[0],
         weights=weights_digest(model))
     if len(splits.certification) and not args.certify:
         kept = certification_scores(args, model, config, splits.certification)
@@ -86,7 +88,7 @@ def certification_scores(
     kept = exit_logits(model, images, args.device, unknown=True)
     certification = np.ones(len(kept.targets), bool)
     return ExitScores.from_logits(
-        kept.logits.numpy(), kept.targets.numpy(), config.temperatures, config.measure, certification)
+        kept.logits, kept.targets, config.temperatures, config.measure, certification)
 
 
 def print_config(config: ExitConfig) -> None:

@@ -94,7 +94,7 @@ def stopping(
         return ExitPolicy.at_exit(costs.deepest_within(budget), last + 1), reason
     if args.confidence is not None:
         policy = ExitPolicy.at_confidence(args.confidence, temperatures)
-    elif config is not None and asks_for_policy(args):
+    elif asks_for_policy(args):
         policy = requested_policy(args, config, latency)
     else:
         return ExitPolicy.at_exit(last, last + 1), lambda k, confidence: 'all exits ran'
@@ -160,7 +160,7 @@ def steps_under_options(
     if args.deadline is not None:
         deadline, runner = parse_milliseconds(args.deadline), AnytimeRunner(model, args.engine, costs, temperatures)
         return lambda x: [exit_before_deadline(runner, x, deadline)]
-    if args.average_latency is not None and config is not None:
+    if args.average_latency is not None:
         parse_latency(args.average_latency, 1.)  # refused before anything is measured
         engine = make_engine(model, args.engine)
         times = profile(model, engine, input_size=config.input_size)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import List, Sequence
 
-from ..commands import device
+from ..commands import COUNT, device
 from ..errors import InputError
 from ..evaluation.compare import (
     COMPARISON_NAME,
@@ -53,6 +53,7 @@ def add_parser(subparsers) -> None:
                              f'with {LOGITS_HELP}. The first is compared with each other one. Of several runs with the '
                              'same NAME=, mean and spread are shown')
     add_image_options(parser)
+    parser.add_argument('--batch-size', type=COUNT, default=256, metavar='N')
     parser.add_argument('--measure', type=rules, default=['max_softmax'], metavar='RULE,...',
                         help='stopping rules to lay side by side, for --data-dir or .npz files: confidence by '
                              f'{", ".join(MEASURES)}, or {AGREEMENT}, where an image leaves once 2, 3 or more '

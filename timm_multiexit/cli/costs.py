@@ -5,10 +5,9 @@ import json
 import timm
 
 from ..commands import Number
-from ..errors import InputError
 from ..models import MultiExitNet, exit_costs
 from ..pretrained.load import load_model
-from ..pretrained.names import check_name, list_networks
+from ..pretrained.names import check_name, without_exits
 from ..pretrained.record import find_weights
 from ._common import add_model_argument, network_name
 
@@ -35,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     given = {k: v for k, v in given.items() if v is not None}
     model = load_model(args.model, args.checkpoint, **given) if args.checkpoint else timm.create_model(name, **given)
     if not isinstance(model, MultiExitNet):
-        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+        raise without_exits(name)
     costs = exit_costs(model, size)
     if args.json:
         print(json.dumps(dict(

@@ -57,8 +57,8 @@ def add_parser(subparsers) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Options that name the images and the confidence measure."""
     add_image_options(parser)
-    parser.add_argument('--measure', choices=MEASURES, default='max_softmax',
-                        help='confidence measure (default: %(default)s)')
+    parser.add_argument('--batch-size', type=COUNT, default=256, metavar='N')
+    parser.add_argument('--measure', choices=MEASURES, help=f'confidence measure (default: {MEASURES[0]})')
 
 
 def add_image_options(parser: argparse.ArgumentParser, data_dir: str = 'folder of the data set') -> None:
@@ -70,7 +70,6 @@ def add_image_options(parser: argparse.ArgumentParser, data_dir: str = 'folder o
     parser.add_argument('--validation-images', type=COUNT, default=None, metavar='N',
                         help='training images on which thresholds are set, held out as in train_timm.py (default: '
                              'those that the run held out)')
-    parser.add_argument('--batch-size', type=COUNT, default=256, metavar='N')
 
 
 def prepare(args: argparse.Namespace) -> Tuple[MultiExitNet, Splits]:
@@ -139,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     require_extra('plots', 'evaluate')
     measured = (_of_logits if args.model.endswith(SUFFIX) else _of_network)(args)
     test, costs = measured.test, measured.costs
-    results, config = evaluate(measured.validation, test, costs, measure=args.measure)
+    results, config = evaluate(measured.validation, test, costs, measure=args.measure or MEASURES[0])
     results = replace(results, timm_multiexit=__version__, **measured.about)
     paths = write_report(results, measured.folder)
     print_results(results)

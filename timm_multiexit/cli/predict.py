@@ -16,7 +16,7 @@ STOP_OPTIONS = ('average_budget', 'average_latency', 'max_loss', 'confidence', '
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'predict', help='answers to many images, as Parquet files',
+        'predict', help='classify many images into Parquet files, with an exported folder',
         description='Classifies all images of a source with a folder that export wrote. OUTPUT becomes a folder of '
                     'Parquet files with the columns path, label, class_name, confidence, exit, macs and error. After a '
                     'kill, run the same command to resume. OMP_NUM_THREADS sets the number of threads.')

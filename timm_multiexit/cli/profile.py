@@ -21,7 +21,8 @@ def add_parser(subparsers) -> None:
     add_model_options(parser)
     parser.add_argument('--engine', choices=ENGINES, default='auto',
                         help='default: onnx if it is installed, else torch')
-    parser.add_argument('--batch-size', type=COUNT, default=1, metavar='N', help='images that come at once')
+    parser.add_argument('--batch-size', type=COUNT, default=1, metavar='N',
+                        help='images per batch (default: %(default)s)')
     parser.add_argument('--json', action='store_true', help='for programs: one object')
     parser.set_defaults(run=run)
 

@@ -14,7 +14,7 @@ from ..stopping.config import ExitConfig
 
 def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
-        'serve', help='answer images over HTTP',
+        'serve', help='classify images over HTTP, with an exported folder',
         description='Serves a folder that export wrote: POST /classify takes an image, or a form with several, and '
                     'answers in JSON; GET /health, GET /metrics (Prometheus). Images that go on after an exit form new '
                     'batches with those of other callers.')

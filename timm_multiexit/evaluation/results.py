@@ -1,6 +1,6 @@
 """What an evaluation measures, as records: written to results.json and read back here and nowhere else.
 
-Accuracies, calibration errors and gains are in percent or points, costs in MACs for one image.
+Accuracies and calibration errors are in percent or points, costs in MACs for one image.
 """
 import dataclasses
 from dataclasses import dataclass

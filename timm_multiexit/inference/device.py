@@ -228,7 +228,8 @@ def add_stop_options(parser: argparse.ArgumentParser) -> None:
     stop.add_argument('--average-latency', metavar='MS',
                       help="average milliseconds per image, like 2ms, or 50%% of the full network's; run DIR/run.py "
                            '--profile first')
-    stop.add_argument('--max-loss', type=float, metavar='POINTS', help='at most this loss of accuracy, guaranteed')
+    stop.add_argument('--max-loss', type=float, metavar='POINTS',
+                      help='points of accuracy that are lost at most, guaranteed (needs calibrate --certify)')
     stop.add_argument('--confidence', type=float, metavar='C', help='the first exit with this confidence')
     stop.add_argument('--budget', metavar='MACS', help='for each image: the deepest exit within it')
     parser.add_argument('--certainty', type=float, default=0.95, metavar='P', help='probability that --max-loss holds')
@@ -348,9 +349,11 @@ def main(folder: Path, argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--batch-size', type=int, default=32, metavar='N')
     parser.add_argument('--profile', action='store_true', help='measure this device and keep it in the folder')
     parser.add_argument('--check', action='store_true',
-                        help='whether sample images are answered here as where the folder was made; status 1 if not')
+                        help='compare the answers to sample images with those of the exporting machine; status 1 if '
+                             'they differ')
     parser.add_argument('--monitor', action='store_true',
-                        help='report where images left against what is expected, and warn beyond chance')
+                        help='compare the shares of the exits with those of calibration; warn if they differ beyond '
+                             'chance')
     parser.add_argument('--max-average', metavar='MACS',
                         help='stop earlier while the average since start is above this, like 30M')
     parser.add_argument('--json', action='store_true', help='for programs: a list with one object per image')

@@ -228,7 +228,7 @@ def _to_8_bits(
     notes = []
     full = image.size
     frames = getattr(image, 'n_frames', 1)
-    if frames > 1:
+    if frames > 1 and image.format != 'MPO':  # several pictures in one JPEG, as phones write them
         notes.append(f'animated, {frames} frames: only the first is classified')
         image.seek(0)
     # Pillow keeps the upper 8 of 16 bits of colours: 12-bit colours come out black.

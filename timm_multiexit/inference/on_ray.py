@@ -118,7 +118,7 @@ class RayQueues(Places):
         segments, deployment = segments_of(rule), None
         last = len(segments)
         if len(replicas) > last:
-            raise InputError(f'the policy has {last} segments: give --replicas at most so many numbers')
+            raise InputError(f'the policy has {last} segments: give --replicas no more numbers than that')
         for number in reversed(range(len(replicas))):
             first = number * len(segments) // len(replicas)
             deployment = serve.deployment(Segments).options(

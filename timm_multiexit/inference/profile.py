@@ -68,7 +68,7 @@ def measure_profile(engine: Engine, input_size: Tuple[int, int, int], batch_size
     Args:
         engine: See `engine.make_engine`.
         input_size: (C, H, W) of the images.
-        batch_size: Images that come at once; all workers of the engine share them.
+        batch_size: Images per batch; all workers of the engine share them.
     """
     count, last = engine.num_exits, engine.num_exits - 1
     policies = {('to', k): ExitPolicy.at_exit(k, count) for k in range(count)}
@@ -127,7 +127,7 @@ def profile(
     Args:
         model: The network.
         engine: See `engine.make_engine`, or an engine that runs this network.
-        batch_size: Images that come at once.
+        batch_size: Images per batch.
         input_size: (C, H, W) of the images; None for that in the network's pretrained cfg.
         again: Measure even if a profile is kept.
 

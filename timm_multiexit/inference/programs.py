@@ -37,7 +37,7 @@ def export_programs(model: MultiExitNet, image_size: Optional[Tuple[int, int]] =
         One pair per exit. The first stage takes (images,), each later one the state that the stage before it gave.
         Temperatures and thresholds are those of the exit config; the head's logits are what a policy decides on.
     """
-    net = fold(model).cpu().float().eval()
+    net = fold(model).cpu().float()
     height, width = image_size or model.pretrained_cfg['input_size'][1:]
     state: Tuple[torch.Tensor, ...] = (torch.zeros(2, model.in_chans, height, width),)
     batch = {0: Dim('batch', min=1)}

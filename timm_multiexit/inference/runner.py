@@ -143,12 +143,11 @@ class EarlyExitRunner:
         rows = self._map(batches[i] for i in mine)
         return self._finish((i, None, x) for i, x in zip(mine, rows))
 
-    def run_loader(self, loader: Iterable, label: str = '') -> Run:
+    def run_loader(self, loader: Iterable) -> Run:
         """Runs every batch of a loader.
 
         Args:
             loader: Yields images (B, C, H, W), or (images, targets); targets may be a tensor, an array or a list.
-            label: Text of the progress bar, which appears on terminals only.
 
         Raises:
             InputError: nothing in the loader, not images of this network, or NaN logits.
@@ -166,7 +165,7 @@ class EarlyExitRunner:
                     yield x
 
         total = -(-length_hint(loader) // world) or None  # a loader of a stream has no length
-        bar = tqdm(self._map(images()), desc=label, unit='batch', total=total, disable=True if rank else None)
+        bar = tqdm(self._map(images()), unit='batch', total=total, disable=True if rank else None)
         return self._finish((*targets.popleft(), rows) for rows in bar)
 
     def run_folder(self, folder: Union[str, Path], batch_size: int = 256) -> Tuple[List[Path], Run]:

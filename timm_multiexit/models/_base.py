@@ -390,5 +390,9 @@ def build_network(model_cls: Type[Network], variant: str, pretrained: bool = Fal
         pretrained: Load the weights of its pretrained cfg.
         **kwargs: Arguments of the class and of timm's `build_model_with_cfg`.
     """
-    feature_cfg = dict(out_indices=None, feature_cls='getter')
-    return build_model_with_cfg(model_cls, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    net = build_model_with_cfg(
+        model_cls, variant, pretrained, feature_cfg=dict(out_indices=None, feature_cls='getter'),
+        pretrained_filter_fn=getattr(model_cls, 'checkpoint_filter_fn', None), **kwargs)
+    if isinstance(net, MultiExitNet) and net.num_exits != len(net.pretrained_cfg['classifier']):
+        net.pretrained_cfg['classifier'] = tuple(f'exits.{k}.fc' for k in range(net.num_exits))
+    return net

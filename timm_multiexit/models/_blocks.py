@@ -1,7 +1,7 @@
 """Blocks shared by several architectures, where exits go in a plain chain, and the initialisation of weights."""
 import math
 from contextlib import contextmanager
-from typing import Iterator, List, Optional, Sequence, Set, Type
+from typing import Iterator, List, Sequence, Set, Type
 
 import torch
 from timm.layers import ConvNormAct
@@ -121,7 +121,7 @@ def chain_exits(num_resolutions: int, depth: int, exit_after: Sequence[int]) -> 
     return {r * depth + layer for r in range(num_resolutions) for layer in exit_after} | {num_resolutions * depth}
 
 
-def init_weights(module: nn.Module, name: Optional[str] = None) -> None:
+def init_weights(module: nn.Module) -> None:
     """Initialises a layer as MSDNet's Lua code does; use with `Module.apply`.
 
     Convolutions have a standard deviation of sqrt(2 / (k * k * out_channels / groups)), BN weight 1 and bias 0, linear

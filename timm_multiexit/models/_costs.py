@@ -5,7 +5,7 @@ import torch
 from ptflops import get_model_complexity_info
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..stopping.costs import ExitCosts
 from ._base import MultiExitNet
 from ._fold import merge_branches
@@ -48,14 +48,21 @@ def exit_costs(model: MultiExitNet, input_size: Optional[Tuple[int, int, int]] =
     macs, params = [], []
     model.eval()  # of one image there are no batch statistics
     try:
+        like = next(model.parameters())
+        try:  # ptflops prints a traceback in place of raising
+            with torch.no_grad():
+                model.forward_exits(torch.zeros(1, *input_size, device=like.device, dtype=like.dtype))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f'{type(model).__name__} does not run on images of size {tuple(input_size)}: '
+                             f'{first_line(error)}') from error
         for k in range(model.num_exits):
             # The other backend of ptflops counts BN and activations too.
             prefix = _Prefix(model, k)
             count = get_model_complexity_info(
                 prefix, tuple(input_size), as_strings=False, print_per_layer_stat=False, verbose=False,
                 backend='aten')
-            if count[0] is None:
-                raise InputError(f'{type(model).__name__} does not run on images of size {tuple(input_size)}')
             macs.append(int(count[0]))
             params.append(sum(p.numel() for p in prefix.parameters()))  # ptflops leaves out those that are frozen
     finally:

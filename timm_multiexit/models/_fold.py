@@ -14,13 +14,14 @@ def merge_branches(model: Net) -> Net:
     """Makes one convolution of the branches with which a backbone was trained (RepVGG, MobileOne, GhostNetV3, ...).
 
     Returns:
-        A copy from timm's `reparameterize_model`; the model itself if it has no such branches, or if they cannot be
-        merged, as when an exit follows one of them.
+        A copy in eval mode, by timm's `reparameterize_model`; the model itself if it has no such branches, or if they
+        cannot be merged, as when an exit follows one of them.
     """
     layers = getattr(model, 'backbone', nn.Identity()).modules()
     if any(hasattr(layer, name) for layer in layers for name in ('fuse', 'reparameterize', 'switch_to_deploy')):
-        try:
-            return reparameterize_model(model)
+        like = next(model.parameters())
+        try:  # some of timm's layers merge in eval mode only, and into layers of float32 on the CPU
+            return reparameterize_model(copy.deepcopy(model).eval(), inplace=True).to(like.device, like.dtype)
         except Exception:  # of the backbone's own code; the network runs as it was trained
             pass
     return model

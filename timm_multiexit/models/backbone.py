@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..errors import InputError
 from ._base import ExitHead, MultiExitNet, build_network
-from ._cut import CutStage, cut_stages, lend, share
+from ._cut import cut_stages, lend, share
 from ._taps import HEADS, as_map, find_taps, make_head
 from ._trace import Root, trace, trace_head
 
@@ -93,7 +93,12 @@ class Stages(nn.ModuleList):
     """The stages of a network, which `timm.utils.reparameterize_model` cuts anew once it has merged the backbone."""
 
     def reparameterize(self) -> None:
-        self.net.cut_anew(self.net.num_exits)
+        net = self.net
+        if net.num_exits > len(net.taps):
+            net.cut_anew(net.num_exits)
+        elif net.root.used - {name for names in (net.root.named_modules(), net.root.named_parameters(),
+                                                 net.root.named_buffers()) for name, _ in names}:
+            raise InputError('a pruned network cannot be cut anew: merge its branches first, then prune it')
 
 
 class MultiExitBackbone(MultiExitNet):
@@ -184,7 +189,7 @@ class MultiExitBackbone(MultiExitNet):
         self._keep(cut_stages(self.root, traces, self.taps[:num_stages], self.image_size, whole, self.one_size))
         self.stages.train(self.training)
 
-    def _keep(self, stages: List[CutStage]) -> None:
+    def _keep(self, stages: Sequence[nn.Module]) -> None:
         self.stages = Stages(stages)
         self.stages.__dict__['net'] = self  # not as a submodule
 
@@ -198,6 +203,7 @@ class MultiExitBackbone(MultiExitNet):
         _, last = feature_take_indices(len(self.stages), indices)
         self.cut_anew(last + 1)
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self._keep(list(self.stages))
         if last < len(self.taps):
             _delete_unused(self.backbone, set().union(*(stage.uses() for stage in self.stages)))
         return taken

@@ -148,8 +148,7 @@ def msdnet_cifar_budgeted(pretrained: bool = False, **kwargs: Any) -> MSDNet:
 def _imagenet(variant: str, step: int, pretrained: bool, kwargs: Any) -> MSDNet:
     args = dict(
         steps=(step,) * 5, base_width=32, growth=16, scale_factors=(1, 2, 4, 4), head_width=None, large_stem=True)
-    return build_network(
-        MSDNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))
+    return build_network(MSDNet, variant, pretrained, **dict(args, **kwargs))
 
 
 @register_model

@@ -364,5 +364,4 @@ def ranet_imagenet(pretrained: bool = False, **kwargs: Any) -> RANet:
     args = dict(
         scales=(1, 2, 3, 4), block_layers=(8,) * 8, base_width=32, growth=16, width_factors=(4, 2, 2, 1),
         head_width=None, large_stem=True)
-    return build_network(
-        RANet, 'ranet_imagenet', pretrained, pretrained_filter_fn=checkpoint_filter_fn, **dict(args, **kwargs))
+    return build_network(RANet, 'ranet_imagenet', pretrained, **dict(args, **kwargs))

@@ -87,11 +87,11 @@ def _silence(place: str, filename: str) -> str:
     since, reason = _silent.get(endpoint, (-REMEMBER, ''))
     if now - since < REMEMBER:
         return reason
-    repository, revision = hf_split(place)
     try:
+        repository, revision = hf_split(place)
         get_session().head(hf_hub_url(repository, filename, revision=revision), headers=build_hf_headers(),
                            timeout=TIMEOUT)
-    except HFValidationError:  # no name of a repository: the download says so
+    except (HFValidationError, AssertionError):  # no name of a repository: the download says so
         return ''
     except (HTTPError, OSError) as error:
         if time.monotonic() - now > TIMEOUT / 2:  # a refusal is quick, so that asking again costs nothing

@@ -14,7 +14,7 @@ from ..errors import InputError, first_line
 from ..models import MultiExitNet
 from .exit_config import load_recipe
 from .hub_files import CONFIG_FILE, WEIGHTS_FILE, hub_file
-from .names import LOAD_ERRORS, check_name, list_networks, may_be_classes, require_weights
+from .names import LOAD_ERRORS, check_name, list_networks, may_be_classes, require_weights, without_exits
 from .record import TrainingData, describe, find_weights, read_config, read_training_data
 
 _logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def load_model(
     name, checkpoint = find_weights(name, checkpoint)
     check_name(name)
     if ':' not in name and name.partition('.')[0] not in list_networks():  # its weights need not be fetched to tell
-        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+        raise without_exits(name)
     source = name if checkpoint else _safe_source(name)
     if num_classes is not None:
         kwargs['num_classes'] = num_classes
@@ -55,7 +55,7 @@ def load_model(
             raise InputError(f"the weights of '{name}' do not fit the network that its {CONFIG_FILE} names") from error
         raise InputError(f"network '{name}' cannot be loaded: {first_line(error)}") from error
     if not isinstance(model, MultiExitNet):
-        raise InputError(f"'{name}' has no exits: choose one of {', '.join(list_networks())}")
+        raise without_exits(name)
     if not checkpoint and model.num_classes != (stored := model.pretrained_cfg['num_classes']):
         raise InputError(f"the weights of '{name}' are for {stored} classes, not {model.num_classes}: leave out "
                          '--num-classes; other classes need training (train_timm.py --pretrained)')

@@ -84,12 +84,19 @@ def require_weights(name: str) -> None:
     arch, _, tag = name.partition('.')
     networks = list_networks()
     if arch not in networks:
-        raise InputError(f"'{name}' has no exits: choose one of {', '.join(networks)}")
-    trained = list_networks(pretrained=True)
-    if with_default_tag(name) not in trained:
-        raise InputError(
-            f"there are no trained weights for '{name}' yet: give a checkpoint of your own, or choose one of "
-            f"{', '.join(trained) or 'none so far'}")
+        raise without_exits(name)
+    trained, full = list_networks(pretrained=True), with_default_tag(name)
+    if full not in trained:
+        meant = '' if full == name else f' means {full}, which'
+        own = [other for other in trained if other.startswith(f'{arch}.')]
+        raise InputError(f"'{name}'{meant} has no trained weights: give a checkpoint of your own, or choose "
+                         f"{' or '.join(own) or 'one of ' + ', '.join(trained)}")
+
+
+def without_exits(name: str) -> InputError:
+    """The error for a network that has none."""
+    return InputError(f"'{name}' has no exits: train some with train_timm.py --model multiexit --model-kwargs "
+                      f"backbone={name} at=3, or choose one of {', '.join(list_networks())}")
 
 
 def may_be_classes(names: Optional[Sequence[str]], classes: Optional[Sequence[str]]) -> bool:

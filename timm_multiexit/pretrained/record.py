@@ -100,7 +100,7 @@ def read_config(path: Union[str, Path]) -> Dict[str, Any]:
     """
     config = read_json(path, 'config')
     if not isinstance(config, dict):
-        raise InputError(f"config '{path}' holds no object but {type(config).__name__}: check the file")
+        raise InputError(f"config '{path}' must hold an object, not a {type(config).__name__}: check the file")
     return config
 
 

@@ -327,9 +327,9 @@ class ExitConfig:
                              f'{CALIBRATE_HINT}')
         known = {f.name for f in dataclasses.fields(cls)} - {'scores', '_solved'}
         if values.keys() != known:
-            raise InputError(
-                f"exit config without {', '.join(sorted(known - values.keys())) or 'gaps'} and with unknown "
-                f"{', '.join(sorted(map(str, values.keys() - known))) or 'nothing'}: {CALIBRATE_HINT}")
+            wrong = [f"{kind} {', '.join(sorted(map(str, names)))}" for kind, names in (
+                ('without', known - values.keys()), ('with unknown', values.keys() - known)) if names]
+            raise InputError(f"exit config {' and '.join(wrong)}: {CALIBRATE_HINT}")
         return cls(**values, scores=scores)
 
     def save(self, path: Union[str, Path]) -> None:

@@ -267,7 +267,7 @@ class StreamedEvaluation:
     """
 
     def __init__(self, images: Images, device: torch.device, rank: int, world_size: int):
-        share = images.split.at(torch.arange(rank, len(images.split), world_size))
+        share = images.split.at(torch.arange(len(images.split))[rank::world_size])
         self.images, self.device = Images(share, images.preprocess, images.batch_size), device
 
     def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:

@@ -86,8 +86,9 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset', default='torch/cifar10', help="timm's name of the data set")
     group.add_argument('--dataset-download', action='store_true', help='let torchvision download the data set')
     group.add_argument('--validation-images', type=WHOLE, default=None, metavar='N',
-                       help='training images to hold out for choices, the same ones in every run (default: of CIFAR '
-                            f'{VALIDATION_IMAGES}, of a folder 10 %%, or those of val/ beside test/)')
+                       help='training images to hold out for temperatures, thresholds and the choice of epochs, the '
+                            f'same ones in every run (default: of CIFAR {VALIDATION_IMAGES}, of a folder 10 %%, or '
+                            'those of val/ beside test/)')
     group.add_argument('--certification-images', type=WHOLE, default=None, metavar='N',
                        help='training images to hold out for a guarantee alone (default: 10 %% of a folder, or half of '
                             'val/ beside test/, where those are enough for one)')
@@ -117,8 +118,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
                        help="weights of multiexit's backbone, for the classes of the data set, as timm's train.py "
                             'saves; their size of images and normalisation are taken over')
     group.add_argument('--regime', choices=REGIMES, default='joint',
-                       help='joint: everything together; for multiexit also heads: the early exits of a backbone that '
-                            'knows the classes and does not change; mixed: the backbone first, then everything')
+                       help='joint: everything together; for multiexit also heads: the early exits alone, on a frozen '
+                            'backbone that was trained for these classes; mixed: the backbone first, then everything')
     group.add_argument('--backbone-epochs', type=WHOLE, default=None, metavar='N',
                        help='epochs of the first phase of --regime mixed (default: half)')
     group.add_argument('--freeze', nargs='+', default=[], metavar='MODULE',

@@ -181,13 +181,12 @@ def exit_accuracies(model: torch.nn.Module, loader, amp_dtype: Optional[torch.dt
     """
     model = unwrap_model(model)
     model.eval()
-    correct = None
+    correct = torch.zeros(model.num_exits + 1, dtype=torch.int64, device=next(model.parameters()).device)
     for images, targets in loader:
         with torch.autocast(images.device.type, dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             logits = torch.stack(model.forward_exits(images))
         hits = (logits.argmax(-1) == targets).sum(1)
-        counts = torch.cat([hits, hits.new_tensor([len(targets)])])
-        correct = counts if correct is None else correct + counts
+        correct += torch.cat([hits, hits.new_tensor([len(targets)])])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(correct)
     return 100. * correct[:-1].double().cpu() / correct[-1].item()

@@ -20,7 +20,7 @@ from ..inference.preprocess import Preprocessing
 from ..models import MultiExitNet
 from ..models._fold import fold
 from ..pretrained.load import load_mean, load_teacher
-from ..pretrained.names import require_weights
+from ..pretrained.names import require_weights, without_exits
 from ..pretrained.record import config_of
 from .cpu_kernels import use_cpu_kernels
 from .cuda_graph import GraphedStep
@@ -65,8 +65,7 @@ def create_network(
         raise InputError(f"network '{args.model}' with {args.model_kwargs or 'no --model-kwargs'} cannot be created "
                          f'({first_line(error)})') from error
     if not isinstance(model, MultiExitNet):
-        raise InputError(f"'{args.model}' has no exits: add some with --model multiexit --model-kwargs "
-                         f"backbone={args.model} at=3, or choose one of {', '.join(timm.list_models('*_cifar*'))}")
+        raise without_exits(args.model)
     if args.initial_checkpoint:
         try:  # other regimes take the last exit of these weights as one that knows the classes
             load_mean(model, args.initial_checkpoint, args.model, new_classes=args.regime == 'joint')
@@ -177,6 +176,8 @@ class Trainer:
         images, targets = images.to(self.device), targets.to(self.device)
         if self.mixup is None:
             return images, targets
+        if len(images) == 1:  # of a batch whose other files cannot be read: mixed with itself
+            images, targets = images.repeat(2, 1, 1, 1), targets.repeat(2)
         even = len(images) // 2 * 2  # Mixup pairs images
         return self.mixup(images[:even], targets[:even])
 
