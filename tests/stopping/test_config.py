@@ -19,7 +19,7 @@ from timm_multiexit.stopping.simulate import simulate
 from timm_multiexit.stopping.solve import budget_grid
 
 MACS = (10_000_000, 20_000_000, 40_000_000)
-COMPARED = [f'local-dir:{folder}' for folder in sorted((PROJECT / 'hub' / 'comparison').iterdir())]
+COMPARED = [f'local-dir:{folder}' for folder in sorted((PROJECT / 'hub' / 'comparison').glob('*_cmp'))]
 
 
 def small_config(**changes):
