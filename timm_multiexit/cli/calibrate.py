@@ -87,8 +87,7 @@ def certification_scores(
     images = Images(split, Preprocessing.of(model), args.batch_size, 'certify')
     kept = exit_logits(model, images, args.device, unknown=True)
     certification = np.ones(len(kept.targets), bool)
-    return ExitScores.from_logits(
-        kept.logits, kept.targets, config.temperatures, config.measure, certification)
+    return ExitScores.from_logits(kept.logits, kept.targets, config.temperatures, config.measure, certification)
 
 
 def print_config(config: ExitConfig) -> None:
