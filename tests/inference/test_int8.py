@@ -14,7 +14,6 @@ from timm_multiexit.cli import main  # noqa: E402
 from timm_multiexit.data.splits import open_splits  # noqa: E402
 from timm_multiexit.datasets import DATASETS, normalize  # noqa: E402
 from timm_multiexit.inference.device import FolderEngine, all_logits  # noqa: E402
-from timm_multiexit.inference.export import export_folder  # noqa: E402
 from timm_multiexit.inference.quantize import HeldOut, export_int8_folder  # noqa: E402
 from timm_multiexit.pretrained.exit_config import weights_digest  # noqa: E402
 from timm_multiexit.stopping.config import ExitConfig  # noqa: E402
@@ -24,13 +23,6 @@ from timm_multiexit.stopping.simulate import simulate  # noqa: E402
 @pytest.fixture(scope='module')
 def network():
     return calibrated_network()
-
-
-@pytest.fixture(scope='module')
-def folder(network, tmp_path_factory):
-    place = tmp_path_factory.mktemp('export') / 'device'
-    export_folder(*network, place)
-    return place
 
 
 @pytest.fixture(scope='module')
@@ -53,10 +45,10 @@ def seen(engine, batches):
     return np.concatenate([all_logits(engine, normalize(x, how['mean'], how['std']).numpy()) for x, _ in batches], 1)
 
 
-def test_int8_graphs_are_small_and_close(int8, folder, held_out):
-    size = {place: sum(path.stat().st_size for path in place.glob('*.onnx')) for place in (int8[0], folder)}
-    assert size[int8[0]] < size[folder]
-    before, after = (seen(FolderEngine(place), held_out[1]) for place in (folder, int8[0]))
+def test_int8_graphs_are_small_and_close(int8, exported, held_out):
+    size = {place: sum(path.stat().st_size for path in place.glob('*.onnx')) for place in (int8[0], exported)}
+    assert size[int8[0]] < size[exported]
+    before, after = (seen(FolderEngine(place), held_out[1]) for place in (exported, int8[0]))
     for exit_before, exit_after in zip(before, after):
         spread = (exit_before - exit_before.mean(0)).std()  # over images
         assert 0. < abs(exit_after - exit_before).mean() < 0.25 * spread
@@ -79,8 +71,8 @@ def test_int8_scores_are_those_of_the_quantised_network(int8, network, held_out)
     assert set(report.times) == {2} and min(report.times[2]) > 0.
 
 
-def test_ranges_are_of_the_states_that_a_stage_receives(int8, folder, held_out):
-    engine = FolderEngine(folder)
+def test_ranges_are_of_the_states_that_a_stage_receives(int8, exported, held_out):
+    engine = FolderEngine(exported)
     how = engine.graphs['preprocessing']
     x = normalize(held_out[0][0][0], how['mean'], how['std']).numpy()
     extremes = []
